@@ -14,6 +14,7 @@ from modulora_core.data import Source, token_segments
 from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import source_name
 from modulora_core.errors import DataError, OptionError
+from modulora_core.models.config import vocabulary_of, window_of
 
 if TYPE_CHECKING:
     from modulora_core.models import ModelSource
@@ -109,15 +110,18 @@ def calibration_text(source: ModelSource, config: CalibrationConfig, seed: int) 
         DataError, MissingExtraError, ModelError: see :func:`load_calibration`; the model has no
             tokenizer.
     """
-    longest = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    longest = window_of(source.config)
     if longest is not None and config.seq_len > longest:
         raise OptionError(
             f"calibration seq_len: expected at most {longest}, the context of this model, "
             f"got {config.seq_len}"
         )
     text = load_calibration(config, source.tokenizer(), seed=seed)
-    rows = getattr(source.config.get_text_config(), "vocab_size", None)
-    check_ids([int(text.ids.max())], rows, f"calibration {source_name(config.source)}")
+    check_ids(
+        [int(text.ids.max())],
+        vocabulary_of(source.config),
+        f"calibration {source_name(config.source)}",
+    )
     return text
 
 

@@ -20,7 +20,8 @@ from modulora_core.data import token_segments
 from modulora_core.data.sources import Source
 from modulora_core.errors import WorkError
 from modulora_core.inference.opened import Opened
-from modulora_core.inference.passes import batches, evaluating, window_of
+from modulora_core.inference.passes import batches, evaluating
+from modulora_core.models.config import window_of
 from modulora_core.progress import Progress, no_progress
 
 _ROWS = 64
@@ -73,7 +74,7 @@ def divergence(
         WorkError: logits are NaN or infinite.
     """
     P, Q = before.load(), other.load()
-    seq_len = min(seq_len, *(window_of(model) or seq_len for model in (P, Q)))
+    seq_len = min(seq_len, *(window_of(model.config) or seq_len for model in (P, Q)))
     ids = token_segments(data, before.tokenizer, seq_len, segments)
     sums = torch.zeros(4, dtype=torch.float64)  # KL to Q, KL to the base, -log Q, -log P
     with evaluating(P), evaluating(Q):

@@ -27,7 +27,8 @@ from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
-from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating, window_of
+from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
+from modulora_core.models.config import window_of
 from modulora_core.progress import Progress, no_progress, shown
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
 
@@ -187,7 +188,7 @@ def segment_losses(
         raise DataError(
             f"segments: expected shape [n >= 1, seq_len >= 2], got {list(segments.shape)}"
         )
-    window = window_of(model)
+    window = window_of(model.config)
     if window is not None and segments.shape[1] > window:
         raise OptionError(
             f"seq_len {segments.shape[1]}: expected at most the model's window of {window} tokens"

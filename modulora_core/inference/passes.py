@@ -14,6 +14,7 @@ from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import Source, load_records
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError
+from modulora_core.models.config import window_of
 from modulora_core.progress import Progress, no_progress
 
 
@@ -40,11 +41,6 @@ def asked_in(source: Source, template: Template | None = None) -> list[Conversat
     return asked
 
 
-def window_of(model: Any) -> int | None:
-    """The limit of the model's context in tokens, or None if its config has none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def check_examples(
     model: Any, examples: Sequence[Sequence[int]], asked: Sequence[Conversation], *, new: int = 0
 ) -> None:
@@ -56,7 +52,7 @@ def check_examples(
         asked: the examples' conversations.
         new: the most tokens that will follow.
     """
-    window, rows = window_of(model), model.get_input_embeddings().num_embeddings
+    window, rows = window_of(model.config), model.get_input_embeddings().num_embeddings
     for ids, each in zip(examples, asked, strict=True):
         check_ids(ids, rows, each.place)
         if window is not None and len(ids) + new > window:

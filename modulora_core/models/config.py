@@ -120,6 +120,16 @@ def transformers_config(folder: Path) -> PretrainedConfig:
         ) from error
 
 
+def window_of(config: PretrainedConfig) -> int | None:
+    """The longest context of a model in tokens, or None if its config names none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def vocabulary_of(config: PretrainedConfig) -> int:
+    """The number of tokens that a model knows, which may be more than its tokenizer has."""
+    return int(config.get_text_config().vocab_size)
+
+
 def _refuse_quantized(folder: Path, values: dict[str, Any]) -> None:
     known, method = recognise(folder, values), method_of(values)
     rewrite = ""

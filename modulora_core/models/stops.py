@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from modulora_core.models.config import vocabulary_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -52,5 +54,5 @@ def stop_ids(
 
 def model_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids at which an answer of ``model`` ends, as :func:`stop_ids`."""
-    size = model.config.get_text_config().vocab_size
+    size = vocabulary_of(model.config)
     return stop_ids(tokenizer, model.generation_config.eos_token_id, size=size)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from modulora_core.errors import ModelError, first_line
 from modulora_core.models.chat_templates import LONGEST
+from modulora_core.models.config import vocabulary_of
 from modulora_core.models.json_files import read_json
 from modulora_core.models.stops import stop_ids
 from modulora_core.models.tokenizer_checks import (
@@ -177,7 +178,7 @@ def write_tokenizer(
         saved = [Path(file) for file in tokenizer.save_pretrained(out)]
         _name_absent_tokens(tokenizer, out / _SMALL_FILES[0])
         generation = GenerationConfig.from_model_config(config)
-        size = config.get_text_config().vocab_size
+        size = vocabulary_of(config)
         stops = stop_ids(tokenizer, generation.eos_token_id, size=size)
         generation.eos_token_id = stops or None
         generation.save_pretrained(out)

@@ -18,6 +18,7 @@ from torch import nn
 
 from modulora_core.calibration.states import SPILL_BYTES
 from modulora_core.calibration.walk import PAUSED_BYTES
+from modulora_core.models.config import vocabulary_of
 from modulora_core.planner.dense_weights import DenseWeights
 from modulora_core.planner.ledger import Bytes
 from modulora_core.planner.model import PlannedModel
@@ -280,7 +281,7 @@ def _by_block(packed: PlannedModel, request: PlanRequest) -> dict[str, float]:
     table, head = _end_sizes(packed)
     entering: dict[str, float] = {"dense_weights": dense + FP32 * table, "calibration": kept}
     # one sample's logits, their probabilities, and the sums of these
-    logits = request.calibration_seq_len * packed.dense.config.get_text_config().vocab_size
+    logits = request.calibration_seq_len * vocabulary_of(packed.dense.config)
     weighing: dict[str, float] = {
         "embeddings_and_head": FP32 * (table + head),
         "loss": WEIGHING_LOGITS * FP32 * logits,

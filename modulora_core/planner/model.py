@@ -15,7 +15,7 @@ from modulora_core.checkpoints.hf.packed_modules import install
 from modulora_core.checkpoints.loading import check_mapped, is_ours, open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord, packed_sites
-from modulora_core.models.config import config_values, transformers_config
+from modulora_core.models.config import config_values, transformers_config, window_of
 from modulora_core.models.ends import find_ends
 from modulora_core.models.installed_formats import recognise
 from modulora_core.models.locate import locate
@@ -53,7 +53,7 @@ class Dense:
     @property
     def window(self) -> int | None:
         """The longest sequence that the model takes; None where the config says nothing."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return window_of(self.config)
 
     def outline(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model on the meta device, in ``dtype`` or its stored dtype. Do not change it."""

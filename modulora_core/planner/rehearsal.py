@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.errors import ModelError
+from modulora_core.models.config import vocabulary_of
 from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.planner.ledger import Bytes, Ledger, Segment, plus
 from modulora_core.planner.model import PlannedModel
@@ -86,7 +87,7 @@ def rehearse_training(packed: PlannedModel, request: PlanRequest) -> Rehearsal:
     model.train()
     with _running(packed, model, stage, request, config.batch_size) as (ledger, batch):
         # two chunks of logits have the peak of all
-        ledger.most_labels = 2 * max(1, chunk // (4 * model.config.get_text_config().vocab_size))
+        ledger.most_labels = 2 * max(1, chunk // (4 * vocabulary_of(model.config)))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(

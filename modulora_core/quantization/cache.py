@@ -12,7 +12,7 @@ import logging
 import os
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.constants import HF_HOME
 
@@ -29,6 +29,9 @@ from modulora_core.quantization.quantize import QuantizeResult, quantize
 from modulora_core.registry import Choice
 
 CACHE_VARIABLE = "MODULORA_CACHE"
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,6 @@ class CachedModel:
         cache: the folder of cached models; by default :func:`cache_folder`.
 
     Attributes:
-        config: its config, as config.json.
         record: the ``quantization_config`` that the packed model will have.
         parameters: the dense model's parameters by name.
 
@@ -77,9 +79,12 @@ class CachedModel:
         layout = choose_layout(
             self._source, [choice], (), Selection(embeddings=embeddings), calibration=text, seed=0
         )
-        self.config: dict[str, Any] = self._source.config.to_dict()
         self.record: QuantizationRecord = layout.record
         self.parameters: dict[str, ParameterInfo] = dict(self._source.parameters)
+
+    def transformers_config(self) -> PretrainedConfig:
+        """The dense model's config. Do not change it."""
+        return self._source.config
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises ModelError."""

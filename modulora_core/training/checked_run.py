@@ -15,9 +15,10 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.data.sources import Source, source_name
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import OptionError
+from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.arguments import total_steps, warn_of_settings
-from modulora_core.training.checks import checked_model, vocabulary, window
+from modulora_core.training.checks import checked_model
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.distillation import Predictions, predictions_of
 from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Start
@@ -68,12 +69,14 @@ def checked_run(
     if not resume:
         check_out(out, config, resume)  # a bad one is refused before a model is downloaded
     base = checked_model(config, device)
-    config = config.in_window(window(base.config), config.model)
+    model = base.transformers_config()
+    config = config.in_window(window_of(model), config.model)
     resume_from = check_out(out, config, resume)
     tokenizer = base.tokenizer()
-    rows = vocabulary(base.config)
+    vocabulary = vocabulary_of(model)
     examples = {
-        name: method_examples(source, config, tokenizer, rows) for name, source in sources.items()
+        name: method_examples(source, config, tokenizer, vocabulary)
+        for name, source in sources.items()
     }
     if config.packing and examples["train"].report.format != "text":  # its windows are full
         examples["train"] = examples["train"].joined(config.seq_len)
@@ -84,7 +87,7 @@ def checked_run(
         return None
     steps = total_steps(config, len(examples["train"]), world_size())
     predictions = predictions_of(
-        config, examples["train"], steps, tokenizer, rows, out / CHECKPOINTS
+        config, examples["train"], steps, tokenizer, vocabulary, out / CHECKPOINTS
     )
     start = None if resume_from is not None else _start(config)
     warn_of_settings(config, examples["train"], steps)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -66,12 +64,6 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     return checkpoint
 
 
-def window(config: dict[str, Any]) -> int | None:
-    """The context of the model of this config.json, in tokens; None if it names none."""
-    names = ("max_position_embeddings", "n_positions")
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
-
-
 def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | CachedModel) -> None:
     """Refuse ``lora_file`` where the file couldn't be used."""
     if config.lora_file is None:
@@ -87,13 +79,6 @@ def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | Cach
             f"the file later: modulora convert {config.out} {config.lora_file} --to {spec.name} "
             f"--model FILE{spec.file_suffix}"
         )
-
-
-def vocabulary(config: Mapping[str, Any]) -> int | None:
-    """The number of tokens that a model knows, by its config.json."""
-    text = config.get("text_config")
-    size = (text if isinstance(text, dict) else config).get("vocab_size")
-    return size if isinstance(size, int) else None
 
 
 def _check_method(config: FinetuneConfig) -> None:

@@ -39,6 +39,7 @@ from modulora_core.data.rendering import IGNORED
 from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, WorkError
 from modulora_core.models import ModelSource, open_dense
+from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.progress import Progress
 from modulora_core.training.chunked_loss import deferred_logits, label_logits
 from modulora_core.training.config import FinetuneConfig
@@ -100,7 +101,7 @@ def _check_teacher(teacher: ModelSource, tokenizer: Any, tokens: int | None, seq
             f"tokens, got another one, with {config.vocab_size}; give the model that it was "
             "quantized from"
         )
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = window_of(config)
     if longest is not None and longest < seq_len:
         raise OptionError(
             f"distill {name}: expected a context of seq_len {seq_len}, got {longest} tokens"
@@ -132,7 +133,7 @@ class Predictions:
         self.numbers = sorted(drawn)
         parts = (examples.parts(number) for number in self.numbers)
         self.ends = [*accumulate(sum(map(_trained, part)) for part in parts)]
-        k = min(TOP, int(teacher.config.get_text_config().vocab_size))
+        k = min(TOP, vocabulary_of(teacher.config))
         self.row = np.dtype([("token", "<i4", k), ("log_p", "<f2", k)])
 
     @cached_property

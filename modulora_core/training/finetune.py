@@ -42,6 +42,7 @@ from modulora_core.dense_products import matmul_precision
 from modulora_core.distributed import barrier, is_first, together
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.layers import QuantLinear
+from modulora_core.models.config import vocabulary_of
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.progress import Bars, Progress, bars, quiet
 from modulora_core.quantization.cache import CachedModel
@@ -149,7 +150,7 @@ def finetune(
     trained = _train(run, checkpoint, open_bar, on_step, on_eval, callbacks)
     losses, eval_loss = trained.logged("loss"), trained.eval_loss
     files = _write(run, checkpoint, trained, open_bar)
-    worse = divergence(losses, eval_loss, trained.model.config.get_text_config().vocab_size)
+    worse = divergence(losses, eval_loss, vocabulary_of(trained.model.config))
     if worse:
         advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
         logger.warning("%s: %s: %s", out, worse, advice)

@@ -20,6 +20,7 @@ from transformers import (
 
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.data.rendering import IGNORED
+from modulora_core.models.config import window_of
 from modulora_core.models.stops import model_stops
 from modulora_core.progress import Progress
 
@@ -72,7 +73,7 @@ def answers(
     chosen.sort(key=lambda pair: len(pair[0]))  # so that as many as can be are asked whole
     totals = itertools.accumulate(len(prompt) for prompt, _ in chosen)
     pairs = chosen[: max(1, sum(total <= affordable for total in totals))]
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    window = window_of(model.config) or 2**20
     longest = min(window - LONGEST, affordable)
     prompts = [prompt[-longest:] for prompt, _ in pairs]
     model.eval()

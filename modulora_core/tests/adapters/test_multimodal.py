@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modulora_core import ModuLoRAConfig
+from modulora_core import FinetuneConfig, ModuLoRAConfig, finetune
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
+from modulora_core.errors import OptionError
 from modulora_core.layers import QuantLinear
+from modulora_core.models.config import vocabulary_of, window_of
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
           "num_attention_heads": 4, "image_size": 28, "patch_size": 14}  # fmt: skip
@@ -39,6 +42,25 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp(request.param)
     AutoModelForImageTextToText.from_config(config).save_pretrained(path)
     return path
+
+
+def test_the_context_and_the_vocabulary_are_those_of_the_text_decoder(
+    toy: object, folder: Path, tmp_path: Path
+) -> None:
+    """config.json has them under ``text_config`` alone."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder, quantization_config=ModuLoRAConfig("toy")
+    )
+    model.save_pretrained(tmp_path / "packed")
+    values = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert not {"max_position_embeddings", "vocab_size"} & values.keys()
+    window = values["text_config"]["max_position_embeddings"]
+    assert (window_of(model.config), vocabulary_of(model.config)) == (window, 96)
+    config = FinetuneConfig(
+        model=str(tmp_path / "packed"), out=str(tmp_path / "out"), data="pydoc", seq_len=window + 1
+    )
+    with pytest.raises(OptionError, match=f"expected at most {window}, the context of"):
+        finetune(config)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "q_proj", "vision"])
