@@ -16,6 +16,8 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TextStreamer,
 )
 from typing_extensions import override
@@ -152,11 +154,15 @@ def continuations(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     streamer: TextStreamer | None = None,
+    stopping: StoppingCriteria | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, generated as one batch.
 
     A continuation ends at a token of :func:`model_stops`, or at ``max_new_tokens``. In a batch,
-    padding follows the end. Only the settings in ``sampling`` apply.
+    padding follows the end. Only the settings in ``sampling`` apply, and ``stopping``.
+
+    Raises:
+        WorkError: logits are NaN or infinite.
     """
     stops = model_stops(model, tokenizer)
     greedy = sampling.temperature == 0
@@ -184,6 +190,7 @@ def continuations(
             attention_mask=mask.to(model.device),
             generation_config=settings,
             logits_processor=LogitsProcessorList([_Finite()]),
+            stopping_criteria=StoppingCriteriaList([] if stopping is None else [stopping]),
             streamer=streamer,
         )
     return [row.tolist() for row in out[:, longest:]]

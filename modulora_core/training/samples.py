@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.data.rendering import IGNORED
+from modulora_core.errors import WorkError
+from modulora_core.inference.generate import Sampling, continuations
 from modulora_core.models.config import window_of
-from modulora_core.models.stops import model_stops
 from modulora_core.progress import Progress
 
 COUNT, LONGEST, PROMPT = 5, 48, 32
@@ -76,18 +70,26 @@ def answers(
     window = window_of(model.config) or 2**20
     longest = min(window - LONGEST, affordable)
     prompts = [prompt[-longest:] for prompt, _ in pairs]
-    model.eval()
-    with without_adapter(model):
-        before = _greedy(model, tokenizer, prompts, _Bar(show, 0, seconds / 2))
-    after = _greedy(model, tokenizer, prompts, _Bar(show, LONGEST, seconds / 2))
-    show("answering", 2 * LONGEST, 2 * LONGEST)  # answers may end early
 
-    expected = [answer[:LONGEST] for _, answer in pairs]
-    texts = (
-        [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-        for rows in (prompts, expected, before, after)
-    )
-    return [Sample(*words) for words in zip(*texts, strict=True)]
+    def texts(rows: list[list[int]]) -> list[str]:
+        decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
+
+    def answered(done: int) -> list[str]:
+        bar = _Bar(show, done, seconds / 2)
+        try:
+            return texts(continuations(model, tokenizer, prompts, Sampling(LONGEST), stopping=bar))
+        except WorkError:  # the adapter is written already, so the run goes on
+            return ["(no answer: NaN or infinite logits)"] * len(prompts)
+
+    model.eval()
+    with torch.no_grad():
+        with without_adapter(model):
+            before = answered(0)
+        after = answered(LONGEST)
+    show("answering", 2 * LONGEST, 2 * LONGEST)  # answers may end early
+    expected = texts([answer[:LONGEST] for _, answer in pairs])
+    return list(map(Sample, texts(prompts), expected, before, after))
 
 
 class _Bar(StoppingCriteria):
@@ -109,30 +111,6 @@ class _Bar(StoppingCriteria):
             self._end = now + self._seconds
         ended = now >= self._end
         return torch.full((len(input_ids),), ended, dtype=torch.bool, device=input_ids.device)
-
-
-def _greedy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    bar: _Bar,
-) -> list[list[int]]:
-    """The new tokens of each prompt, from one batch that is padded on the left."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + [*prompt] for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    settings = GenerationConfig(
-        max_new_tokens=LONGEST, do_sample=False,
-        eos_token_id=model_stops(model, tokenizer) or None, pad_token_id=0,
-    )  # fmt: skip
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([bar]),
-        )
-    return [row.tolist() for row in out[:, longest:]]
 
 
 def _split(example: dict[str, list[int]]) -> tuple[list[int], list[int]]:

@@ -15,12 +15,13 @@ from modulora_core.adapters.switching import without_adapter
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.data import load_examples
 from modulora_core.inference.generate import Sampling, continuations
+from modulora_core.progress import no_progress
 from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.curves import Curve, curves
 from modulora_core.training.finetune import finetune
-from modulora_core.training.samples import LONGEST, _split, answers
+from modulora_core.training.samples import LONGEST, Sample, _split, answers
 from modulora_core.training.trainer import AdapterTrainer
 
 Configure = Callable[..., FinetuneConfig]
@@ -169,6 +170,38 @@ def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, 
             (alone,) = continuations(model, tokenizer, [ids[:32]], greedy)
             assert answer == words(alone)
     assert any(sample.before != sample.after for sample in samples)
+
+
+@pytest.mark.parametrize(
+    "own", [{"repetition_penalty": 1e4}, {"suppress_tokens": [*range(1, 64)]}], ids=str
+)
+def test_the_models_own_settings_do_not_change_the_answers(
+    tunable: Path, text: Path, own: dict[str, Any]
+) -> None:
+    tokenizer = open_packed(tunable).tokenizer()
+    examples = load_examples(text, tokenizer, seq_len=64)
+
+    def answered(**own: Any) -> list[Sample]:
+        model: Any = trained(load_model(tunable))
+        model.generation_config.update(**own)
+        return answers(
+            model, tokenizer, examples, seconds=100, tokens_per_second=1e4, show=no_progress
+        )
+
+    assert answered(**own) == answered()
+
+
+def test_infinite_logits_end_no_run_at_its_report(tunable: Path, text: Path) -> None:
+    model: Any = trained(load_model(tunable))
+    tokenizer = open_packed(tunable).tokenizer()
+    examples = load_examples(text, tokenizer, seq_len=64)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.inf)
+    (sample, *_) = answers(
+        model, tokenizer, examples, seconds=100, tokens_per_second=1e4, show=no_progress
+    )
+    assert "infinite" in sample.before
+    assert "infinite" in sample.after
 
 
 def test_answers_of_a_slow_model_take_the_time_that_they_are_given(
