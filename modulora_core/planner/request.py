@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modulora_core.errors import OptionError
 from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.devices import check_device
 from modulora_core.training.optimizers import check_optimizer_name
 
 if TYPE_CHECKING:
@@ -69,32 +70,14 @@ class PlanRequest:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        on_cpu = self.device == "cpu"
         if self.device not in ("cpu", "cuda"):
             raise OptionError(f"device {self.device!r}: expected cpu or cuda")
-        if self.config.mapped and not on_cpu:
-            raise OptionError(
-                f"mapped: expected the device cpu, got {self.device}, which copies the weights; "
-                "leave mapped out"
-            )
-        if self.config.dtype == "float16" and on_cpu:
-            raise OptionError(
-                "dtype float16: training in it takes a GPU; on a CPU expected float32 or bfloat16"
-            )
-        if self.config.offload_activations and on_cpu:
-            raise OptionError(
-                "offload_activations: expected the device cuda, got cpu; leave it out"
-            )
-
         for name in ("calibration_samples", "calibration_seq_len", "processes"):
             if getattr(self, name) >= 2**32:
                 raise OptionError(f"{name}: expected less than 2**32, got {getattr(self, name)}")
         if self.processes < 1:
             raise OptionError(f"processes: expected at least 1, got {self.processes}")
-        if self.config.shard and self.processes == 1:
-            raise OptionError("shard: expected several processes, got one; give processes")
-        if self.config.shard and self.config.mapped:
-            raise OptionError("mapped: expected no shard beside it; leave one of the two out")
+        check_device(self.config, self.device, processes=self.processes, shard=self.config.shard)
 
     @property
     def dtype(self) -> str:

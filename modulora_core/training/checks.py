@@ -14,12 +14,14 @@ from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.loading import check_mapped, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
+from modulora_core.distributed import world_size
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.registry import Choice
 from modulora_core.training.arguments import check_optimizer
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.sharding import check_sharding, is_sharded
+from modulora_core.training.devices import check_device
+from modulora_core.training.sharding import check_fsdp_version, is_sharded
 from modulora_core.training.trainer_options import check_reporters, trainer_options
 
 
@@ -29,11 +31,10 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     Raises:
         RequestError: the model cannot be opened, or an option does not fit it or the device.
     """
-    if config.dtype == "float16" and device.type == "cpu":
-        raise OptionError("dtype float16: expected a GPU; on a CPU take float32 or bfloat16")
-    if config.offload_activations and device.type == "cpu":
-        raise OptionError("offload_activations: expected a GPU, got a CPU")
-    check_sharding(config)
+    shard = is_sharded(config)
+    check_device(config, device.type, processes=world_size(), shard=shard)
+    if shard:
+        check_fsdp_version()
     check_optimizer(config.optim)
     check_reporters(config.report_to)
     _check_method(config)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError
 from modulora_core.training.config import FinetuneConfig
 
@@ -19,22 +18,13 @@ def is_sharded(config: FinetuneConfig) -> bool:
     return config.shard or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
-def check_sharding(config: FinetuneConfig) -> None:
-    """Refuse a run whose processes cannot share a model. Raises OptionError."""
-    if not is_sharded(config):
-        return
-    if world_size() == 1:
-        raise OptionError(
-            "shard: expected several processes, got one; start them with `torchrun` or "
-            "`accelerate launch`"
-        )
+def check_fsdp_version() -> None:
+    """Refuse FSDP 1, which ``accelerate launch`` may ask for. Raises OptionError."""
     version = os.environ.get("FSDP_VERSION", "2")
     if version != "2":
         raise OptionError(
             f"fsdp_version: expected 2, got {version}; version 1 splits floating point weights only"
         )
-    if config.mapped:
-        raise OptionError("mapped: expected no shard beside it; leave one of the two out")
 
 
 def distributed_arguments(config: FinetuneConfig) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_without_a_quantizer_plan_has_a_line_for_each(
         ),
         (["{source}", "-q", "toy", "--seq-len", "65"], "expected at most 64, the context of"),
         (["{source}", "-q", "toy", "--device", "tpu"], "device 'tpu': expected cpu or cuda"),
-        (["{source}", "-q", "toy", "--dtype", "float16"], "training in it takes a GPU"),
+        (["{source}", "-q", "toy", "--dtype", "float16"], "expected a GPU"),
         (["{source}", "-q", "toy", "--targets", "q_prog"], "did you mean 'q_proj'"),
         (["{source}", "-q", "toy", "--mapped", "--device", "cuda"], "expected the device cpu"),
         (["{source}", "-q", "toy", "--plot", "plan.gif"], "a name that ends in .svg, .png, .pdf"),

@@ -222,7 +222,7 @@ def test_a_search_comes_within_2_percent(
     [
         ({"quantizer": None}, OptionError, "expected a quantizer, got none"),
         ({"targets": "nothing"}, AdapterError, "target 'nothing'"),
-        ({"offload_activations": True}, OptionError, "expected the device cuda, got cpu"),
+        ({"offload_activations": True}, OptionError, "expected a GPU, got a CPU"),
         ({"optimizer": "adamw"}, OptionError, "optim"),
         ({"optim": "adamw_torhc"}, OptionError, "no such optimizer; expected adamw_torch"),
     ],
