@@ -250,8 +250,8 @@ class FinetuneConfig(BaseModel):
     report: bool = Field(
         default=True,
         description="write report.html: curves, settings, a loss on examples that the run did not "
-        "reach, and answers before and after; the last two take a tenth of the run's time each, or "
-        "5 seconds",
+        "reach, and answers before and after; the loss takes at most a fifth of the run's time, "
+        "the answers a tenth or 5 seconds",
     )
     lora_file: PathName | None = Field(
         default=None,

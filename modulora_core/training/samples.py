@@ -58,7 +58,8 @@ def answers(
         examples: a dataset of ``input_ids`` and ``labels``, or of TRL's ``prompt_ids`` and
             ``chosen_ids``.
         seconds: the time for all, without compiling kernels.
-        tokens_per_second: of training, of which a forward pass is a third.
+        tokens_per_second: tokens that the run trained in a second. A forward pass makes a third
+            of its products, or half without gradient checkpointing.
         show: the bar.
     """
     affordable = max(PROMPT, int(seconds / 4 * 3 * tokens_per_second))  # half the time: two passes
