@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Literal
 
 import rich.progress
 from rich.console import Console
@@ -23,25 +23,38 @@ Progress = Callable[[str, int, int], None]
 Show = Callable[[str, int, int | None], None]
 """A ``Progress`` whose total may be None, for unknown."""
 
-Bars = Callable[[str, str], AbstractContextManager[Progress]]
-"""``with bars(what, unit) as progress:`` opens a bar. The unit ``"bytes"`` is shown as sizes."""
+
+@dataclass(frozen=True)
+class Bars:
+    """Draws a bar for each part of the work.
+
+    Attributes:
+        open: ``with open(what, unit) as progress:`` draws a bar. The unit ``"bytes"`` means sizes.
+    """
+
+    open: Callable[[str, str], AbstractContextManager[Progress]]
+
+
+Display = Progress | Bars | bool
+"""How work shows its progress: on a callback, on bars, on a terminal (True), or not (False)."""
 
 
 def no_progress(*_: object) -> None:
     """Show nothing."""
 
 
-def shown(
-    progress: Progress | Literal[False] | None, what: str, unit: str
-) -> AbstractContextManager[Progress]:
-    """Give ``progress`` itself, a bar on a terminal for None, and :func:`no_progress` for False.
+def shown(display: Display, what: str, unit: str) -> AbstractContextManager[Progress]:
+    """Open the callback by which one part of the work shows its progress.
 
     Args:
-        what: the title of the bar until the caller gives another; unit: of its counts.
+        what: the title of a bar until the caller gives another.
+        unit: the unit of its counts, such as ``"layers"``.
     """
-    if progress is None:
+    if isinstance(display, Bars):
+        return display.open(what, unit)
+    if display is True:
         return terminal_bar(what, unit)
-    return nullcontext(progress or no_progress)
+    return nullcontext(display or no_progress)
 
 
 @contextmanager
@@ -54,17 +67,6 @@ def terminal_bar(what: str, unit: str) -> Iterator[Progress]:
             yield show
     else:
         yield no_progress
-
-
-def bars(progress: bool | Bars) -> Bars:
-    """The function that opens bars: on a terminal, none, or ``progress`` itself."""
-    return progress if callable(progress) else terminal_bar if progress else no_bar
-
-
-@contextmanager
-def no_bar(what: str, unit: str) -> Iterator[Progress]:  # noqa: ARG001  # the signature of Bars
-    """Show nothing."""
-    yield no_progress
 
 
 @contextmanager

@@ -47,7 +47,6 @@ from modulora_core.comparison import measure
 from modulora_core.comparison.measure import ORIGINAL, Request
 from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import perplexity
-from modulora_core.progress import no_bar
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Comparison:
         self._folder = folder
 
     def measure(self, request: Request, words: str | None) -> measure.Method:
-        return measure.measure(request, self._folder, words, no_bar)
+        return measure.measure(request, self._folder, words, False)
 
 
 class PeerJob(ModelJob):

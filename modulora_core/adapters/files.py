@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import OptionError
@@ -16,7 +16,7 @@ from modulora_core.models.installed_formats import (
     unread_file,
 )
 from modulora_core.models.locate import names_file
-from modulora_core.progress import Progress
+from modulora_core.progress import Display
 from modulora_core.spec import FormatSpec
 
 __all__ = ["AdapterFile", "FileWriter", "MergedFile"]
@@ -112,7 +112,7 @@ class FileWriter(ABC):
         adapter: str | None = None,
         type: str | None = None,
         base: str | None = None,
-        progress: Progress | Literal[False] | None = None,
+        progress: Display = True,
     ) -> MergedFile:
         """Write ``model``, with ``adapter`` merged in, as the file ``out``.
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from modulora_core.checkpoints.written.outputs import (
 from modulora_core.checkpoints.written.shards import ShardWriter, plan_shards
 from modulora_core.errors import OptionError, OutputError, WeightError, usable_path
 from modulora_core.models.store import is_finite
-from modulora_core.progress import Progress, shown
+from modulora_core.progress import Display, shown
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 
@@ -67,7 +67,7 @@ def merge(
     *,
     adapter: str | Path | None = None,
     dtype: str | torch.dtype = "bfloat16",
-    progress: Progress | Literal[False] | None = None,
+    progress: Display = True,
 ) -> MergeResult:
     """Write the weights of ``model``, with ``adapter`` merged in, as a dense folder.
 

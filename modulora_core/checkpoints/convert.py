@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWrite
 from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError, usable_path
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
-from modulora_core.progress import Progress, shown
+from modulora_core.progress import Display, shown
 from modulora_core.spec import TensorLayout
 
 
@@ -60,7 +60,7 @@ def convert(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     revision: str | None = None,
-    progress: Progress | Literal[False] | None = None,
+    progress: Display = True,
 ) -> ConvertResult:
     """Write the packed checkpoint ``source`` to the folder ``out`` in another format.
 

@@ -13,6 +13,7 @@ from modulora_core.cli.demo import EMBEDDING_BITS, without_calibration
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import next_commands, table
 from modulora_core.errors import OptionError, OutputError
+from modulora_core.progress import Bars
 
 PAGE = "comparison.html"
 
@@ -86,7 +87,7 @@ def command(
         device=device, embeddings=packs,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    methods = compare(request, out, terminal().progress)
+    methods = compare(request, out, Bars(terminal().progress))
     written = out / PAGE
     words = ["modulora", "compare", model, "--data", data]
     words += [word for name in quantizers for word in ("-q", name)]

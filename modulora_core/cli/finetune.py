@@ -12,6 +12,7 @@ from modulora_core import registry
 from modulora_core.cli.arguments import Resume, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
+from modulora_core.progress import Bars
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.losses import loss_in_words
 
@@ -87,7 +88,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
     def on_eval(step: int, loss: float) -> None:
         terminal().note(f"step {step}: loss {loss:.4f} on the evaluation data")
 
-    result = finetune(request, resume=resume, on_eval=on_eval, progress=terminal().progress)
+    result = finetune(request, resume=resume, on_eval=on_eval, progress=Bars(terminal().progress))
     if not result.steps:
         said = f"{result.out}: it is finished; nothing is left to resume"
         return Report(result.to_json(), Group(said, _next_commands(result.model, request)))

@@ -30,7 +30,7 @@ from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import segment_losses
 from modulora_core.inference.generate import Sampling, generate
 from modulora_core.inference.opened import open_to_run
-from modulora_core.progress import Bars
+from modulora_core.progress import Display, shown
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.quantization.quality import Quality
 from modulora_core.registry import Choice
@@ -126,7 +126,7 @@ class Method:
     quantizing_peak_bytes: int | None = None
 
 
-def compare(request: Request, folder: Path, bars: Bars) -> list[Method]:
+def compare(request: Request, folder: Path, progress: Display) -> list[Method]:
     """Measure the original and each quantizer, whose adapters and results ``folder`` gets.
 
     Raises:
@@ -135,10 +135,10 @@ def compare(request: Request, folder: Path, bars: Bars) -> list[Method]:
     """
     for words in request.quantizers:
         Choice.parse(words, "-q").create()
-    return [measure(request, folder, words, bars) for words in (None, *request.quantizers)]
+    return [measure(request, folder, words, progress) for words in (None, *request.quantizers)]
 
 
-def measure(request: Request, folder: Path, words: str | None, bars: Bars) -> Method:
+def measure(request: Request, folder: Path, words: str | None, progress: Display) -> Method:
     """Measure one quantizer, ``NAME:KEY=VALUE,...``, or the original for None.
 
     Raises: as :func:`compare`.
@@ -156,25 +156,25 @@ def measure(request: Request, folder: Path, words: str | None, bars: Bars) -> Me
     if words is not None:
         source = _source(request, words, calibration)
         model = str(source.folder)
-        facts = _kept(packed, lambda: _quantized(source, name, bars))
+        facts = _kept(packed, lambda: _quantized(source, name, progress))
         if not is_packed(source.folder):  # somebody emptied the cache
-            _quantized(source, name, bars)
+            _quantized(source, name, progress)
     opened = open_model(model)
     nbytes = opened.nbytes if isinstance(opened, PackedCheckpoint) else _dense_bytes(opened)
     tested = _digest(request.held_out, request.seq_len, request.segments, request.prompts)
     before = _kept(
         packed.with_name(f"{packed.name}-{tested}"),
-        lambda: _measured(request, model, None, name, bars),
+        lambda: _measured(request, model, None, name, progress),
     )
     after: Measured | None = None
     if request.steps and isinstance(opened, PackedCheckpoint):
         trained = request.steps, request.batch_size, request.seq_len, request.seed
         digest = _digest(*trained, request.matmul_precision)
         adapter = packed.with_name(f"{packed.name}-adapter-{digest}")
-        facts |= _kept(adapter, lambda: _trained(request, model, adapter, bars))
+        facts |= _kept(adapter, lambda: _trained(request, model, adapter, progress))
         found = _kept(
             adapter.with_name(f"{adapter.name}-{tested}"),
-            lambda: _measured(request, model, adapter, f"{name}, finetuned", bars),
+            lambda: _measured(request, model, adapter, f"{name}, finetuned", progress),
         )
         after = Measured(**found["measured"])
     return Method(
@@ -228,8 +228,8 @@ def _source(request: Request, words: str, calibration: CalibrationConfig) -> Cac
     )  # fmt: skip
 
 
-def _quantized(source: CachedModel, name: str, bars: Bars) -> dict[str, Any]:
-    with bars(f"quantizing with {name}", "bytes") as show:
+def _quantized(source: CachedModel, name: str, progress: Display) -> dict[str, Any]:
+    with shown(progress, f"quantizing with {name}", "bytes") as show:
         found = source.quantize(show)
     return {
         "bits_per_weight": found.bits_per_weight,
@@ -238,18 +238,18 @@ def _quantized(source: CachedModel, name: str, bars: Bars) -> dict[str, Any]:
     }
 
 
-def _trained(request: Request, model: str, out: Path, bars: Bars) -> dict[str, Any]:
+def _trained(request: Request, model: str, out: Path, progress: Display) -> dict[str, Any]:
     config = FinetuneConfig(
         model=model, out=str(out), data=request.train, steps=request.steps,
         batch_size=request.batch_size, seq_len=request.seq_len, seed=request.seed,
         matmul_precision=request.matmul_precision, report=False,
     )  # fmt: skip
-    found = finetune(config, resume=out.exists(), progress=bars)
+    found = finetune(config, resume=out.exists(), progress=progress)
     return {"training_peak_bytes": found.peak_memory_bytes or None}
 
 
 def _measured(
-    request: Request, name: str, adapter: Path | None, title: str, bars: Bars
+    request: Request, name: str, adapter: Path | None, title: str, progress: Display
 ) -> dict[str, Any]:
     """The fields of :class:`Measured`, and the prompts."""
     opened = open_to_run(name, adapter=adapter, device=request.device)
@@ -258,7 +258,7 @@ def _measured(
     prompts = [tokenizer.decode(row[:PROMPT_TOKENS]) for row in ids[: request.prompts]]
     with PeakMemory(opened.device) as peak:
         model = opened.load()
-        with bars(f"measuring {title}", "passes") as show:
+        with shown(progress, f"measuring {title}", "passes") as show:
             losses = segment_losses(
                 model, ids,
                 progress=lambda _, done, total: show(f"measuring {title}", done, total),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from modulora_core.data.examples import longest_first
 from modulora_core.data.formats import Conversation
 from modulora_core.data.rendering import Renderer
-from modulora_core.data.sources import Source
-from modulora_core.data.templates import Template
 from modulora_core.errors import MissingExtraError
 from modulora_core.inference.generate import Sampling, continuations
-from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
+from modulora_core.inference.passes import batches, check_examples, evaluating
 from modulora_core.models.tokenizer_checks import panics_refused
 from modulora_core.progress import Progress, no_progress
 
@@ -39,32 +38,29 @@ class ExactMatch:
 def rouge(
     model: Any,
     tokenizer: Any,
-    source: Source,
+    asked: Sequence[Conversation],
     max_new_tokens: int = 128,
     *,
     beams: int = 1,
     batch_size: int = 1,
-    template: Template | None = None,
     progress: Progress = no_progress,
 ) -> Rouge:
-    """ROUGE of the model's answers against the answers in ``source``.
+    """ROUGE of the model's answers against the answers of the data.
 
     Prompts are rendered as in training. In a chat, the last turn of the assistant is the answer.
 
     Args:
         model: a transformers causal language model. It keeps its mode, training or evaluation.
         tokenizer: its tokenizer.
-        source: instructions, chats or completions.
+        asked: prompts with their answers (:func:`modulora_core.inference.passes.asked_in`).
         max_new_tokens: limit of an answer.
         beams: beams of beam search; 1 takes the most likely token.
         batch_size: prompts per generation.
-        template: makes prompts and completions from columns of the source.
         progress: called after each generation.
 
     Raises:
         MissingExtraError: rouge-score is not installed.
-        DataError: the source is malformed or is text, or a prompt with its answer exceeds the
-            model's window.
+        DataError: a prompt with its answer exceeds the model's window.
         OptionError: ``max_new_tokens``, ``beams`` or ``batch_size`` is below 1.
     """
     try:
@@ -73,7 +69,6 @@ def rouge(
         raise MissingExtraError(
             "rouge: expected the library rouge-score; pip install 'modulora-core[evaluation]'"
         ) from None
-    asked = asked_in(source, template)
     texts = _texts(
         model, tokenizer, asked, Sampling(max_new_tokens, beams=beams), batch_size, progress
     )
@@ -87,16 +82,14 @@ def rouge(
 def exact_match(
     model: Any,
     tokenizer: Any,
-    source: Source,
+    asked: Sequence[Conversation],
     max_new_tokens: int = 128,
     *,
     beams: int = 1,
     batch_size: int = 1,
-    template: Template | None = None,
     progress: Progress = no_progress,
 ) -> ExactMatch:
-    """The share of generated answers that equal the answers in ``source``, as :func:`rouge`."""
-    asked = asked_in(source, template)
+    """The share of generated answers that equal the answers of the data, as :func:`rouge`."""
     texts = _texts(
         model, tokenizer, asked, Sampling(max_new_tokens, beams=beams), batch_size, progress
     )
@@ -109,7 +102,7 @@ def exact_match(
 def _texts(
     model: Any,
     tokenizer: Any,
-    asked: list[Conversation],
+    asked: Sequence[Conversation],
     sampling: Sampling,
     batch_size: int,
     progress: Progress,

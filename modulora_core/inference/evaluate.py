@@ -22,14 +22,14 @@ from modulora_core.data import token_segments
 from modulora_core.data.examples import Collator, longest_first
 from modulora_core.data.formats import Conversation
 from modulora_core.data.rendering import Encoded, Renderer, check_ids
-from modulora_core.data.sources import Source, source_name
+from modulora_core.data.sources import Source
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
 from modulora_core.models.config import window_of
-from modulora_core.progress import Progress, no_progress, shown
+from modulora_core.progress import Display, Progress, no_progress, shown
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
 
 Metric = Literal["perplexity", "accuracy", "rouge", "exact-match"]
@@ -72,7 +72,7 @@ class _Settings(TypedDict, total=False):
     prompt: str | None
     completion: str | None
     adapter: str | Path | None
-    progress: Progress | Literal[False] | None
+    progress: Display
 
 
 @overload
@@ -95,10 +95,6 @@ def evaluate(
     model: Runnable, data: Source = "pydoc", *, metric: Literal["exact-match"],
     **settings: Unpack[_Settings],
 ) -> ExactMatch: ...  # fmt: skip
-@overload
-def evaluate(
-    model: Runnable, data: Source = "pydoc", *, metric: Metric, **settings: Unpack[_Settings]
-) -> Perplexity | Accuracy | Rouge | ExactMatch: ...
 @checked
 def evaluate(
     model: Runnable,
@@ -113,7 +109,7 @@ def evaluate(
     prompt: str | None = None,
     completion: str | None = None,
     adapter: str | Path | None = None,
-    progress: Progress | Literal[False] | None = None,
+    progress: Display = True,
 ) -> Perplexity | Accuracy | Rouge | ExactMatch:
     """Measure a model on data, as ``modulora evaluate`` does.
 
@@ -147,12 +143,12 @@ def evaluate(
         if metric == "perplexity":
             ids = token_segments(data, tokenizer, seq_len, segments)
             return perplexity(load(), ids, batch_size=batch_size, progress=progress)
-        asked_in(data, template)  # a bad source is refused before the model is loaded
-        common: Any = {"batch_size": batch_size, "template": template, "progress": progress}
+        asked = asked_in(data, template)  # a bad source is refused before the model is loaded
+        common: Any = {"batch_size": batch_size, "progress": progress}
         if metric == "accuracy":
-            return accuracy(load(), tokenizer, data, **common)
+            return accuracy(load(), tokenizer, asked, **common)
         measure = rouge if metric == "rouge" else exact_match
-        return measure(load(), tokenizer, data, max_new_tokens, beams=beams, **common)
+        return measure(load(), tokenizer, asked, max_new_tokens, beams=beams, **common)
 
 
 def perplexity(
@@ -211,10 +207,9 @@ def segment_losses(
 def accuracy(
     model: Any,
     tokenizer: Any,
-    source: Source,
+    asked: Sequence[Conversation],
     *,
     batch_size: int = 8,
-    template: Template | None = None,
     progress: Progress = no_progress,
 ) -> Accuracy:
     """The fraction of examples whose own answer is the most likely of all distinct answers.
@@ -226,25 +221,23 @@ def accuracy(
     Args:
         model: a transformers causal language model. It keeps its mode, training or evaluation.
         tokenizer: its tokenizer.
-        source: records of text and label, prompt and completion, or instruction and output.
+        asked: prompts with their labels (:func:`modulora_core.inference.passes.asked_in`).
         batch_size: answers per forward pass.
-        template: makes prompts and completions from columns of the source.
         progress: called after each forward pass.
 
     Raises:
-        DataError: the source is malformed, is text or a chat, or has too few or too many distinct
-            answers; or an example exceeds the model's window.
+        DataError: a prompt is a chat, there are too few or too many distinct answers, or an example
+            exceeds the model's window.
         OptionError: ``batch_size`` is below 1.
         WorkError: the model's logits are NaN or infinite.
     """
-    asked = asked_in(source, template)
     if asked[0].plain is None:
         raise DataError(f"{asked[0].place}: accuracy: expected a prompt and a label, got a chat")
     examples = {each.answer: each for each in asked}  # an example of each answer
     labels = tuple(sorted(examples))
     if not 2 <= len(labels) <= MAX_LABELS:
         raise DataError(
-            f"{source_name(source)}: accuracy: expected 2 to {MAX_LABELS} distinct labels, "
+            f"{asked[0].place}: accuracy: expected 2 to {MAX_LABELS} distinct labels from here on, "
             f"got {len(labels)}"
         )
     renderer = Renderer(tokenizer)

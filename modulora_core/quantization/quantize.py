@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -42,7 +42,7 @@ from modulora_core.errors import OptionError, OutputError, usable_path
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.folders import REQUEST
 from modulora_core.models.tokenizer import TOKENIZER_FILES
-from modulora_core.progress import Progress, shown
+from modulora_core.progress import Display, Progress, shown
 from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
 from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
@@ -117,7 +117,7 @@ def quantize(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     resume: bool = False,
     revision: str | None = None,
-    progress: Progress | Literal[False] | None = None,
+    progress: Display = True,
 ) -> QuantizeResult:
     """Quantize the linear layers of ``model`` into the folder ``out``.
 

@@ -44,7 +44,7 @@ from modulora_core.errors import OptionError, OutputError
 from modulora_core.layers import QuantLinear
 from modulora_core.models.config import vocabulary_of
 from modulora_core.models.folders import RUN_FILE
-from modulora_core.progress import Bars, Progress, bars, quiet
+from modulora_core.progress import Display, Progress, quiet, shown
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.batches import check_joined
 from modulora_core.training.checked_run import CheckedRun, checked_run
@@ -113,7 +113,7 @@ def finetune(
     on_step: OnStep | None = None,
     on_eval: OnEval | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    progress: bool | Bars = True,
+    progress: Display = True,
 ) -> FinetuneResult:
     """Train an adapter and write it to ``config.out``, in PEFT's format.
 
@@ -129,7 +129,8 @@ def finetune(
         on_step: called after each optimizer step.
         on_eval: called after each evaluation.
         callbacks: callbacks of transformers' Trainer.
-        progress: a bar on a terminal, no bar, or a function that opens bars.
+        progress: called with a title, the steps done and their number; by default a bar on a
+            terminal, and False shows none. :class:`~modulora_core.progress.Bars` draws its own.
 
     Raises:
         OutputError: ``out`` holds a finished adapter, other files, or, without ``resume``, an
@@ -140,16 +141,16 @@ def finetune(
         WorkError: the loss became NaN or infinite. Every other error comes before work starts.
         Interrupted: a KeyboardInterrupt, after a signal.
     """
-    out, open_bar = Path(config.out), bars(progress)
+    out = Path(config.out)
     with together():
         run = checked_run(config, data, eval_data, out, resume)
     if run is None:
         return FinetuneResult(config.out, 0, [], None, 0.0, 0.0, 0, model=config.model)
     config = run.config
-    checkpoint = _packed(run.base, open_bar)
-    trained = _train(run, checkpoint, open_bar, on_step, on_eval, callbacks)
+    checkpoint = _packed(run.base, progress)
+    trained = _train(run, checkpoint, progress, on_step, on_eval, callbacks)
     losses, eval_loss = trained.logged("loss"), trained.eval_loss
-    files = _write(run, checkpoint, trained, open_bar)
+    files = _write(run, checkpoint, trained, progress)
     worse = divergence(losses, eval_loss, vocabulary_of(trained.model.config))
     if worse:
         advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
@@ -183,7 +184,7 @@ class _Trained:
 def _train(
     run: CheckedRun,
     checkpoint: PackedCheckpoint,
-    open_bar: Bars,
+    progress: Display,
     on_step: OnStep | None,
     on_eval: OnEval | None,
     callbacks: Sequence[TrainerCallback],
@@ -198,7 +199,7 @@ def _train(
         only_writer(out) if is_first() else nullcontext(),
         matmul_precision(config.matmul_precision),
     ):
-        with together(), open_bar("loading the model", "layers") as show:
+        with together(), shown(progress, "loading the model", "layers") as show:
             with trainer_refused(config.trainer, out / CHECKPOINTS):
                 arguments = method_arguments(config, out / CHECKPOINTS, run.steps, device)
             begins = run.resume_from is None
@@ -220,10 +221,10 @@ def _train(
             record_examples(out, examples)
             remove_half_written(out / CHECKPOINTS)
         if predictions is not None:
-            with together(), open_bar("predicting", "blocks") as show:
+            with together(), shown(progress, "predicting", "blocks") as show:
                 if is_first():
                     predictions.compute(device, show)
-        with open_bar("training", "steps") as watcher.show:
+        with shown(progress, "training", "steps") as watcher.show:
             started = time.perf_counter()
             with interruption.watched():
                 tokens = trainer.run(run.resume_from)
@@ -236,7 +237,7 @@ def _train(
 
 
 def _write(
-    run: CheckedRun, checkpoint: PackedCheckpoint, trained: _Trained, open_bar: Bars
+    run: CheckedRun, checkpoint: PackedCheckpoint, trained: _Trained, progress: Display
 ) -> tuple[str, ...]:
     """Write the adapter, its card and its report. Returns the ``lora_file`` and files beside it."""
     config, out, model, trainer = run.config, run.out, trained.model, trained.trainer
@@ -255,7 +256,7 @@ def _write(
         files = (written.out, *written.beside)
     if config.report:
         seconds = trained.seconds
-        with open_bar(f"answering prompts for {REPORT_FILE}", "tokens") as show:
+        with shown(progress, f"answering prompts for {REPORT_FILE}", "tokens") as show:
             samples = answers(
                 model, run.tokenizer, trainer.eval_dataset or trainer.train_dataset,
                 seconds=max(LEAST, seconds / 10), tokens_per_second=trained.tokens / seconds,
@@ -280,11 +281,11 @@ def _write(
     return files
 
 
-def _packed(base: PackedCheckpoint | CachedModel, open_bar: Bars) -> PackedCheckpoint:
+def _packed(base: PackedCheckpoint | CachedModel, progress: Display) -> PackedCheckpoint:
     """The packed model; a dense one is quantized now."""
     if isinstance(base, PackedCheckpoint):
         return base
-    with open_bar("reading", "bytes") as show:
+    with shown(progress, "reading", "bytes") as show:
         return base.packed(show)
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ from modulora_core.layers import LoRALayer, QuantLinear
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.packed import PackedWeight
-from modulora_core.progress import Progress, shown
+from modulora_core.progress import Display, Progress, shown
 from modulora_core.spec import Calibration, Quantizer
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def init_adapter(
     dense: str | Path,
     calibration: CalibrationConfig,
     settings: LoRASettings | None = None,
-    progress: Progress | Literal[False] | None = None,
+    progress: Display = True,
 ) -> InitialAdapter:
     """Write an adapter that corrects the layers of a quantized model, as a start of training.
 

@@ -11,7 +11,6 @@ import pytest
 from modulora_core.comparison import measure as comparison
 from modulora_core.comparison.measure import Request, compare, difference
 from modulora_core.comparison.page import page
-from modulora_core.progress import no_bar
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
@@ -46,7 +45,7 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    original, toy = compare(request_, out, no_bar)
+    original, toy = compare(request_, out, False)
     assert original.name == "original"
     assert original.after is None  # a dense model takes no adapter here
     assert toy.after is not None
@@ -57,11 +56,11 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     with monkeypatch.context() as patched:  # nothing is done again
         for done in ("_quantized", "_trained", "_measured"):
             patched.setattr(comparison, done, None)
-        assert compare(request_, out, no_bar) == [original, toy]
+        assert compare(request_, out, False) == [original, toy]
 
     for file in out.glob("toy-*.json"):  # an interrupted comparison lost these, and no folders
         file.unlink()
-    again = compare(request_, out, no_bar)[1]
+    again = compare(request_, out, False)[1]
     assert again.after is not None
     assert again.after.losses == toy.after.losses
     assert toy.quantizing_seconds is not None
@@ -69,13 +68,13 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
 
     with monkeypatch.context() as patched:  # another seed has the packed model
         patched.setattr(comparison, "_quantized", None)
-        other = compare(replace(request_, seed=1), out, no_bar)[1]
+        other = compare(replace(request_, seed=1), out, False)[1]
     assert other.before == again.before
     assert other.after is not None
     assert other.after.losses != toy.after.losses
 
     assert comparison.has_large_embedding(request_.model)
-    small = compare(replace(request_, embeddings="toy", steps=0), out, no_bar)[1]
+    small = compare(replace(request_, embeddings="toy", steps=0), out, False)[1]
     assert small.nbytes < toy.nbytes
 
     text = page(request_, [original, toy], "modulora compare MODEL")
@@ -95,8 +94,8 @@ def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(
     out = tmp_path / "out"
     out.mkdir()
     request = replace(request_, steps=0, prompts=0)
-    found = compare(request, out, no_bar)[1]
+    found = compare(request, out, False)[1]
     assert (found.model, found.quantizing_seconds) == (packed, None)
     shutil.rmtree(packed)
-    assert compare(request, out, no_bar)[1] == found
+    assert compare(request, out, False)[1] == found
     assert (Path(packed) / "config.json").is_file()

@@ -15,7 +15,7 @@ from torch import Tensor
 from modulora_core.kernels import KernelQuantizer, compiled
 from modulora_core.kernels.parity import check_kernels, compare
 from modulora_core.packed import PackedWeight, TensorLayout
-from modulora_core.progress import no_bar
+from modulora_core.progress import no_progress
 from modulora_core.spec import Calibration, QuantizerSpec
 
 KERNELS = """
@@ -96,8 +96,7 @@ def test_right_kernels_pass_and_are_used(
         "product with 17 rows, transposed",
     ]  # fmt: skip
     assert all(each.passed and each.kernels == (quantizer.kernels,) for each in results)
-    with no_bar("", "") as progress:
-        check_kernels([(quantizer, packed)], dtype, progress)
+    check_kernels([(quantizer, packed)], dtype, no_progress)
     assert not recwarn
     assert compiled.for_device(quantizer.kernels, W.device) is not None
 
@@ -109,10 +108,10 @@ def test_wrong_kernels_are_named_once_and_replaced(
 ) -> None:
     quantizer = stored(tmp_path, monkeypatch, *WRONG[fault])
     packed = quantizer.pack(W)
-    with no_bar("", "") as progress, warnings.catch_warnings(record=True) as warned:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        check_kernels([(quantizer, packed), (quantizer, packed)], dtype, progress)
-        check_kernels([(quantizer, packed)], dtype, progress)
+        check_kernels([(quantizer, packed), (quantizer, packed)], dtype, no_progress)
+        check_kernels([(quantizer, packed)], dtype, no_progress)
     (message,) = [str(each.message) for each in warned]
     for part in (quantizer.kernels, "[9, 12]", str(dtype).removeprefix("torch."), "doctor --gpu"):
         assert part in message

@@ -17,6 +17,7 @@ import torch
 import modulora_core
 from modulora_core import FinetuneConfig, evaluate, finetune, load_model, open_to_run
 from modulora_core.errors import OptionError
+from modulora_core.progress import Bars
 
 Configure = Callable[..., FinetuneConfig]
 
@@ -90,11 +91,15 @@ def test_functions_draw_a_bar_on_a_terminal(
 
 
 def test_they_draw_none_on_request_or_without_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, tunable: Path, configure: Configure
+    monkeypatch: pytest.MonkeyPatch, tunable: Path, configure: Configure, tmp_path: Path
 ) -> None:
     screen, calls = terminal(monkeypatch), list[Any]()
     text = [{"text": "The with statement. " * 9}]
     finetune(configure(steps=1), progress=False)
+    finetune(
+        configure(steps=1, out=str(tmp_path / "other")), progress=lambda *call: calls.append(call)
+    )
+    assert calls[-1][1:] == (1, 1)
     evaluate(str(tunable), text, seq_len=16, progress=False)
     evaluate(str(tunable), text, seq_len=16, progress=lambda *call: calls.append(call))
     assert calls[-1][0] == "evaluating"
@@ -112,7 +117,7 @@ def test_a_program_may_open_its_own_bars(configure: Configure) -> None:
         return nullcontext(lambda what, *counts: calls.append((what.split()[0], *counts)))
 
     rows = [{"text": "The with statement."}]
-    finetune(configure(steps=2, report=True), eval_data=rows, progress=bars)
+    finetune(configure(steps=2, report=True), eval_data=rows, progress=Bars(bars))
     assert calls[:7] == [
         ("loading the model", "layers"), ("training", "steps"), ("evaluating", 0, 2),
         ("loss", 1, 2), ("loss", 2, 2), ("evaluating", 2, 2),

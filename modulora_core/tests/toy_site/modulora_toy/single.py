@@ -107,7 +107,7 @@ class SingleWriter(FileWriter):
             save_file(factors, path)
         return AdapterFile(str(out), str(model or saved.base_name), "toy", len(saved.deltas))
 
-    def merge(self, model, out, *, adapter=None, type=None, base=None, progress=None):
+    def merge(self, model, out, *, adapter=None, type=None, base=None, progress=True):
         started, checkpoint = time.perf_counter(), open_packed(model)
         deltas = {} if adapter is None else adapter_for(checkpoint, adapter).deltas
         merged = partial(merged_parameter, checkpoint, dtype=torch.float32)

@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from modulora_core.checkpoints.written.outputs import SMALL_FILES, check_disk_sp
 from modulora_core.errors import ModelError, OptionError, WeightError
 from modulora_core.models.locate import locate
 from modulora_core.models.source import ModelSource, open_dense
-from modulora_core.progress import Progress, shown
+from modulora_core.progress import Display, shown
 from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 from modulora_gguf.file.header import Header, TensorInfo
@@ -67,7 +66,7 @@ class LlamaCppWriter(FileWriter):
         adapter: str | None = None,
         type: str | None = None,
         base: str | None = None,
-        progress: Progress | Literal[False] | None = None,
+        progress: Display = True,
     ) -> MergedFile:
         """Write a merged file, as :meth:`FileWriter.merge` says.
 
