@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.checkpoints.loading import load_model as load_model
     from modulora_core.hookspecs import hookimpl as hookimpl
     from modulora_core.inference.evaluate import evaluate as evaluate
-    from modulora_core.inference.generate import Sampling as Sampling
     from modulora_core.inference.generate import generate as generate
     from modulora_core.inference.opened import open_to_run as open_to_run
     from modulora_core.inference.tasks import evaluate_tasks as evaluate_tasks
     from modulora_core.layers import LoRALinear as LoRALinear
     from modulora_core.layers import QuantLinear as QuantLinear
+    from modulora_core.models.sampling import Sampling as Sampling
     from modulora_core.packed import PackedLayout as PackedLayout
     from modulora_core.packed import PackedWeight as PackedWeight
     from modulora_core.planner.fitting import plan as plan
@@ -58,7 +58,7 @@ _PUBLIC = {
     "QuantLinear": "layers",
     "Quantizer": "spec",
     "QuantizerSpec": "spec",
-    "Sampling": "inference.generate",
+    "Sampling": "models.sampling",
     "add_lora": "adapters.lora",
     "convert": "checkpoints.convert",
     "evaluate": "inference.evaluate",

@@ -48,8 +48,9 @@ def command(
         modulora chat smollm2-packed --adapter my-adapter --temperature 0.7
         echo "Name a module." | modulora chat smollm2-packed --json
     """
-    from modulora_core.inference.generate import Sampling, generate
+    from modulora_core.inference.generate import generate
     from modulora_core.inference.opened import open_to_run
+    from modulora_core.models.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     opened = open_to_run(

@@ -39,8 +39,9 @@ def command(
         modulora generate smollm2-packed "Name a module." --adapter adapter --json
     """
     from modulora_core.checkpoints.peak_memory import PeakMemory
-    from modulora_core.inference.generate import Sampling, generate
+    from modulora_core.inference.generate import generate
     from modulora_core.inference.opened import open_to_run
+    from modulora_core.models.sampling import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     opened = open_to_run(

@@ -14,8 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.loading import load_model
-from modulora_core.inference.generate import Sampling, generate
+from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
+from modulora_core.models.sampling import Sampling
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune

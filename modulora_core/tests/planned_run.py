@@ -72,8 +72,9 @@ def decoding(options: dict[str, Any]) -> Taken:
     """Read a prompt of ``prompt`` tokens, and generate a few new ones."""
     from pydoc_data.topics import topics
 
-    from modulora_core.inference.generate import Sampling, generate
+    from modulora_core.inference.generate import generate
     from modulora_core.inference.opened import open_to_run
+    from modulora_core.models.sampling import Sampling
 
     opened = open_to_run(options["model"], mapped=options.get("mapped", False))
     with PeakMemory() as peak:

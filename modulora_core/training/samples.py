@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.data.rendering import IGNORED
 from modulora_core.errors import WorkError
-from modulora_core.inference.generate import Sampling, continuations
 from modulora_core.models.config import window_of
+from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.progress import Progress
 
 COUNT, LONGEST, PROMPT = 5, 48, 32

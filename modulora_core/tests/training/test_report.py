@@ -14,7 +14,7 @@ import torch
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.data import load_examples
-from modulora_core.inference.generate import Sampling, continuations
+from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.progress import no_progress
 from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl

@@ -34,9 +34,10 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.inference.evaluate import evaluate
-from modulora_core.inference.generate import Sampling, generate
+from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models import ModelSource, open_dense
+from modulora_core.models.sampling import Sampling
 from modulora_core.planner.fitting import plan
 from modulora_core.progress import quiet
 from modulora_core.quantization.quantize import quantize
