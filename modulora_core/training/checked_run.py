@@ -28,7 +28,7 @@ from modulora_core.training.resuming import CHECKPOINTS, check_examples, check_o
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckedRun:
     """A run whose request was checked; no weight is loaded yet.
 
@@ -92,8 +92,9 @@ def checked_run(
     start = None if resume_from is not None else _start(config)
     warn_of_settings(config, examples["train"], steps)
     return CheckedRun(
-        config, out, device, base, tokenizer, source_name(sources["train"]), examples, steps,
-        predictions, start, resume_from,
+        config=config, out=out, device=device, base=base, tokenizer=tokenizer,
+        data=source_name(sources["train"]), examples=examples, steps=steps,
+        predictions=predictions, start=start, resume_from=resume_from,
     )  # fmt: skip
 
 

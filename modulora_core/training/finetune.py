@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.files import base_file, file_writer
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.loading import load_model, resolved_dtype
@@ -39,8 +37,8 @@ from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import check_disk_space, only_writer, write_file
 from modulora_core.data.sources import Source
 from modulora_core.dense_products import matmul_precision
-from modulora_core.distributed import barrier, is_first, together
-from modulora_core.errors import OptionError, OutputError
+from modulora_core.distributed import is_first, together
+from modulora_core.errors import OptionError
 from modulora_core.layers import QuantLinear
 from modulora_core.models.config import vocabulary_of
 from modulora_core.models.folders import RUN_FILE
@@ -55,19 +53,17 @@ from modulora_core.training.init_adapter import Start
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import divergence
 from modulora_core.training.methods import method_arguments, method_trainer, trainer_refused
-from modulora_core.training.model_card import model_card
-from modulora_core.training.report import REPORT_FILE, report
+from modulora_core.training.outputs import Trained, write_outputs
 from modulora_core.training.resuming import CHECKPOINTS, record_examples
-from modulora_core.training.samples import LEAST, answers
 from modulora_core.training.sharding import is_sharded
 from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FinetuneResult:
-    """The result of a run.
+    """The result of a run. A run that was finished before has no steps.
 
     Attributes:
         out: the adapter folder.
@@ -87,14 +83,14 @@ class FinetuneResult:
     """
 
     out: str
-    steps: int
-    losses: list[float]
-    eval_loss: float | None
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    eval_loss: float | None = None
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    peak_memory_bytes: int = 0
     eval_loss_before: float | None = None
-    model: str = ""
+    model: str
     files: tuple[str, ...] = ()
     padding: float | None = None
     held_out: HeldOut | None = None
@@ -145,40 +141,31 @@ def finetune(
     with together():
         run = checked_run(config, data, eval_data, out, resume)
     if run is None:
-        return FinetuneResult(config.out, 0, [], None, 0.0, 0.0, 0, model=config.model)
+        return FinetuneResult(out=config.out, model=config.model)
     config = run.config
     checkpoint = _packed(run.base, progress)
     trained = _train(run, checkpoint, progress, on_step, on_eval, callbacks)
     losses, eval_loss = trained.logged("loss"), trained.eval_loss
-    files = _write(run, checkpoint, trained, progress)
+    files = write_outputs(run, checkpoint, trained, progress)
     worse = divergence(losses, eval_loss, vocabulary_of(trained.model.config))
     if worse:
         advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
         logger.warning("%s: %s: %s", out, worse, advice)
     evaluations = trained.logged("eval_loss") if config.report else []
     return FinetuneResult(
-        config.out, len(losses), losses, eval_loss, trained.seconds,
-        trained.tokens / trained.seconds, trained.peak_bytes, next(iter(evaluations), None),
-        config.model if checkpoint is run.base else str(checkpoint.path), files,
-        trained.trainer.padding(), trained.held_out,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    """A finished training. Attributes are as in :class:`FinetuneResult`."""
-
-    model: PreTrainedModel
-    trainer: Any
-    settings: LoRASettings | None
-    tokens: int
-    seconds: float
-    peak_bytes: int
-    eval_loss: float | None
-    held_out: HeldOut | None
-
-    def logged(self, name: str) -> list[float]:
-        return [entry[name] for entry in self.trainer.state.log_history if name in entry]
+        out=config.out,
+        steps=len(losses),
+        losses=losses,
+        eval_loss=eval_loss,
+        seconds=trained.seconds,
+        tokens_per_second=trained.tokens / trained.seconds,
+        peak_memory_bytes=trained.peak_bytes,
+        eval_loss_before=next(iter(evaluations), None),
+        model=config.model if checkpoint is run.base else str(checkpoint.path),
+        files=files,
+        padding=trained.trainer.padding(),
+        held_out=trained.held_out,
+    )
 
 
 def _train(
@@ -188,7 +175,7 @@ def _train(
     on_step: OnStep | None,
     on_eval: OnEval | None,
     callbacks: Sequence[TrainerCallback],
-) -> _Trained:
+) -> Trained:
     """Load the model, put the adapter on, and train it."""
     config, out, device, examples = run.config, run.out, run.device, run.examples
     predictions, interruption = run.predictions, Interruption()
@@ -233,52 +220,10 @@ def _train(
             eval_loss = trainer.final_eval_loss() if "eval" in examples else None
             asked = config.report and "eval" not in examples and isinstance(trainer, AdapterTrainer)
             unread = held_out(trainer) if asked else None
-    return _Trained(model, trainer, settings, tokens, seconds, peak.nbytes, eval_loss, unread)
-
-
-def _write(
-    run: CheckedRun, checkpoint: PackedCheckpoint, trained: _Trained, progress: Display
-) -> tuple[str, ...]:
-    """Write the adapter, its card and its report. Returns the ``lora_file`` and files beside it."""
-    config, out, model, trainer = run.config, run.out, trained.model, trained.trainer
-    scaled = any(layer.input_scale for _, layer in adapter_layers(model))
-    card = model_card(
-        config, checkpoint, trained.logged("loss"), trained.eval_loss, data=run.data,
-        channel_scales=scaled,
+    return Trained(
+        model=model, trainer=trainer, settings=settings, tokens=tokens, seconds=seconds,
+        peak_bytes=peak.nbytes, eval_loss=eval_loss, held_out=unread,
     )  # fmt: skip
-    if is_first():
-        write_file(out / "README.md", card)
-    save_adapter(model, out, settings=trained.settings)
-    files: tuple[str, ...] = ()
-    if config.lora_file is not None and is_first():
-        file, writer = base_file(checkpoint, config.model), file_writer(config.lora_file)
-        written = writer.write_adapter(str(out), config.lora_file, model=file)
-        files = (written.out, *written.beside)
-    if config.report:
-        seconds = trained.seconds
-        with shown(progress, f"answering prompts for {REPORT_FILE}", "tokens") as show:
-            samples = answers(
-                model, run.tokenizer, trainer.eval_dataset or trainer.train_dataset,
-                seconds=max(LEAST, seconds / 10), tokens_per_second=trained.tokens / seconds,
-                show=show,
-            )  # fmt: skip
-        page = report(
-            config, checkpoint, trainer.state.log_history, samples, seconds=seconds,
-            peak_memory_bytes=trained.peak_bytes,
-            sampled="evaluation" if "eval" in run.examples else "training",
-            held_out=trained.held_out,
-        )  # fmt: skip
-        if is_first():
-            write_file(out / REPORT_FILE, page)
-    if run.predictions is not None and is_first():
-        run.predictions.file.unlink()
-    barrier()  # OUT is whole
-    if not (out / RUN_FILE).is_file():
-        raise OutputError(
-            f"output folder {out}: somebody removed it, or its {RUN_FILE}, while the run worked; "
-            "it has the adapter again, and neither options nor earlier checkpoints"
-        )
-    return files
 
 
 def _packed(base: PackedCheckpoint | CachedModel, progress: Display) -> PackedCheckpoint:

@@ -77,7 +77,9 @@ def test_flags_and_file_become_the_config(
 
     def finetune(config: FinetuneConfig, *, resume: bool, **_: object) -> FinetuneResult:
         asked.append((config, resume))
-        return FinetuneResult("out", 1, [2.0], None, 1.0, 1.0, 1)
+        return FinetuneResult(
+            out="out", model="m", steps=1, losses=[2.0], seconds=1.0, tokens_per_second=1.0
+        )
 
     monkeypatch.setattr("modulora_core.training.finetune.finetune", finetune)
     flags = ["--data", "a", "--data", "b", "--steps", "2", "--lr", "1e-2", "--rank", "4",
