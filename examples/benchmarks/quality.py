@@ -224,8 +224,9 @@ def main(words: Sequence[str] | None = None) -> int:
         for train in flags.calibration:
             requests = [
                 Request(
-                    flags.model, train, held_out, (), steps=flags.finetune_steps,
-                    batch_size=flags.batch_size, seq_len=flags.seq_len or flags.sample_len,
+                    model=flags.model, train=train, held_out=held_out, quantizers=(),
+                    steps=flags.finetune_steps, batch_size=flags.batch_size,
+                    seq_len=flags.seq_len or flags.sample_len,
                     segments=flags.segments or (4 if flags.quick else 32), samples=flags.samples,
                     sample_len=flags.sample_len, quality=flags.quality,
                     weighting=flags.calibration_weighting, seed=seed, prompts=0,

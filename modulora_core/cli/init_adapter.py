@@ -8,6 +8,7 @@ from typing import Annotated
 from modulora_core.cli.arguments import Model, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
+from modulora_core.training.config import FinetuneConfig
 
 Out = Annotated[str, argument("OUT", "The adapter folder to write, new or empty.")]
 Dense = Annotated[str, option("--dense MODEL", "The model before quantization.")]
@@ -16,14 +17,12 @@ Calibration = Annotated[
 ]
 Samples = Annotated[int | None, option("--samples N", "Segments of the text.", min=1, default="32")]
 SeqLen = Annotated[int | None, option("--seq-len N", "Tokens of a segment.", min=1, default="512")]
-Rank = Annotated[int | None, option("--rank N", "Rank r of the adapter.", min=1, default="8")]
-Alpha = Annotated[
-    float | None, option("--alpha X", "The adapter is multiplied by alpha / rank.", default="32")
-]
-Targets = Annotated[
-    str | None,
-    option("--targets NAME", "Layers to adapt, separated by commas.", default="all-linear"),
-]
+Rank = Annotated[int, option("--rank N", "Rank r of the adapter.", min=1)]
+Alpha = Annotated[float, option("--alpha X", "The adapter is multiplied by alpha / rank.")]
+Targets = Annotated[str, option("--targets NAME", "Layers to adapt, separated by commas.")]
+_RUN = FinetuneConfig.model_fields
+"""The adapter has the defaults of finetune's."""
+
 Seed = Annotated[int, option("--seed N", "Seed of samples and adapter.", min=0)]
 
 
@@ -34,9 +33,9 @@ def command(
     calibration: Calibration,
     samples: Samples = None,
     seq_len: SeqLen = None,
-    rank: Rank = None,
-    alpha: Alpha = None,
-    targets: Targets = None,
+    rank: Rank = _RUN["rank"].default,
+    alpha: Alpha = _RUN["alpha"].default,
+    targets: Targets = ",".join(_RUN["targets"].default),
     seed: Seed = 0,
 ) -> Report:
     """Make an adapter that begins where the quantizer erred.
@@ -53,14 +52,13 @@ def command(
 
     from modulora_core.adapters.settings import LoRASettings
     from modulora_core.calibration import CalibrationConfig
+    from modulora_core.calibration.text import SEQ_LEN
     from modulora_core.training.init_adapter import CORRECTION_SAMPLES, init_adapter
 
-    settings = LoRASettings(
-        rank or 8, 32.0 if alpha is None else alpha,
-        targets=tuple(part.strip() for part in (targets or "all-linear").split(",")), seed=seed,
-    )  # fmt: skip
+    names = tuple(part.strip() for part in targets.split(","))
+    settings = LoRASettings(rank, alpha, targets=names, seed=seed)
     text = CalibrationConfig(
-        calibration, max_samples=samples or CORRECTION_SAMPLES, seq_len=seq_len or 512
+        calibration, max_samples=samples or CORRECTION_SAMPLES, seq_len=seq_len or SEQ_LEN
     )
     with terminal().progress("correcting", "layers") as show:
         made = init_adapter(

@@ -13,7 +13,7 @@ from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
 from modulora_core.cli.finetune import field_parameter
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import format_size, next_commands, table
-from modulora_core.planner.request import UNPLANNED, PlanRequest, finetuning
+from modulora_core.planner.request import SAMPLES, SEQ_LEN, UNPLANNED, PlanRequest, finetuning
 from modulora_core.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def command(
     processes: Processes = 1,
     padded: Padded = False,
     plot: Plot = None,
-    samples: Samples = 128,
-    calibration_seq_len: CalibrationSeqLen = 512,
+    samples: Samples = SAMPLES,
+    calibration_seq_len: CalibrationSeqLen = SEQ_LEN,
     **fields: Any,
 ) -> Report:
     """Plan the memory of a model before it is downloaded or quantized.
@@ -108,16 +108,16 @@ def command(
     if option and quantizer is None:
         raise OptionError(f"option {option[0]}: expected -q NAME beside it, got none")
     request = PlanRequest(
-        model,
-        None if quantizer is None else Choice(quantizer, parse_options(option)),
-        parse_choice(quantize_head, "--quantize-head"),
-        parse_choice(quantize_embeddings, "--quantize-embeddings"),
-        finetuning({name: value for name, value in fields.items() if value is not None}),
-        device,  # type: ignore[arg-type]  # PlanRequest checks it
-        budget,
-        padded,
-        samples,
-        calibration_seq_len,
+        model=model,
+        quantizer=None if quantizer is None else Choice(quantizer, parse_options(option)),
+        head=parse_choice(quantize_head, "--quantize-head"),
+        embeddings=parse_choice(quantize_embeddings, "--quantize-embeddings"),
+        config=finetuning({name: value for name, value in fields.items() if value is not None}),
+        device=device,  # type: ignore[arg-type]  # PlanRequest checks it
+        budget=budget,
+        padded=padded,
+        calibration_samples=samples,
+        calibration_seq_len=calibration_seq_len,
         processes=processes,
     )
     with terminal().progress("planning", "plans"):  # the imports take seconds too

@@ -28,8 +28,9 @@ from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import segment_losses
-from modulora_core.inference.generate import Sampling, generate
+from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
+from modulora_core.models.sampling import Sampling
 from modulora_core.progress import Display, shown
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.quantization.quality import Quality
@@ -42,7 +43,7 @@ PROMPT_TOKENS, ANSWER_TOKENS = 24, 32
 RESAMPLES = 4000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A comparison.
 

@@ -17,7 +17,7 @@ from modulora_core.planner.memory import Job
 from modulora_core.planner.model import Dense, PlannedModel, open_planned
 from modulora_core.planner.rehearsal import Rehearsal, rehearse_decoding, rehearse_training
 from modulora_core.planner.remedies import Change, Remedies, installed_choices
-from modulora_core.planner.request import PlanRequest, finetuning
+from modulora_core.planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
 from modulora_core.registry import Choice
 
 MOST_BATCH, MOST_SEQ_LEN = 1024, 2**17
@@ -28,7 +28,7 @@ CLOSE = 0.02
 share."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """The memory that a model needs with one quantizer.
 
@@ -101,8 +101,8 @@ def plan(
     head: Choice | None = None,
     embeddings: Choice | None = None,
     padded: bool = False,
-    calibration_samples: int = 128,
-    calibration_seq_len: int = 512,
+    calibration_samples: int = SAMPLES,
+    calibration_seq_len: int = SEQ_LEN,
     revision: str | None = None,
     processes: int = 1,
     **fields: Any,
@@ -127,8 +127,10 @@ def plan(
     """
     choice = None if quantizer is None else Choice(quantizer, options or {})
     request = PlanRequest(
-        os.fspath(model), choice, head, embeddings, finetuning(fields), device, budget, padded,
-        calibration_samples, calibration_seq_len, revision, processes,
+        model=os.fspath(model), quantizer=choice, head=head, embeddings=embeddings,
+        config=finetuning(fields), device=device, budget=budget, padded=padded,
+        calibration_samples=calibration_samples, calibration_seq_len=calibration_seq_len,
+        revision=revision, processes=processes,
     )  # fmt: skip
     return plan_request(request)
 
@@ -186,16 +188,17 @@ def _plan(
     """The three jobs; ``dense`` is the model before it is packed."""
     quantizers = packed.record.quantizers()
     training = memory.training(packed, request, rehearsals[0])
+    is_quantized = dense is not None and request.quantizer != NONE
     return MemoryPlan(
-        request,
-        "+".join(dict.fromkeys(group["quantizer"] for group in quantizers)),
-        quantizers[0]["options"],
-        packed.record.bits_per_weight,
-        packed.record.nbytes,
-        training,
-        memory.decoding(packed, request, rehearsals[1]),
-        None if dense is None or request.quantizer == NONE else memory.quantizing(packed, request),
-        None if request.budget is None else training.nbytes <= request.budget,
+        request=request,
+        quantizer="+".join(dict.fromkeys(group["quantizer"] for group in quantizers)),
+        options=quantizers[0]["options"],
+        bits_per_weight=packed.record.bits_per_weight,
+        packed_bytes=packed.record.nbytes,
+        training=training,
+        decoding=memory.decoding(packed, request, rehearsals[1]),
+        quantizing=memory.quantizing(packed, request) if is_quantized else None,
+        fits=None if request.budget is None else training.nbytes <= request.budget,
     )
 
 

@@ -14,6 +14,9 @@ from modulora_core.training.optimizers import check_optimizer_name
 if TYPE_CHECKING:
     from modulora_core.registry import Choice
 
+SAMPLES, SEQ_LEN = 128, 512
+"""Defaults of the calibration, as in :mod:`modulora_core.calibration`, which imports torch."""
+
 UNPLANNED = frozenset({
     "model", "out", "data", "format", "eval_data", "eval_every", "adapter", "epochs", "lr",
     "scheduler", "warmup", "weight_decay", "max_grad_norm", "seed", "save_every",
@@ -35,7 +38,7 @@ def _built(options: Mapping[str, object]) -> FinetuneConfig:
     return FinetuneConfig.build(unimportant | dict(options))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRequest:
     """A model, a quantizer, a finetuning run, a device and a budget.
 
@@ -64,8 +67,8 @@ class PlanRequest:
     device: Literal["cpu", "cuda"] = "cpu"
     budget: int | None = None
     padded: bool = False
-    calibration_samples: int = 128
-    calibration_seq_len: int = 512
+    calibration_samples: int = SAMPLES
+    calibration_seq_len: int = SEQ_LEN
     revision: str | None = None
     processes: int = 1
 

@@ -35,8 +35,8 @@ def request_(tmp_path: Path, toy: object, monkeypatch: pytest.MonkeyPatch) -> Re
     (tmp_path / "notes.txt").write_text(text, "utf-8")
     notes = str(tmp_path / "notes.txt")
     return Request(
-        str(tmp_path / "dense"), f"{notes}[:90%]", f"{notes}[90%:]", ("toy",), steps=1,
-        batch_size=1, seq_len=16, segments=3, device="cpu",
+        model=str(tmp_path / "dense"), train=f"{notes}[:90%]", held_out=f"{notes}[90%:]",
+        quantizers=("toy",), steps=1, batch_size=1, seq_len=16, segments=3, device="cpu",
     )  # fmt: skip
 
 

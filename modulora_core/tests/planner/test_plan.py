@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
+from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.errors import AdapterError, OptionError, OutputError
 from modulora_core.packed_parameters import PackedParameter
@@ -20,7 +21,7 @@ from modulora_core.planner import fitting, memory, remedies
 from modulora_core.planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
 from modulora_core.planner.memory import ITEMS
 from modulora_core.planner.model import PlannedModel, open_planned
-from modulora_core.planner.request import PlanRequest, finetuning
+from modulora_core.planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.crude_folders import save_crude
@@ -96,7 +97,7 @@ def test_loaded_weights_are_the_planned_ones(pack: Pack) -> None:
     tensors = [*model.parameters(), *(tensor for weight in packed for tensor in weight)]
     stored = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
     run = {"dtype": "bfloat16", "seq_len": 64}
-    request = PlanRequest(str(folder), config=finetuning(run))
+    request = PlanRequest(model=str(folder), config=finetuning(run))
     _, found = open_planned(request)
     assert isinstance(found, PlannedModel)
     assert sum(memory.loaded(found, request).values()) == sum(stored.values())
@@ -153,7 +154,7 @@ def test_a_mapped_model_has_one_block_in_memory(llama: str) -> None:
 
 def test_a_foreign_checkpoint_is_not_mapped(tmp_path: Path) -> None:
     save_crude(tmp_path / "foreign")
-    request = PlanRequest(str(tmp_path / "foreign"), config=finetuning({"mapped": True}))
+    request = PlanRequest(model=str(tmp_path / "foreign"), config=finetuning({"mapped": True}))
     for ask in (fitting.plan_request, plan_all):
         with pytest.raises(OptionError, match="expected a checkpoint of modulora's own format"):
             ask(request)
@@ -215,6 +216,11 @@ def test_a_search_comes_within_2_percent(
     found = largest(nbytes, budget, start, range(1, 5001))
     fits = max((n for n in range(1, 5001) if nbytes(n) <= budget), default=0)
     assert fits * (1 - CLOSE) - 1 <= found <= fits
+
+
+def test_the_calibration_has_the_defaults_of_quantize() -> None:
+    config = CalibrationConfig("pydoc")
+    assert (config.max_samples, config.seq_len) == (SAMPLES, SEQ_LEN)
 
 
 @pytest.mark.parametrize(

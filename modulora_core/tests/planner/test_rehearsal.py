@@ -38,7 +38,7 @@ FAMILIES = [name for name in FAMILIES if name in ARCHITECTURES]
 
 def opened(folder: Path, **options: Any) -> tuple[PlannedModel, PlanRequest]:
     run = {"batch_size": BATCH, "seq_len": LENGTH, **NO_DROPOUT, **options}
-    request = PlanRequest(str(folder), config=finetuning(run))
+    request = PlanRequest(model=str(folder), config=finetuning(run))
     _, packed = open_planned(request)
     assert isinstance(packed, PlannedModel)
     return packed, request
@@ -86,7 +86,7 @@ def test_one_block_counts_for_all_of_its_kind(
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     LlamaConfig(**sizes, vocab_size=96, num_hidden_layers=6).save_pretrained(tmp_path)
     run = {"batch_size": BATCH, "seq_len": LENGTH, "gradient_checkpointing": checkpointing}
-    request = PlanRequest(str(tmp_path), config=finetuning(run))
+    request = PlanRequest(model=str(tmp_path), config=finetuning(run))
     _, dense = open_planned(request)
 
     def peaks() -> list[int]:

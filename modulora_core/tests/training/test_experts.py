@@ -90,7 +90,7 @@ def test_the_planner_counts_experts(configure: Callable[..., FinetuneConfig], mi
     counts = {}
     for targets in ("attention", "experts", "all-linear"):
         options = {"seq_len": 32, "batch_size": 2, "targets": targets}
-        request = PlanRequest(mixture, config=finetuning(options))
+        request = PlanRequest(model=mixture, config=finetuning(options))
         _, packed = open_planned(request)
         assert isinstance(packed, PlannedModel)
         counts[targets] = sum(rehearse_training(packed, request).trained)
