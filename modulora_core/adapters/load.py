@@ -81,8 +81,8 @@ def load_adapter(
     return list(adapter.deltas)
 
 
-def restore_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
-    """Copy the values of a saved adapter into the same adapter on ``model``, to resume a run.
+def restore_adapter(model: nn.Module, path: str | Path) -> None:
+    """Copy the values of a saved adapter into the adapter on ``model``, to resume a run.
 
     Raises:
         AdapterError: it was trained on another base.
@@ -92,8 +92,8 @@ def restore_adapter(model: nn.Module, path: str | Path, name: str = "default") -
     difference = "" if saved.record is None else saved.record.base.difference(here)
     if difference:
         raise AdapterError(f"resume of {path}: expected the base that it began with; {difference}")
-    for module, layer in adapter_layers(model, name):
-        _copy(saved.deltas[module], layer, name)
+    for module, layer in adapter_layers(model):
+        _copy(saved.deltas[module], layer, "default")
     _copy_heads(saved, model)
 
 

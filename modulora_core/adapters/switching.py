@@ -11,12 +11,12 @@ from modulora_core.adapters.adapted import adapter_layers
 
 
 @contextmanager
-def without_adapter(model: nn.Module, name: str = "default") -> Iterator[None]:
-    """Make an adapter inactive within this block: the model computes as its base does."""
-    layers = [layer for _, layer in adapter_layers(model, name)]
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Make the adapter inactive within this block: the model computes as its base does."""
+    layers = [layer for _, layer in adapter_layers(model)]
     active = [layer.active for layer in layers]
     for layer in layers:
-        layer.active = [other for other in layer.active if other != name]
+        layer.active = [other for other in layer.active if other != "default"]
     try:
         yield
     finally:
