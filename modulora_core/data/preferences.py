@@ -41,7 +41,7 @@ _RULE = (
 
 
 def load_preferences(
-    source: Source, tokenizer: Any, *, seq_len: int, rows: int | None = None
+    source: Source, tokenizer: Any, *, seq_len: int, vocabulary: int | None = None
 ) -> list[dict[str, Any]]:
     """Read ``source`` as rows for TRL: ``{"prompt", "chosen", "rejected"}``.
 
@@ -52,7 +52,7 @@ def load_preferences(
         source: see :mod:`modulora_core.data.sources`.
         tokenizer: a transformers tokenizer.
         seq_len: limit of a prompt with an answer, in tokens.
-        rows: the number of tokens that the model knows; None checks no token.
+        vocabulary: the number of tokens that the model knows; None checks no token.
 
     Raises:
         DataError: the source is missing or malformed, no prompt is short enough, or one has a token
@@ -62,7 +62,7 @@ def load_preferences(
     renderer = Renderer(tokenizer)
 
     def converted(records: Sequence[Record]) -> list[tuple[dict[str, Any], int]]:
-        return [_row(record, renderer, rows) for record in records]
+        return [_row(record, renderer, vocabulary) for record in records]
 
     read = converted(load_records(source, converted, FIELDS))
     kept = [row for row, length in read if length < seq_len]
@@ -80,7 +80,7 @@ def load_preferences(
     return kept
 
 
-def _row(record: Record, renderer: Renderer, known: int | None) -> tuple[dict[str, Any], int]:
+def _row(record: Record, renderer: Renderer, vocabulary: int | None) -> tuple[dict[str, Any], int]:
     """The row of a record, and the number of tokens in its prompt."""
     if missing := {"chosen", "rejected"}.difference(record.fields):
         names = ", ".join(sorted(map(str, record.fields)))[:200]
@@ -100,7 +100,8 @@ def _row(record: Record, renderer: Renderer, known: int | None) -> tuple[dict[st
         plain = (read.prompt, answer) if all(isinstance(s, str) for s in strings) else None
         asked = Conversation((*prompt, *turns), plain, record.place)  # type: ignore[arg-type]
         rendering = renderer.render(asked)[-1]
-        check_ids(renderer.encode([rendering])[0][0], known, record.place)
+        if vocabulary is not None:
+            check_ids(renderer.encode([rendering])[0][0], vocabulary, record.place)
     ids = renderer.encode_prompt(rendering)
     if not renderer.has_template:
         return dict(zip(("prompt", "chosen", "rejected"), strings, strict=True)), len(ids)

@@ -70,12 +70,13 @@ def token_ids(
     return ids
 
 
-def check_ids(ids: Sequence[int] | array[int], rows: int | None, subject: str) -> None:
-    """Refuse tokens for which a model of ``rows`` embeddings has none. Raises DataError."""
-    if rows is not None and ids and (largest := max(ids)) >= rows:
+def check_ids(ids: Sequence[int] | array[int], vocabulary: int, subject: str) -> None:
+    """Refuse token ids that are not below ``vocabulary``. Raises DataError."""
+    if ids and (largest := max(ids)) >= vocabulary:
         raise DataError(
-            f"{subject}: the tokenizer gives token {largest}, and the model has {rows}; copy the "
-            "tokenizer files of the model that it was made from into the folder"
+            f"{subject}: expected token ids below {vocabulary}, the model's vocabulary, got "
+            f"{largest} from the tokenizer; copy the tokenizer files of the model that it was "
+            "made from into the folder"
         )
 
 

@@ -28,7 +28,7 @@ from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
-from modulora_core.models.config import window_of
+from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.progress import Display, Progress, no_progress, shown
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
 
@@ -189,8 +189,7 @@ def segment_losses(
         raise OptionError(
             f"seq_len {segments.shape[1]}: expected at most the model's window of {window} tokens"
         )
-    rows = model.get_input_embeddings().num_embeddings
-    check_ids([int(segments.max())], rows, "segments")
+    check_ids([int(segments.max())], vocabulary_of(model.config), "segments")
     losses: list[float] = []
     with evaluating(model):
         for start, batch in batches(segments, batch_size, progress):

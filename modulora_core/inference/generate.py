@@ -20,7 +20,7 @@ from modulora_core.data.rendering import check_ids, token_ids
 from modulora_core.errors import DataError, first_line
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.models.chat_templates import render
-from modulora_core.models.config import window_of
+from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.models.stops import model_stops
 from modulora_core.models.tokenizer_checks import panics_refused
@@ -83,7 +83,7 @@ def generate(
         prompt = [{"role": "user", "content": prompt}]
     ids = _prompt_ids(tokenizer, prompt)
     language_model = load()
-    check_ids(ids, language_model.get_input_embeddings().num_embeddings, "prompt")
+    check_ids(ids, vocabulary_of(language_model.config), "prompt")
     window = window_of(language_model.config)
     if window is not None and len(ids) + sampling.max_new_tokens > window:
         raise DataError(

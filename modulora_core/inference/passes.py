@@ -14,7 +14,7 @@ from modulora_core.data.rendering import check_ids
 from modulora_core.data.sources import Source, load_records
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError
-from modulora_core.models.config import window_of
+from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.progress import Progress, no_progress
 
 
@@ -52,9 +52,9 @@ def check_examples(
         asked: the examples' conversations.
         new: the most tokens that will follow.
     """
-    window, rows = window_of(model.config), model.get_input_embeddings().num_embeddings
+    window, vocabulary = window_of(model.config), vocabulary_of(model.config)
     for ids, each in zip(examples, asked, strict=True):
-        check_ids(ids, rows, each.place)
+        check_ids(ids, vocabulary, each.place)
         if window is not None and len(ids) + new > window:
             raise DataError(
                 f"{each.place}: expected at most the model's window of {window} tokens, got "

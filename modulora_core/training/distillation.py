@@ -66,14 +66,14 @@ def predictions_of(
     examples: Examples,
     steps: int,
     tokenizer: PreTrainedTokenizerBase,
-    tokens: int | None,
+    vocabulary: int,
     folder: Path,
 ) -> Predictions | None:
     """Open the dense model of ``distill``, if there is one, and log the size of its predictions.
 
     Args:
         examples: the training examples; steps: the optimizer steps of the run.
-        tokenizer: the quantized model's; tokens: the size of its vocabulary.
+        tokenizer: the quantized model's tokenizer; vocabulary: the number of its tokens.
         folder: the folder of the predictions.
 
     Raises:
@@ -83,7 +83,7 @@ def predictions_of(
     if config.distill is None:
         return None
     teacher = open_dense(config.distill)
-    _check_teacher(teacher, tokenizer, tokens, config.seq_len)
+    _check_teacher(teacher, tokenizer, vocabulary, config.seq_len)
     seen = steps * config.batch_size * config.grad_accum * world_size()
     predictions = Predictions(teacher, examples, seen, config.seed, folder)
     logger.info(
@@ -93,11 +93,11 @@ def predictions_of(
     return predictions
 
 
-def _check_teacher(teacher: ModelSource, tokenizer: Any, tokens: int | None, seq_len: int) -> None:
+def _check_teacher(teacher: ModelSource, tokenizer: Any, vocabulary: int, seq_len: int) -> None:
     name, config = teacher.location.model, teacher.config.get_text_config()
-    if config.vocab_size != tokens or teacher.tokenizer().get_vocab() != tokenizer.get_vocab():
+    if config.vocab_size != vocabulary or teacher.tokenizer().get_vocab() != tokenizer.get_vocab():
         raise OptionError(
-            f"distill {name}: expected the tokenizer of the quantized model and its {tokens} "
+            f"distill {name}: expected the tokenizer of the quantized model and its {vocabulary} "
             f"tokens, got another one, with {config.vocab_size}; give the model that it was "
             "quantized from"
         )

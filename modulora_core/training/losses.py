@@ -21,7 +21,7 @@ def loss_in_words(losses: Sequence[float], digits: int = 4) -> str:
     return f"loss {first:.{digits}f} → {last:.{digits}f} (means of the first and last {size} steps)"
 
 
-def divergence(losses: Sequence[float], eval_loss: float | None, vocabulary: int) -> str:
+def worsening(losses: Sequence[float], eval_loss: float | None, vocabulary: int) -> str:
     """Describe how training made the model worse; "" if nothing shows that it did.
 
     It did in two cases. The loss reached that of a uniform guess, ln V, from clearly below at

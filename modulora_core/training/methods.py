@@ -22,17 +22,15 @@ from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.trainer import AdapterRun, AdapterTrainer
 
 
-def method_examples(
-    source: Source, config: FinetuneConfig, tokenizer: Any, rows: int | None
-) -> Any:
-    """The examples of a source, for the trainer of the method; the model has ``rows`` tokens."""
+def method_examples(source: Source, config: FinetuneConfig, tokenizer: Any, vocabulary: int) -> Any:
+    """Read a source as examples for the trainer of the method. Raises RequestError."""
     if config.method == "dpo":
-        return load_preferences(source, tokenizer, seq_len=config.seq_len, rows=rows)
+        return load_preferences(source, tokenizer, seq_len=config.seq_len, vocabulary=vocabulary)
     template = Template.of(config.prompt, config.completion)
     examples = load_examples(
         source, tokenizer, format=config.format, seq_len=config.seq_len, template=template
     )
-    examples.check_ids(rows, source_name(source))
+    examples.check_ids(vocabulary, source_name(source))
     return examples
 
 

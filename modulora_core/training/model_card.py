@@ -55,9 +55,9 @@ def model_card(
     method = " with TRL's DPOTrainer" if config.method == "dpo" else ""
     if config.distill is not None:
         method = " with the predictions of the dense model"
-    held_out = ""
+    evaluated = ""
     if eval_loss is not None:
-        held_out = (
+        evaluated = (
             f"\nLoss on {', '.join(config.eval_data or ('held-out records',))}: {eval_loss:.4f}."
         )
     return f"""---
@@ -69,7 +69,7 @@ def model_card(
 Trained by modulora-core {VERSION}{method} on {base}, quantized with {quantizers}
 ({record.bits_per_weight:.2f} bits per weight).
 
-Data: {data}. {loss_in_words(losses).capitalize()}.{held_out}
+Data: {data}. {loss_in_words(losses).capitalize()}.{evaluated}
 
 | setting | value |
 |-|-|

@@ -163,7 +163,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(
         tokenizer.save_pretrained(places[name])
     code, found, err = run(*(places.get(word, word) for word in words.split()))
     assert (code, len(err.strip().splitlines())) == (2, 1), err
-    assert "the tokenizer gives token" in found["error"]["message"]
+    assert "from the tokenizer" in found["error"]["message"]
 
 
 @pytest.mark.parametrize(

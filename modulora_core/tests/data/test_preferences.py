@@ -101,5 +101,5 @@ def test_a_token_of_an_answer_that_the_model_lacks_is_refused(tmp_path: Path) ->
     tokenizer.add_tokens(["nobody"])
     for name in ("prompt", "chosen", "rejected"):
         file = write_jsonl(tmp_path / "data.jsonl", {**PLAIN, name: "nobody"})
-        with pytest.raises(DataError, match=rf"line 1: the tokenizer gives token {known}, and"):
-            load_preferences(file, tokenizer, seq_len=16, rows=known)
+        with pytest.raises(DataError, match=rf"line 1: expected token ids below .* got {known} "):
+            load_preferences(file, tokenizer, seq_len=16, vocabulary=known)

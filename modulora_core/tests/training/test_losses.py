@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from modulora_core.training.losses import divergence, loss_in_words
+from modulora_core.training.losses import loss_in_words, worsening
 
 VOCABULARY = 49152
 UNIFORM = math.log(VOCABULARY)
@@ -43,13 +43,13 @@ def test_a_summary_has_means(losses: list[float], summary: str) -> None:
     ids=["few steps", "many steps", "evaluation data", "random weights"],
 )
 def test_a_model_that_only_guesses_is_worse(losses: list[float], eval_loss: float | None) -> None:
-    worse = divergence(losses, eval_loss, VOCABULARY)
+    worse = worsening(losses, eval_loss, VOCABULARY)
     assert worse.startswith(f"the loss was {losses[0]:.4f} at step 1 and is ")
     assert worse.endswith(f"a uniform guess among 49152 tokens has {UNIFORM:.4f}")
 
 
 def test_a_loss_that_rose_by_more_than_batches_differ_is_worse() -> None:
-    worse = divergence(noisy(*[2.5] * 10, *[4.5] * 90), None, VOCABULARY)
+    worse = worsening(noisy(*[2.5] * 10, *[4.5] * 90), None, VOCABULARY)
     assert worse.startswith("the loss rose from 2.")
     assert worse.endswith("(means of the first and last 10 steps)")
 
@@ -67,4 +67,4 @@ def test_a_loss_that_rose_by_more_than_batches_differ_is_worse() -> None:
     ids=["one step", "harder batches", "noise", "long noise", "random weights", "no noise"],
 )
 def test_noise_is_not_worse(losses: list[float]) -> None:
-    assert divergence(losses, None, VOCABULARY) == ""
+    assert worsening(losses, None, VOCABULARY) == ""
