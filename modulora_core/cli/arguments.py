@@ -28,7 +28,7 @@ def option(words: str, help: str, *, default: str | None = None, **more: Any) ->
     Args:
         words: the flags and the value's name as in the help: ``"--option -o KEY=VALUE"``.
         default: describes the default in the help, if its value doesn't.
-        more: for ``typer.Option``.
+        more: further arguments of ``typer.Option``.
     """
     flags = [word for word in words.split() if word.startswith("-")]
     metavar = " ".join(words.split()[len(flags) :]) or None

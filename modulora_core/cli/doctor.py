@@ -53,7 +53,7 @@ class Finding:
 
     Attributes:
         subject: the thing that was looked at, such as ``"torch"``.
-        found: its version, size or state.
+        found: the version, size or state that was found.
         verdict: a note costs speed or a feature; with a fault something fails.
         advice: the command or the step that mends it; empty if nothing is wrong.
     """

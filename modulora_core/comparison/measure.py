@@ -50,15 +50,15 @@ class Request:
     Attributes:
         model: MODEL as on the command line, dense or in a packed file.
         train, held_out: the data to calibrate and train on, and to measure on.
-        quantizers: as ``NAME:KEY=VALUE,...``.
+        quantizers: the quantizers to compare, as ``NAME:KEY=VALUE,...``.
         steps: optimizer steps of finetuning; 0 for none.
         segments, seq_len: held-out segments, and tokens in one; training examples have as many.
         samples, sample_len: segments of calibration, and tokens in one, by default ``seq_len``.
         embeddings: the quantizer that packs the input embedding too; None leaves it dense.
-        quality: of quantizing (:mod:`modulora_core.quantization.quality`).
-        weighting: of the calibration (:class:`modulora_core.calibration.CalibrationConfig`).
-        seed: of the adapter, the data order and the dropout.
-        matmul_precision: of finetuning (:class:`modulora_core.training.config.FinetuneConfig`).
+        quality: the quality of quantizing (:mod:`modulora_core.quantization.quality`).
+        weighting: the weighting of :class:`modulora_core.calibration.CalibrationConfig`.
+        seed: the seed of the adapter, the data order and the dropout.
+        matmul_precision: as in :class:`modulora_core.training.config.FinetuneConfig`.
         prompts: the number of held-out segments whose beginning the model continues.
         cache: the folder of packed models; by default that of ``finetune -q``.
     """
@@ -89,8 +89,8 @@ class Measured:
 
     Attributes:
         losses: mean nats of a token, by held-out segment.
-        tokens_per_second: while answering; 0 without prompts.
-        answers: to the prompts, which are beginnings of held-out segments.
+        tokens_per_second: the speed of answering; 0 without prompts.
+        answers: the answers to the prompts, which are beginnings of held-out segments.
     """
 
     losses: list[float]
@@ -109,8 +109,8 @@ class Method:
 
     Attributes:
         model: MODEL of commands: the packed folder, or the original.
-        nbytes: of all tensors.
-        bits_per_weight: of packed weights, with scales.
+        nbytes: the bytes of all tensors.
+        bits_per_weight: the bits of a packed weight, with its share of scales.
         quantizing_seconds, quantizing_peak_bytes, training_peak_bytes: None for work that was done
             before: by an interrupted comparison, or by ``finetune -q``.
     """

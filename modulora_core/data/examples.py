@@ -35,10 +35,14 @@ _BATCH = 256  # records tokenized in one call, which the tokenizers library spre
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """The counts of a source: ``trained_tokens`` count in the loss, ``templated`` are all or none.
+    """The counts of a source.
 
-    ``truncated`` examples lost their end, ``dropped`` ones their whole answer to the window.
-    ``blank`` records have no text or answer and are left out.
+    Attributes:
+        templated: whether a chat template rendered the examples: all of them, or none.
+        trained_tokens: the tokens that count in the loss.
+        truncated: the examples that lost their end to the window.
+        dropped: the examples that lost their whole answer to the window.
+        blank: the records without text or answer, which are left out.
     """
 
     format: Format
@@ -109,10 +113,10 @@ class Examples(Dataset[dict[str, list[int]]]):
             pairs.append((ids, labels))
         return Examples(pairs, self.report, [[lengths[i] for i in row_of] for row_of in rows])
 
-    def check_ids(self, rows: int | None, subject: str) -> None:
-        """Refuse tokens that a model of ``rows`` embeddings lacks. Raises DataError."""
+    def check_ids(self, vocabulary: int, subject: str) -> None:
+        """Refuse token ids that are not below ``vocabulary``. Raises DataError."""
         for ids, _ in self._pairs:
-            check_ids(ids, rows, subject)
+            check_ids(ids, vocabulary, subject)
 
     @property
     def digest(self) -> str:

@@ -73,8 +73,8 @@ def read_records(
     Args:
         path: the file.
         check: called with the first record, so that a large file of others is refused at once.
-        columns: of a parquet file, which has them apart; the others are skipped. Without any of
-            them, or if none is named, all are read.
+        columns: the columns of a parquet file to read; all if it has none of them, or none is
+            named.
 
     Raises:
         DataError: the suffix is another one, or the file is malformed; the message names the line.

@@ -120,11 +120,11 @@ class Conversation:
     """Turns of which the assistant's are trained.
 
     Attributes:
-        messages: for a tokenizer with a chat template.
+        messages: the turns, for a tokenizer with a chat template.
         plain: ``(prompt, answer)`` for a tokenizer without one; None for a chat.
         place: the place of the record, for messages.
         asked: the number of turns of the prompt, of which none is trained.
-        tools: for the chat template.
+        tools: the tools that the chat template describes.
     """
 
     messages: tuple[Message, ...]

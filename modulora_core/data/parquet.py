@@ -28,7 +28,8 @@ def parquet_rows(
     Args:
         path: the file.
         columns: other columns are skipped, unless the file has none of these.
-        most_rows: the most bytes of 64 rows; most: of all.
+        most_rows: the limit of 64 rows, in bytes.
+        most: the limit of all rows, in bytes.
 
     Raises:
         DataError: it is malformed, or its values take more.

@@ -4,7 +4,7 @@ A few bytes of a parquet file may decode to gigabytes: encodings repeat values a
 are compressed, and the sizes in the metadata may be wrong. :mod:`modulora_core.data.parquet` runs
 this file as a script. Each line of its standard input is a request, each answer a row of messages::
 
-    {"path": ..., "columns": [...], "rows": at once, "most_rows": bytes of them, "most": of all}
+    {"path": ..., "columns": [...], "rows": n, "most_rows": bytes of n rows, "most": all bytes}
     length (8 bytes, little-endian), an Arrow stream of one batch;   ...;   0, then a line of JSON
 """
 

@@ -34,13 +34,14 @@ class MemoryPlan:
 
     Attributes:
         request: the question.
-        quantizer: its name; several are joined by a plus. ``options`` are of the first.
-        bits_per_weight: over all packed weights.
-        packed_bytes: codes and scales.
-        quantizing: None for a packed checkpoint.
+        quantizer: the quantizer's name; several are joined by a plus.
+        options: the options of the first quantizer.
+        bits_per_weight: the mean over all packed weights.
+        packed_bytes: the bytes of codes and scales.
+        training, decoding, quantizing: the three jobs; no quantizing for a packed checkpoint.
         fits: training fits the budget; None without a budget.
-        longest_seq_len: that fits, with the same batch size; 0 if none does.
-        largest_batch_size: that fits, with the same sequence length.
+        longest_seq_len: the longest that fits with the same batch size; 0 if none does.
+        largest_batch_size: the largest that fits with the same sequence length.
         changes: settings that save memory, the largest saving first; empty if training fits.
         together: the fewest of them that fit together; None if training fits or no few of them do.
     """

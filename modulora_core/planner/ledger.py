@@ -47,8 +47,8 @@ class Segment:
 class Ledger(TorchDispatchMode):
     """Follow storages inside of this mode, and cut the time into segments.
 
-    Fake tensors have no values, so the ledger answers operations that need some: a search finds its
-    entry, and no special case applies.
+    Fake tensors have no values. The ledger answers the operations that read one: ``nonzero`` finds
+    as many entries as it can, a bool is False, and a number is 1.
 
     Args:
         before: tensors whose storages do not count.

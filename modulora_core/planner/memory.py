@@ -145,7 +145,7 @@ def training(packed: PlannedModel, request: PlanRequest, rehearsal: Rehearsal) -
 
 
 def decoding(packed: PlannedModel, request: PlanRequest, rehearsal: Rehearsal) -> Job:
-    """Plan one answer in a context of ``seq_len`` tokens; ``rehearsal`` is of its prompt."""
+    """Plan one answer in a context of ``seq_len`` tokens, by the rehearsal of its prompt."""
     _, moving = rehearsal.peak()
     holes = HOLES_OF_A_PROMPT * _on_heap(packed, request, 1)
     process = _process("decoding", request.device, moving.total(), holes)

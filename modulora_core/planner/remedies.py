@@ -55,7 +55,7 @@ class _Setting:
     """A setting on trial.
 
     Attributes:
-        words: as options of the command line.
+        words: the change, as options of the command line.
         kind: two settings of one kind exclude each other.
         lossy: it changes the result of training by more than rounding.
         apply: gives a request with it; raises OptionError if another setting excludes it.
@@ -75,10 +75,10 @@ class Remedies:
     Args:
         request: the run, with a budget.
         packed, dense: its model; dense is None for a packed checkpoint.
-        rehearsal: of its training.
+        rehearsal: the rehearsal of its training.
 
     Attributes:
-        changes: each alone, the largest saving first.
+        changes: the changes, each alone, the largest saving first.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class SimilarLengths(Sampler[int]):
     optimizer step, so a run can be resumed, with another division of a step too.
 
     Args:
-        lengths: of the examples, in tokens.
+        lengths: the length of each example, in tokens.
         step_size: examples in an optimizer step; the last step of an epoch may have fewer.
     """
 

@@ -33,10 +33,12 @@ class CheckedRun:
     """A run whose request was checked; no weight is loaded yet.
 
     Attributes:
-        config: with ``seq_len`` in the model's window.
+        config: the run, with a ``seq_len`` in the model's window.
         data: the name of the training data.
-        examples: of ``"train"``, and ``"eval"`` if it is evaluated.
-        predictions: of the dense model, with distill; start: of a corrected adapter.
+        examples: the examples of ``"train"``, and of ``"eval"`` if there is evaluation data.
+        predictions: the dense model's predictions; None without ``distill``.
+        start: the dense model and the text that make a corrected adapter; None for ``init="zero"``.
+        resume_from: the checkpoint to continue; None for a new run.
     """
 
     config: FinetuneConfig

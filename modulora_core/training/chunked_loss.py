@@ -61,7 +61,8 @@ class Teacher:
     """A teacher's predictions of the labels that are not ignored, row by row.
 
     Attributes:
-        tokens: its most likely tokens, int64 ``[rows, k]``; probabilities: of them, ``[rows, k]``.
+        tokens: the teacher's most likely tokens, int64 ``[rows, k]``.
+        probabilities: their probabilities, ``[rows, k]``.
         weight: x, from 0 to 1.
     """
 
@@ -261,7 +262,7 @@ def _softmax_loss(
         z: ``[n, vocabulary]``.
         goals: y, ``[n]``.
         gradient: leave the gradient, times :data:`_FACTOR`, in z.
-        teacher: of these rows.
+        teacher: the predictions of these rows.
     """
     losses = []
     size = max(1, -(-len(z) // _PIECES))

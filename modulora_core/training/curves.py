@@ -27,7 +27,8 @@ class Curve:
         title: the title, with the unit of the values.
         series: the points by name.
         from_zero: the vertical axis begins at zero.
-        labels: of the first series' points; axis: the name of the horizontal axis in tooltips.
+        labels: the label of each point of the first series.
+        axis: the name of the horizontal axis in tooltips.
     """
 
     title: str

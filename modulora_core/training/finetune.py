@@ -51,7 +51,7 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.held_out import HeldOut, held_out
 from modulora_core.training.init_adapter import Start
 from modulora_core.training.interruption import Interruption
-from modulora_core.training.losses import divergence
+from modulora_core.training.losses import worsening
 from modulora_core.training.methods import method_arguments, method_trainer, trainer_refused
 from modulora_core.training.outputs import Trained, write_outputs
 from modulora_core.training.resuming import CHECKPOINTS, record_examples
@@ -68,12 +68,12 @@ class FinetuneResult:
     Attributes:
         out: the adapter folder.
         losses: the loss of each optimizer step, over the trained tokens of its batch.
-        eval_loss: after the last step; None without evaluation data.
-        eval_loss_before: before the first step; None without evaluation data or report.
+        eval_loss: the loss after the last step; None without evaluation data.
+        eval_loss_before: the loss before the first step; None without evaluation data or report.
         seconds: duration of training in this call and of the evaluations in it, without the steps
             before a resume.
         tokens_per_second: trained tokens, without padding, divided by ``seconds``.
-        peak_memory_bytes: of loading and training
+        peak_memory_bytes: peak memory of loading and training
             (:class:`modulora_core.checkpoints.peak_memory.PeakMemory`).
         model: the packed model: the config's, or its folder in the cache.
         files: the ``lora_file`` and the files beside it that the first process wrote.
@@ -147,7 +147,7 @@ def finetune(
     trained = _train(run, checkpoint, progress, on_step, on_eval, callbacks)
     losses, eval_loss = trained.logged("loss"), trained.eval_loss
     files = write_outputs(run, checkpoint, trained, progress)
-    worse = divergence(losses, eval_loss, vocabulary_of(trained.model.config))
+    worse = worsening(losses, eval_loss, vocabulary_of(trained.model.config))
     if worse:
         advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
         logger.warning("%s: %s: %s", out, worse, advice)

@@ -24,7 +24,7 @@ class HeldOut:
     """The loss on ``examples`` of the training data that the run did not reach.
 
     Attributes:
-        before: without the adapter; after: with it.
+        before: the loss without the adapter; after: the loss with it.
     """
 
     before: float

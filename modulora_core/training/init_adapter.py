@@ -72,7 +72,7 @@ class InitialAdapter:
     """An adapter that was made.
 
     Attributes:
-        out: its folder.
+        out: the folder of the adapter.
         layers: number of its layers; corrected: number of layers that don't begin at zero.
     """
 
@@ -105,7 +105,7 @@ def init_adapter(
         out: the folder to write, new or empty.
         dense: the model before quantization. A decoder block of it is in memory at a time.
         calibration: the text of H.
-        settings: of the adapter.
+        settings: the adapter's settings.
         progress: called with ``"correcting"``, the layers done, and their number; by default a bar
             on a terminal, and False shows none.
 

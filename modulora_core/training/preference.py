@@ -72,12 +72,12 @@ def preference_trainer(
     """Make the trainer, which computes the reference's log-probabilities at once.
 
     Args:
-        model: with an adapter.
+        model: a model with an adapter.
         config: the run.
-        arguments: of :func:`preference_arguments`.
-        rows: ``"train"`` and perhaps ``"eval"``, of :mod:`modulora_core.data.preferences`.
+        arguments: the result of :func:`preference_arguments`.
+        rows: the rows of :mod:`modulora_core.data.preferences`: ``"train"``, perhaps ``"eval"``.
         tokenizer: the model's tokenizer.
-        common: arguments of AdapterRun.
+        common: the arguments of AdapterRun.
     """
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
     seen = arguments.max_steps * batch * arguments.world_size

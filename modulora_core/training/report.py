@@ -37,7 +37,7 @@ def report(
         config: the run; checkpoint: its model.
         history: Trainer's ``log_history``.
         samples: answers without and with the adapter.
-        seconds: the duration of training; peak_memory_bytes: of loading and training.
+        seconds: the duration of training; peak_memory_bytes: the peak of loading and training.
         sampled: ``"evaluation"`` or ``"training"``, the data of the samples' prompts.
         held_out: the loss on examples that the run did not reach.
     """

@@ -30,7 +30,7 @@ class Sample:
     """A prompt, the answer in the data, and the model's answers.
 
     Attributes:
-        before: without the adapter; after: with it.
+        before: the answer without the adapter; after: the answer with it.
     """
 
     prompt: str
@@ -53,7 +53,7 @@ def answers(
     Fewer prompts are asked, the shortest, and answers end early, if more would take too long.
 
     Args:
-        model: with an active adapter; it is in evaluation mode afterwards.
+        model: a model with an active adapter; it is in evaluation mode afterwards.
         tokenizer: its tokenizer.
         examples: a dataset of ``input_ids`` and ``labels``, or of TRL's ``prompt_ids`` and
             ``chosen_ids``.
