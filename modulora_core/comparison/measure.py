@@ -30,6 +30,7 @@ from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import segment_losses
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
+from modulora_core.models.config import vocabulary_of
 from modulora_core.models.sampling import Sampling
 from modulora_core.progress import Display, shown
 from modulora_core.quantization.cache import CachedModel
@@ -197,12 +198,13 @@ def has_large_embedding(model: str) -> bool:
     """Whether the input embedding has more than an eighth of the weights, as in small models."""
     opened = open_model(model)
     if isinstance(opened, PackedCheckpoint):
-        config = opened.config.get("text_config") or opened.config
+        config = opened.transformers_config()
         weights = sum(group["weights"] for group in opened.record.quantizers())
     else:
-        config = opened.config.get_text_config().to_dict()
+        config = opened.config
         weights = sum(math.prod(each.shape) for each in opened.store.tensors.values())
-    return bool(8 * config.get("vocab_size", 0) * config.get("hidden_size", 0) > weights)
+    hidden = getattr(config.get_text_config(), "hidden_size", 0)
+    return bool(8 * vocabulary_of(config) * hidden > weights)
 
 
 def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -71,11 +71,11 @@ def checked_run(
     if not resume:
         check_out(out, config, resume)  # a bad one is refused before a model is downloaded
     base = checked_model(config, device)
-    model = base.transformers_config()
-    config = config.in_window(window_of(model), config.model)
+    model_config = base.transformers_config()
+    config = config.in_window(window_of(model_config), config.model)
     resume_from = check_out(out, config, resume)
     tokenizer = base.tokenizer()
-    vocabulary = vocabulary_of(model)
+    vocabulary = vocabulary_of(model_config)
     examples = {
         name: method_examples(source, config, tokenizer, vocabulary)
         for name, source in sources.items()
