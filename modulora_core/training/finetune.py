@@ -2,7 +2,7 @@
 
 OUT/finetune.yaml                 the config, written before training; resume compares with it
 OUT/checkpoints/checkpoint-N/     during training; each is an adapter folder too
-OUT/checkpoints/predictions-*     during training; of the dense model, with distill
+OUT/checkpoints/predictions-*     during training with distill; the dense model's predictions
 OUT/README.md                     a model card
 OUT/modulora.json                 the base of the adapter
 OUT/adapter_model.safetensors
