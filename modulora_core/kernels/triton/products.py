@@ -151,15 +151,15 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
         )
 
 
-def few_rows(x: Tensor, features: int) -> Tensor | None:
+def few_rows(x: Tensor, features: int, most: int = MOST_ROWS) -> Tensor | None:
     """``x`` for :func:`multiply`, contiguous ``[n, features]``; None to multiply by tiles.
 
-    Tiles are for more than :data:`MOST_ROWS` rows, for fp64, and for a wrong last dimension, which
-    the tiled product refuses.
+    Tiles are for more than ``most`` rows, for fp64, and for a wrong last dimension, which the tiled
+    product refuses.
     """
     if x.dtype not in DTYPES or x.dim() == 0 or x.shape[-1] != features:
         return None
-    if x.numel() == 0 or x.numel() > MOST_ROWS * features:
+    if x.numel() == 0 or x.numel() > most * features:
         return None
     return x.detach().reshape(-1, features).contiguous()
 
