@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import Enum
-from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
+from modulora_conformance.memo import once
 from modulora_core.errors import ShapeError
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
@@ -146,12 +146,11 @@ def pack(quantizer: Quantizer, weight: Tensor) -> PackedWeight:
 
 def packed(quantizer: Quantizer, shape: tuple[int, int], seed: int = 0) -> PackedWeight:
     """A packed Gaussian weight of the next shape that fits: a copy of a cached one."""
-    return copy.deepcopy(_packed(type(quantizer), quantizer.options.model_dump_json(), shape, seed))
+    return copy.deepcopy(_packed(quantizer, shape, seed))
 
 
-@lru_cache(maxsize=32)
-def _packed(cls: type[Quantizer], options: str, shape: tuple[int, int], seed: int) -> PackedWeight:
-    quantizer = cls(cls.Options.model_validate_json(options))
+@once(most=32)
+def _packed(quantizer: Quantizer, shape: tuple[int, int], seed: int) -> PackedWeight:
     return pack(quantizer, gaussian(fit(quantizer, *shape), seed))
 
 

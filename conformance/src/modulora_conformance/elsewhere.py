@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from modulora_conformance.cases import both_ways, fit, gaussian, pack, packed, tile
 from modulora_conformance.changes import settings
+from modulora_conformance.memo import once
 from modulora_conformance.pages import Place, guarded
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.kernels import one_thread
@@ -234,13 +234,11 @@ def answered(
 
     The process uses the options in ``before`` first.
     """
-    options = quantizer.options.model_dump_json()
-    return _answered(type(quantizer), options, shape, json.dumps(list(before)))
+    return _answered(quantizer, shape, json.dumps(list(before)))
 
 
-@lru_cache(maxsize=8)
-def _answered(cls: type[Quantizer], options: str, shape: tuple[int, int], before: str) -> Answer:
-    quantizer = cls(cls.Options.model_validate_json(options))
+@once(most=8)
+def _answered(quantizer: Quantizer, shape: tuple[int, int], before: str) -> Answer:
     here = packed(quantizer, shape)
     asked = request(quantizer, here, torch.float32)
     tile, layout, tensors, changed = elsewhere(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from modulora_conformance.cases import (
 )
 from modulora_conformance.changes import same_bits
 from modulora_conformance.levels.packing import promise_of
+from modulora_conformance.memo import once
 from modulora_conformance.oracle import product_error
 from modulora_core.kernels import one_thread
 from modulora_core.spec import PackedWeight, Quantizer
@@ -142,22 +142,21 @@ def limit_of_pieces(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, f
     Pieces of the small weight are as short: the errors of few weights vary. The limit is below 1,
     the error of a lost piece, for all but the coarsest quantizers.
     """
-    usual = _usual_pieces(type(quantizer), quantizer.options.model_dump_json(), shape)
+    usual = _usual_pieces(quantizer, shape)
     return {
         name: min(AS_USUAL * e, max((1 + e) / 2, min(1.3 * e, NEARLY_LOST), 1.1 * e)) + 1e-6
         for name, e in usual.items()
     }
 
 
-@lru_cache(maxsize=64)
-def _usual_pieces(cls: type[Quantizer], options: str, shape: tuple[int, int]) -> dict[str, float]:
-    return piece_errors(*_small(cls, options), shape)
+@once(most=64)
+def _usual_pieces(quantizer: Quantizer, shape: tuple[int, int]) -> dict[str, float]:
+    return piece_errors(*_small(quantizer), shape)
 
 
-@lru_cache(maxsize=4)
-def _small(cls: type[Quantizer], options: str) -> tuple[Tensor, Tensor]:
+@once(most=4)
+def _small(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     """A small steep weight after packing, and before."""
-    quantizer = cls(cls.Options.model_validate_json(options))
     W = steep(fit(quantizer, 256, 512), 3)
     return tile(quantizer, pack(quantizer, W)), W
 
@@ -167,14 +166,9 @@ def multiplies_itself(quantizer: Quantizer) -> bool:
     return type(quantizer).matmul is not Quantizer.matmul
 
 
+@once(most=64)
 def seconds_for_big(quantizer: Quantizer) -> float:
-    """The estimated processor seconds for packing :data:`BIG`."""
-    return _seconds_for_big(type(quantizer), quantizer.options.model_dump_json())
-
-
-@lru_cache(maxsize=64)
-def _seconds_for_big(cls: type[Quantizer], options: str) -> float:
-    quantizer = cls(cls.Options.model_validate_json(options))
+    """The estimated processor seconds for packing :data:`BIG`. Cached."""
     W = steep(fit(quantizer, 128, 1024), 4)
     pack(quantizer, W)  # whatever is made or compiled once exists now
     with one_thread():  # threads that wait for each other count as work
@@ -195,7 +189,7 @@ def big(quantizer: Quantizer) -> Outcome:
     if seconds_for_big(quantizer) > (SLOW_FROM if first else FAST):
         shape = SLOW
     rows = (1, 17, 65) if multiplies_itself(quantizer) else (33,)
-    return _outcome(type(quantizer), quantizer.options.model_dump_json(), shape, rows)
+    return _outcome(quantizer, shape, rows)
 
 
 def sides(quantizer: Quantizer) -> Iterator[Outcome]:
@@ -205,20 +199,17 @@ def sides(quantizer: Quantizer) -> Iterator[Outcome]:
     for shape in () if is_slow(quantizer) else SIDES:
         if required and shape[1] > 2048:
             continue
-        yield _outcome(type(quantizer), quantizer.options.model_dump_json(), shape, rows)
+        yield _outcome(quantizer, shape, rows)
 
 
 def many(quantizer: Quantizer) -> Outcome:
     """The outcome of every number of :data:`ROWS`. Cached."""
     shape = (129, 320) if is_slow(quantizer) else MANY
-    return _outcome(type(quantizer), quantizer.options.model_dump_json(), shape, ROWS)
+    return _outcome(quantizer, shape, ROWS)
 
 
-@lru_cache(maxsize=64)
-def _outcome(
-    cls: type[Quantizer], options: str, shape: tuple[int, int], rows: tuple[int, ...]
-) -> Outcome:
-    quantizer = cls(cls.Options.model_validate_json(options))
+@once(most=64)
+def _outcome(quantizer: Quantizer, shape: tuple[int, int], rows: tuple[int, ...]) -> Outcome:
     shape = fit(quantizer, *shape)
     W = steep(shape, 5)
     start = time.perf_counter()

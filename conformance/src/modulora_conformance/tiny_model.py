@@ -6,8 +6,6 @@ transformers is imported on first use: it takes two seconds, and levels 0 to 5 d
 from __future__ import annotations
 
 import atexit
-import functools
-import json
 import math
 import shutil
 import tempfile
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modulora_conformance.cases import accepts, generator, tile
+from modulora_conformance.memo import once
 from modulora_conformance.oracle import relative_error
 from modulora_conformance.results import Measurements
 from modulora_core.layers import QuantLinear
@@ -47,28 +46,23 @@ class TinyModel(NamedTuple):
     packed: Path
 
 
+@once(most=64)
 def tiny_model(quantizer: Quantizer) -> TinyModel:
     """The model, quantized by the installed quantizer of this name with the same options."""
-    options = quantizer.options.model_dump_json()
-    return _tiny_model(type(quantizer), options, _hidden_size(quantizer))
-
-
-@functools.cache
-def _tiny_model(cls: type[Quantizer], options: str, hidden_size: int) -> TinyModel:
     root = Path(tempfile.mkdtemp(prefix="modulora-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    _save_dense(root / "dense", hidden_size)
-    return TinyModel(root / "dense", _quantize(root / "dense", root / "packed", cls, options))
+    _save_dense(root / "dense", _hidden_size(quantizer))
+    return TinyModel(root / "dense", _quantize(root / "dense", root / "packed", quantizer))
 
 
-def _quantize(dense: Path, out: Path, cls: type[Quantizer], options: str) -> Path:
+def _quantize(dense: Path, out: Path, quantizer: Quantizer) -> Path:
     from modulora_core import quantize
     from modulora_core.calibration import CalibrationConfig
 
     text = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32)
-    quantizer = cls(cls.Options.model_validate_json(options))
+    options = quantizer.options.model_dump(mode="json")
     calibration = text if quantizer.wants_calibration else None
-    quantize(str(dense), out, cls.spec.name, json.loads(options), calibration=calibration)
+    quantize(str(dense), out, quantizer.spec.name, options, calibration=calibration)
     return out
 
 

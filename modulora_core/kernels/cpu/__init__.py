@@ -18,6 +18,7 @@ Operations on vectors of sixteen (:mod:`modulora_core.kernels.cpu.vectors`):
     lookup, lookup_pairs, table_for,    lookup in sixteen
     store_lookup, reorder
     operation                           an operation of your own, in LLVM IR
+    place, call, chosen                 a pointer, a call and a choice of lanes in it
 """
 
 from __future__ import annotations
@@ -44,10 +45,13 @@ from modulora_core.kernels.cpu.row_sums import add_in_turn, four_sums, sum_of_fo
 from modulora_core.kernels.cpu.vectors import (
     LANES,
     as_shorts,
+    call,
+    chosen,
     load,
     load_shorts,
     multiply_add,
     operation,
+    place,
     prefetch,
     splat,
     store,
@@ -57,9 +61,10 @@ from modulora_core.kernels.cpu.vectors import (
 )
 
 __all__ = [
-    "AHEAD", "LANES", "PAIR_ORDER", "CPUKernels", "add_in_turn", "as_shorts", "four_sums",
-    "from_half", "jit", "largest_bits", "load", "load_shorts", "lookup", "lookup_pairs",
-    "multiply_add", "narrow", "narrow_row", "on_stack", "operation", "prefetch", "read_ahead",
-    "reorder", "scratch", "share", "signed", "splat", "store", "store_lookup", "store_rounded",
-    "sum_of_four", "sum_of_lanes", "table_for", "to_floats", "widen",
+    "AHEAD", "LANES", "PAIR_ORDER", "CPUKernels", "add_in_turn", "as_shorts", "call", "chosen",
+    "four_sums", "from_half", "jit", "largest_bits", "load", "load_shorts", "lookup",
+    "lookup_pairs", "multiply_add", "narrow", "narrow_row", "on_stack", "operation", "place",
+    "prefetch", "read_ahead", "reorder", "scratch", "share", "signed", "splat", "store",
+    "store_lookup", "store_rounded", "sum_of_four", "sum_of_lanes", "table_for", "to_floats",
+    "widen",
 ]  # fmt: skip

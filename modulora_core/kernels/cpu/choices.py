@@ -18,10 +18,10 @@ FEW_ROWS = 64
 """Rows up to which products of few rows are faster than tiles."""
 
 BF16_ROWS = 8
-"""Rows from which bf16 inputs are multiplied in bf16; fewer are as fast in fp32."""
+"""Rows from which bf16 inputs are multiplied in bf16, without AMX; fewer are as fast in fp32."""
 
-FEW_ROWS_BESIDE_AMX = 24
-"""The same as :data:`FEW_ROWS` for bf16 inputs if torch multiplies tiles of bf16 by AMX."""
+FEW_BF16_ROWS = 24
+"""The same as :data:`FEW_ROWS` for bf16 inputs, if torch has instructions for tiles of bf16."""
 
 AMX_WEIGHTS = 2**22
 """Values of a weight, 2048 × 2048, from which the loops for AMX are faster than tiles."""
@@ -36,10 +36,10 @@ def dtype_of_few(rows: int, dtype: torch.dtype) -> torch.dtype | None:
     """
     if rows > FEW_ROWS:
         return None
-    if dtype is torch.bfloat16:
-        if dense_products.has_bfloat16_tile_units():
-            return torch.float32 if rows <= FEW_ROWS_BESIDE_AMX else None
-        if rows >= BF16_ROWS and dense_products.has_bfloat16_units():
+    if dtype is torch.bfloat16 and dense_products.has_bfloat16_units():
+        if rows > FEW_BF16_ROWS:
+            return None
+        if rows >= BF16_ROWS and not dense_products.has_bfloat16_tile_units():
             return torch.bfloat16
     return torch.float32
 

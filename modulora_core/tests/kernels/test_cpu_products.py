@@ -243,8 +243,8 @@ def test_other_inputs_are_left_to_tiles(module: ModuleType, x: Tensor) -> None:
 @pytest.mark.parametrize(
     ("processor", "rows", "dtype", "expected"),
     [("plain", 64, FP32, FP32), ("plain", 65, FP32, None), ("plain", 64, BF16, FP32),
-     ("bf16", 7, BF16, FP32), ("bf16", 8, BF16, BF16), ("bf16", 64, BF16, BF16),
-     ("bf16", 8, torch.float16, FP32), ("bf16", 64, FP32, FP32), ("bf16", 65, BF16, None),
+     ("bf16", 7, BF16, FP32), ("bf16", 8, BF16, BF16), ("bf16", 24, BF16, BF16),
+     ("bf16", 8, torch.float16, FP32), ("bf16", 64, FP32, FP32), ("bf16", 25, BF16, None),
      ("amx", 64, FP32, FP32), ("amx", 65, FP32, None),
      ("amx", 24, BF16, FP32), ("amx", 25, BF16, None), ("amx", 64, torch.float16, FP32)],
 )  # fmt: skip

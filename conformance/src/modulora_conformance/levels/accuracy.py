@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from modulora_conformance.levels.packing import (
     promise_of,
 )
 from modulora_conformance.levels.tiles import NARROW
+from modulora_conformance.memo import once
 from modulora_conformance.oracle import dense, relative_error, unlikeness
 from modulora_conformance.results import Measurements
 from modulora_core.errors import WeightError
@@ -262,37 +261,22 @@ def long_weight(quantizer: Quantizer, form: str) -> Tensor:
     return weight
 
 
+@once(most=8)
 def long_packed(quantizer: Quantizer, form: str) -> PackedWeight:
     """:func:`long_weight` packed. Cached."""
-    return _long_packed(type(quantizer), quantizer.options.model_dump_json(), form)
-
-
-@functools.lru_cache(maxsize=8)
-def _long_packed(cls: type[Quantizer], options: str, form: str) -> PackedWeight:
-    quantizer = cls(cls.Options.model_validate_json(options))
     return pack(quantizer, long_weight(quantizer, form))
 
 
+@once(most=64)
 def usual_error(quantizer: Quantizer) -> float:
-    """The relative error of a Gaussian weight of :data:`ERROR_SHAPE`."""
-    return _usual_error(type(quantizer), quantizer.options.model_dump_json())
-
-
-@functools.lru_cache(maxsize=64)
-def _usual_error(cls: type[Quantizer], options: str) -> float:
-    quantizer = cls(cls.Options.model_validate_json(options))
+    """The relative error of a Gaussian weight of :data:`ERROR_SHAPE`. Cached."""
     weight = gaussian(fit(quantizer, *ERROR_SHAPE), 7)
     return relative_error(dense(quantizer, pack(quantizer, weight)), weight)
 
 
+@once(most=len(IN_FEATURES))
 def _packed(quantizer: Quantizer, columns: int) -> tuple[Tensor, Tensor]:
-    """A weight of about 97 rows, and its Ŵ."""
-    return _packed_once(type(quantizer), quantizer.options.model_dump_json(), columns)
-
-
-@functools.lru_cache(maxsize=len(IN_FEATURES))
-def _packed_once(cls: type[Quantizer], options: str, columns: int) -> tuple[Tensor, Tensor]:
-    quantizer = cls(cls.Options.model_validate_json(options))
+    """A weight of about 97 rows, and its Ŵ. Cached."""
     weight = gaussian(fit(quantizer, 97, columns), columns)
     return weight, dense(quantizer, pack(quantizer, weight))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import weakref
 
@@ -24,6 +23,7 @@ from modulora_conformance.footprints import (
 from modulora_conformance.levels.gradients import GRADIENTS
 from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.levels.tiles import LITTLE, OWNED
+from modulora_conformance.memo import once
 from modulora_conformance.problems import SCALE, Problem, output, problem
 from modulora_conformance.results import HARDWARE, Measurements
 from modulora_core.autograd import FrozenWeight, lora_linear
@@ -211,14 +211,9 @@ class Memory(Level):
             measurements.at_most(f"kept, {name}, CUDA", kept.alive, limit, unit="bytes")
 
 
+@once(most=16)
 def _packed(quantizer: Quantizer) -> tuple[Quantizer, PackedWeight]:
     """A weight of :data:`SHAPE` and the instance that packed it, cached for all checks."""
-    return _packed_once(type(quantizer), quantizer.options.model_dump_json())
-
-
-@functools.lru_cache(maxsize=16)
-def _packed_once(cls: type[Quantizer], options: str) -> tuple[Quantizer, PackedWeight]:
-    quantizer = cls(cls.Options.model_validate_json(options))
     return quantizer, packed(quantizer, SHAPE)
 
 

@@ -18,7 +18,18 @@ from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, wit
 from numba import types
 from numba.core.registry import cpu_target
 
-from modulora_core.kernels.cpu import LANES, jit, load, lookup, on_stack, operation, prefetch, splat
+from modulora_core.kernels.cpu import (
+    LANES,
+    call,
+    jit,
+    load,
+    lookup,
+    on_stack,
+    operation,
+    place,
+    prefetch,
+    splat,
+)
 from modulora_core.packed import PackedWeight
 from modulora_qtip import codes
 from modulora_qtip.trellis import TILE
@@ -57,24 +68,13 @@ def _all(of: ir.VectorType, value: float) -> ir.Constant:
     return ir.Constant(of, [value] * of.count)
 
 
-def _call(builder: Any, name: str, of: ir.Type, operands: list[Any]) -> Any:
-    kind = ir.FunctionType(of, [operand.type for operand in operands])
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    return builder.call(function, operands)
-
-
-def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, of: ir.Type) -> Any:
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), of.as_pointer())
-
-
 @operation(lambda source, _at, words, _to: types.void(source, _I64, words, _I64))
 def _move(
     context: Any, builder: Any, kinds: Any, source: Any, at: Any, words: Any, to: Any
 ) -> None:
     """``(source, at, words, to)``: eight words of 32 bits from ``source[at]`` on, int16."""
-    eight = builder.load(_place(context, builder, kinds[0], source, at, _EIGHT), align=2)
-    builder.store(eight, _place(context, builder, kinds[2], words, to, _EIGHT), align=4)
+    eight = builder.load(place(context, builder, kinds[0], source, at, _EIGHT), align=2)
+    builder.store(eight, place(context, builder, kinds[2], words, to, _EIGHT), align=4)
 
 
 @operation(
@@ -92,7 +92,7 @@ def _values(
     type chooses the code function: None for bytes, a whole number for halves, a float for fused.
     """
     words = [builder.bitcast(word, _WHOLES) for word in (before, at)]
-    states = builder.and_(_call(builder, "llvm.fshr.v16i32", _WHOLES, [*words, shift]), mask)
+    states = builder.and_(call(builder, "llvm.fshr.v16i32", _WHOLES, [*words, shift]), mask)
     x = builder.mul(states, multiplier)
     if kinds[5] is not types.none:
         one = builder.insert_element(ir.Constant(_WHOLES, ir.Undefined), addend, _INT(0))
@@ -111,7 +111,7 @@ def _values(
 def _sum_of_bytes(builder: Any, x: Any, start: int) -> Any:
     if SUMS_BYTES:
         ones = _all(_WHOLES, 0x01010101)
-        return _call(
+        return call(
             builder, "llvm.x86.avx512.vpdpbusd.512", _WHOLES, [_all(_WHOLES, start), x, ones]
         )
     odd = builder.lshr(x, _all(_WHOLES, 8))

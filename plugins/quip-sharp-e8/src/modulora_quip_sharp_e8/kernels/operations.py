@@ -6,11 +6,10 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import types
-from numba.core import cgutils
 from numba.core.registry import cpu_target
 from torch import Tensor
 
-from modulora_core.kernels.cpu import AHEAD, LANES, operation
+from modulora_core.kernels.cpu import AHEAD, LANES, call, chosen, operation, place
 
 CODES = 64
 """Codes whose nibbles are found at once."""
@@ -29,25 +28,11 @@ PERMUTES_BYTES = _has("avx512vbmi", "avx512bw")
 """Whether kernels are compiled for a processor that permutes bytes, as :func:`finder` needs."""
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, at: Any, of: ir.Type) -> Any:
-    data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [at]), of.as_pointer())
-
-
-def _call(builder: Any, name: str, of: ir.Type, operands: list[Any]) -> Any:
-    kind = ir.FunctionType(of, [operand.type for operand in operands])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
-
-
-def _chosen(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_LANE, len(lanes)), lanes))
-
-
 @operation(lambda codes, _at: _I64(codes, _I64))
 def code(context: Any, builder: Any, kinds: Any, codes: Any, at: Any) -> Any:
     """``(codes, at)``: an unsigned code; ``codes`` are indexed as if they were flat."""
     number = context.get_data_type(kinds[0].dtype)
-    return builder.zext(builder.load(_place(context, builder, kinds[0], codes, at, number)), _INDEX)
+    return builder.zext(builder.load(place(context, builder, kinds[0], codes, at, number)), _INDEX)
 
 
 @operation(lambda array, _i, _j, like: like(array, _I64, _I64, like))
@@ -57,9 +42,9 @@ def rows(context: Any, builder: Any, kinds: Any, array: Any, i: Any, j: Any, _li
     ``like`` is a vector of the result's type, here and below."""
     of = ir.VectorType(context.get_data_type(kinds[0].dtype), LANES // 2)
     first, second = (
-        builder.load(_place(context, builder, kinds[0], array, at, of), align=4) for at in (i, j)
+        builder.load(place(context, builder, kinds[0], array, at, of), align=4) for at in (i, j)
     )
-    return _chosen(builder, first, second, list(range(LANES)))
+    return chosen(builder, first, range(LANES), second)
 
 
 @operation(lambda array, _i, _j, like: like(array, _I64, _I64, like))
@@ -68,18 +53,18 @@ def two(context: Any, builder: Any, kinds: Any, array: Any, i: Any, j: Any, _lik
     number = context.get_data_type(kinds[0].dtype)
     of, eights = ir.VectorType(number, LANES // 2), []
     for at in (i, j):
-        value = builder.load(_place(context, builder, kinds[0], array, at, number))
+        value = builder.load(place(context, builder, kinds[0], array, at, number))
         one = builder.insert_element(ir.Constant(of, ir.Undefined), value, _LANE(0))
-        eights.append(_chosen(builder, one, one, [0] * of.count))
-    return _chosen(builder, eights[0], eights[1], list(range(LANES)))
+        eights.append(chosen(builder, one, [0] * of.count))
+    return chosen(builder, eights[0], range(LANES), eights[1])
 
 
 @operation(lambda words, _at, like: like(words, _I64, like))
 def nibbles(context: Any, builder: Any, kinds: Any, words: Any, at: Any, _like: Any) -> Any:
     """``(words, at, like)``: the nibbles of a word in the low bits of sixteen whole numbers."""
-    word = builder.load(_place(context, builder, kinds[0], words, at, _INDEX))
+    word = builder.load(place(context, builder, kinds[0], words, at, _INDEX))
     one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, _LANE(0))
-    copies = _chosen(builder, one, one, [0] * _WORDS.count)
+    copies = chosen(builder, one, [0] * _WORDS.count)
     shifts = ir.Constant(_WORDS, [4 * lane for lane in range(_WORDS.count)])
     return builder.bitcast(builder.lshr(copies, shifts), _WHOLES)
 
@@ -97,7 +82,7 @@ def finder(high: Tensor, low: Tensor, byte: Tensor) -> Any:
             return looked_up(builder, byte, source[0])
         halves = (list(range(odd, 2 * CODES, 2)) for odd in (0, 1))
         a, b = source
-        lows, highs = (_chosen(builder, a, b, lanes) for lanes in halves)
+        lows, highs = (chosen(builder, a, lanes, b) for lanes in halves)
         found = looked_up(builder, high, highs), looked_up(builder, low, lows)
         return [builder.xor(a, b) for a, b in zip(*found, strict=True)]
 
@@ -115,41 +100,41 @@ def finder(high: Tensor, low: Tensor, byte: Tensor) -> Any:
         if kinds[0] is types.none:
             return
         size = kinds[0].dtype.bitwidth // 8
-        place = _place(context, builder, kinds[0], codes, at, _BYTE)
+        first = place(context, builder, kinds[0], codes, at, _BYTE)
         for line in range(size):
-            ahead = builder.gep(place, [_INDEX(AHEAD + CODES * line)])
+            ahead = builder.gep(first, [_INDEX(AHEAD + CODES * line)])
             hints = [_LANE(hint) for hint in (0, 3, 1)]  # to read, into all caches, data
-            _call(builder, "llvm.prefetch.p0", ir.VoidType(), [ahead, *hints])
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), [ahead, *hints])
         length = builder.mul(count, _INDEX(size))
-        source = [_read(builder, place, length, CODES * part) for part in range(size)]
+        source = [_read(builder, first, length, CODES * part) for part in range(size)]
         even, even_too, odd, odd_too = planes(builder, source)
         evens = _interleaved(builder, even, even_too, _BYTES)
         odds = _interleaved(builder, odd, odd_too, _BYTES)
         for number, (a, b) in enumerate(zip(evens, odds, strict=True)):
             for part, made in enumerate(_interleaved(builder, a, b, _WHOLES)):
                 index = builder.add(to, _INDEX(8 * (2 * number + part)))
-                builder.store(made, _place(context, builder, kinds[3], words, index, _WHOLES), 8)
+                builder.store(made, place(context, builder, kinds[3], words, index, _WHOLES), 8)
 
     return find
 
 
-def _read(builder: Any, place: Any, length: Any, start: int) -> Any:
-    """Bytes ``start`` to ``start + 63`` of ``length``; zeros beyond, where nothing is read."""
+def _read(builder: Any, first: Any, length: Any, start: int) -> Any:
+    """Bytes ``start`` to ``start + 63`` from ``first`` on; zeros beyond ``length``, unread."""
     lanes = ir.Constant(_SHORTS, list(range(start, start + CODES)))
     one = builder.insert_element(
         ir.Constant(_SHORTS, ir.Undefined), builder.trunc(length, ir.IntType(16)), _LANE(0)
     )
-    there = builder.icmp_signed("<", lanes, _chosen(builder, one, one, [0] * CODES))
-    source = builder.bitcast(builder.gep(place, [_INDEX(start)]), _BYTES.as_pointer())
+    there = builder.icmp_signed("<", lanes, chosen(builder, one, [0] * CODES))
+    source = builder.bitcast(builder.gep(first, [_INDEX(start)]), _BYTES.as_pointer())
     arguments = [source, _LANE(1), there, ir.Constant(_BYTES, None)]
-    return _call(builder, "llvm.masked.load.v64i8.p0", _BYTES, arguments)
+    return call(builder, "llvm.masked.load.v64i8.p0", _BYTES, arguments)
 
 
 def _permuted(builder: Any, index: Any, table: list[int]) -> Any:
     """``table[index]`` for 64 bytes: an instruction takes seven bits of an index, of two halves."""
     parts = [ir.Constant(_BYTES, table[start : start + CODES]) for start in range(0, 256, CODES)]
     name = "llvm.x86.avx512.vpermi2var.qi.512"
-    low, high = (_call(builder, name, _BYTES, [parts[i], index, parts[i + 1]]) for i in (0, 2))
+    low, high = (call(builder, name, _BYTES, [parts[i], index, parts[i + 1]]) for i in (0, 2))
     is_high = builder.icmp_signed("<", index, ir.Constant(_BYTES, None))
     return builder.select(is_high, high, low)
 
@@ -159,4 +144,4 @@ def _interleaved(builder: Any, a: Any, b: Any, of: ir.VectorType) -> list[Any]:
     a, b = builder.bitcast(a, of), builder.bitcast(b, of)
     half = of.count // 2
     turns = [[i for k in range(s, s + half) for i in (k, of.count + k)] for s in (0, half)]
-    return [_chosen(builder, a, b, lanes) for lanes in turns]
+    return [chosen(builder, a, lanes, b) for lanes in turns]
