@@ -21,7 +21,7 @@ the outputs of the quantized blocks before it.
 
 from __future__ import annotations
 
-from modulora_core.calibration.blocks import find_blocks
+from modulora_core.calibration.blocks import block_prefixes, find_blocks
 from modulora_core.calibration.text import (
     CalibrationConfig,
     CalibrationText,
@@ -41,6 +41,7 @@ __all__ = [
     "PackedMatrices",
     "Tuner",
     "TuningConfig",
+    "block_prefixes",
     "calibration_text",
     "find_blocks",
     "load_calibration",

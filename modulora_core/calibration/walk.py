@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core import distributed
-from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
-from modulora_core.calibration.calls import BlockCall, record_calls
+from modulora_core.calibration.blocks import Block, block_modules, find_blocks
+from modulora_core.calibration.calls import BlockCall, OuterModel
 from modulora_core.calibration.passes import Passes
 from modulora_core.calibration.stages import Order, TokenWeights
 from modulora_core.calibration.states import empty_states
@@ -94,28 +94,26 @@ class BlockWalk:
             WorkError: an input of a layer is NaN or Inf; the message names the layer.
         """
         paths = find_blocks(self.source.outline)
-        states, calls = self._enter(paths)
+        states, calls = self._enter()
         modules = block_modules(self.source, paths)
         for number, path in enumerate(paths):
             of_block = [found[number] for found in calls]
             last = number == len(paths) - 1
             self._do_block(number, path, modules.pop(0), states, of_block, last=last)
 
-    def _enter(self, paths: Sequence[str]) -> tuple[Tensor, list[list[BlockCall]]]:
+    def _enter(self) -> tuple[Tensor, list[list[BlockCall]]]:
         """The hidden states before the first block, and for each batch a call of each block."""
-        model = outer_model(self.source, paths, self.device, head=False)
-        modules = [model.get_submodule(path) for path in paths]
-        ids, calls = self._ids, list[list[BlockCall]]()
-        batches = record_calls(model, modules, ids, self._batches, self.device)
-        for batch, hidden, found in batches:
+        outer, calls = OuterModel(self.source, self.device, head=False), list[list[BlockCall]]()
+        recorded = outer.record(self._ids[batch] for batch in self._batches)
+        for batch, (hidden, found) in zip(self._batches, recorded, strict=True):
             if not calls:
                 states = self._empty_states(hidden)
             states[batch] = hidden
             calls.append(found)
         if self.tuner is not None:
-            batches = record_calls(model, modules, ids, self.tuner.batches, self.device)
+            recorded = outer.record(self._ids[batch] for batch in self.tuner.batches)
             targets = self._empty_states(states).copy_(states)
-            self.tuner.begin(states, targets, [found for _, _, found in batches])
+            self.tuner.begin(states, targets, [found for _, found in recorded])
         return states, calls
 
     def _empty_states(self, hidden: Tensor) -> Tensor:
@@ -134,10 +132,8 @@ class BlockWalk:
     ) -> None:
         """Fill a block, pack it, tune it, and replace the hidden states by those after it."""
         dense: dict[str, Tensor] = {}  # a tuner changes vectors before they are written
-        keep: Callable[[str, Tensor], None] = (
-            dense.__setitem__ if self.tuner else self.visitor.write_dense
-        )
-        block = Block(path, module, self.linears, self.source, self.device, keep)
+        on_dense = dense.__setitem__ if self.tuner else self.visitor.write_dense
+        block = Block(path, module, self.linears, self.source, self.device, on_dense)
         passes = Passes(
             block, states, calls, self._batches, held_out=self._held_out,
             paused_bytes=self.paused_bytes if self.text.config.sequential else 0,

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from modulora_core.arguments import check_fields
-from modulora_core.calibration import CalibrationText, find_blocks
+from modulora_core.calibration import CalibrationText, block_prefixes
 from modulora_core.checkpoints.record import (
     PackedSite,
     QuantizationRecord,
@@ -67,6 +67,10 @@ class Layout:
     def quantizer(self, site: PackedSite) -> Quantizer:
         return self.quantizers[site.recipe]
 
+    def candidates(self, name: str) -> Sequence[Quantizer]:
+        """The quantizers that may pack a parameter."""
+        return [self.quantizer(self.record.site(name))]
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -114,9 +118,15 @@ class Selection:
                     raise OptionError(f"--include {pattern}: {linear.module} is {reason}; {advice}")
 
 
+def uses_output_moment(linear: LinearSite, quantizer: Quantizer) -> bool:
+    """Whether the quantizer packs a layer in a decoder block with H_O, if there is one."""
+    uses = quantizer.wants_calibration and quantizer.spec.output_hessian
+    return linear.experts is None and uses
+
+
 def linears_outside_blocks(source: ModelSource, linears: Sequence[LinearSite]) -> list[LinearSite]:
     """The layers outside of the decoder blocks, such as an output head."""
-    blocks = tuple(f"{path}." for path in find_blocks(source.outline))
+    blocks = block_prefixes(source)
     return [linear for linear in linears if not linear.name.startswith(blocks)]
 
 

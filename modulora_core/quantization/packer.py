@@ -16,7 +16,7 @@ from modulora_core.calibration import (
     CalibrationText,
     PackedMatrices,
     Tuner,
-    find_blocks,
+    block_prefixes,
 )
 from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.sensitivity import loss_sensitivities
@@ -28,7 +28,7 @@ from modulora_core.checkpoints.written.shards import ShardWriter
 from modulora_core.dense_products import has_bfloat16_units, matmul_precision
 from modulora_core.models import ModelSource
 from modulora_core.progress import Progress
-from modulora_core.quantization.layout import Layout
+from modulora_core.quantization.layout import Layout, uses_output_moment
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
 WEIGHTING = "weighting"
@@ -66,9 +66,7 @@ def pack_all(
     """
     text, tuner = layout.calibration, None
     packer = _Packer(source, layout, writer, device, progress)
-    blocks: tuple[str, ...] = ()
-    if text is not None:
-        blocks = tuple(f"{path}." for path in find_blocks(source.outline))
+    blocks = () if text is None else block_prefixes(source)
     outside = {name for name in source.parameters if not name.startswith(blocks)}
     if distributed.is_first():  # reading takes most of the time
         for name, tensor in source.tensors(names=outside):
@@ -123,8 +121,10 @@ class _Packer(BlockVisitor):
         ]  # fmt: skip
         if not linears:
             return {}
-        used = {each.name: self._quantizer(each.name).spec.output_hessian for each in linears}
-        self.moments = OutputMoments(folder, frozenset(filter(used.get, used)))
+        self.moments = OutputMoments(folder, frozenset(
+            linear.name for linear in linears
+            if uses_output_moment(linear, self._quantizer(linear.name))
+        ))  # fmt: skip
         measure = partial(
             loss_sensitivities, self.source, text.ids, linears, device=self.device, folder=folder,
             seed=self.layout.record.seed, spill=text.config.spill, progress=self.progress,

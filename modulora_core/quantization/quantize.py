@@ -22,8 +22,8 @@ from modulora_core.arguments import checked
 from modulora_core.calibration import (
     CalibrationConfig,
     CalibrationText,
+    block_prefixes,
     calibration_text,
-    find_blocks,
 )
 from modulora_core.calibration.output_moments import moment_bytes
 from modulora_core.calibration.states import spilled_bytes
@@ -43,7 +43,13 @@ from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.folders import REQUEST
 from modulora_core.models.tokenizer import TOKENIZER_FILES
 from modulora_core.progress import Progress, shown
-from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
+from modulora_core.quantization.layout import (
+    Layout,
+    Override,
+    Selection,
+    choose_layout,
+    uses_output_moment,
+)
 from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
 from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
@@ -242,7 +248,7 @@ def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.dev
     nbytes, text = chosen.nbytes, chosen.calibration
     if text is None:
         return nbytes
-    blocks = find_blocks(source.outline)
+    blocks = block_prefixes(source)
     spill, states = text.config.spill, len(blocks) + 1
     files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
     nbytes += files * spilled_bytes(text.ids.numel(), source.config, device, spill)
@@ -252,10 +258,12 @@ def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.dev
     ):
         if are_kept:  # of every block
             nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
-    if text.config.weighting == "loss" and any(q.spec.output_hessian for q in chosen.quantizers):
-        inside = tuple(f"{path}." for path in blocks)
-        single = (site for site in chosen.linears if site.experts is None)
-        nbytes += sum(moment_bytes(site) for site in single if site.name.startswith(inside))
+    if text.config.weighting == "loss":
+        nbytes += sum(
+            moment_bytes(linear) for linear in chosen.linears
+            if linear.name.startswith(blocks)
+            and any(uses_output_moment(linear, each) for each in chosen.candidates(linear.name))
+        )  # fmt: skip
     return nbytes
 
 

@@ -34,8 +34,8 @@ from modulora_core.calibration import (
     CalibrationConfig,
     CalibrationText,
     PackedMatrices,
+    block_prefixes,
     calibration_text,
-    find_blocks,
 )
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.checkpoints.matrices import random_stream
@@ -150,7 +150,7 @@ class Start:
             model: loaded on the device of the run; name: for messages.
             progress: called with ``"correcting"``, the layers done, and their number.
         """
-        blocks = tuple(f"{path}." for path in find_blocks(self.source.outline))
+        blocks = block_prefixes(self.source)
         packed = {
             f"{path}.weight" if isinstance(layer, QuantLinear) else path: layer
             for path, layer in packed_layers(model).items()

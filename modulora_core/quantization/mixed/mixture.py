@@ -73,6 +73,10 @@ class Mixture:
     calibration: CalibrationText
     seed: int
 
+    def candidates(self, name: str) -> Sequence[Quantizer]:  # noqa: ARG002 - as of a Layout
+        """The quantizers that may pack a layer."""
+        return self.quantizers
+
     @property
     def fixed_bytes(self) -> int:
         """The size of everything that is not chosen for."""
