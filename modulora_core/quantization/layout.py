@@ -171,7 +171,8 @@ def choose_layout(
             f"they are ({stays}); leave out fewer with --include and --exclude, or name a "
             "quantizer for an end with --quantize-head or --quantize-embeddings"
         )
-    chosen |= {end.site.name: index_for_end(end, quantizers) for end in ends}
+    quantizers, of_ends = with_ends(quantizers, ends)
+    chosen |= of_ends
     linears += [end.site for end in ends]
     return layout_with(
         source, quantizers, linears, chosen, dense, calibration=calibration, seed=seed
@@ -192,23 +193,29 @@ def _chosen(linears: Sequence[LinearSite], patterns: Sequence[str]) -> dict[str,
     return chosen
 
 
-def index_for_end(end: End, quantizers: list[Quantizer]) -> int:
-    """The index of an end's quantizer in ``quantizers``, to which it is added if it is missing.
+def with_ends(
+    quantizers: Sequence[Quantizer], ends: Sequence[End]
+) -> tuple[list[Quantizer], dict[str, int]]:
+    """The quantizers with those of the ends that are missing, and the index of each end's.
 
     Raises:
-        PluginError, OptionError: the quantizer or an option is refused, or it needs calibration.
+        PluginError, OptionError: a quantizer or an option is refused, or it needs calibration.
     """
-    quantizer = end.choice.create()
-    if quantizer.spec.calibration == "required":
-        raise OptionError(
-            f"--{end.option} {quantizer.spec.name}: it needs calibration, and nothing is "
-            "calibrated outside of the decoder blocks; choose a quantizer that needs none"
-        )
-    for index, other in enumerate(quantizers):
-        if (other.spec.name, other.options) == (quantizer.spec.name, quantizer.options):
-            return index
-    quantizers.append(quantizer)
-    return len(quantizers) - 1
+    all_of_them, chosen = list(quantizers), dict[str, int]()
+    known = [(each.spec.name, each.options) for each in all_of_them]
+    for end in ends:
+        quantizer = end.choice.create()
+        if quantizer.spec.calibration == "required":
+            raise OptionError(
+                f"--{end.option} {quantizer.spec.name}: it needs calibration, and nothing is "
+                "calibrated outside of the decoder blocks; choose a quantizer that needs none"
+            )
+        wanted = quantizer.spec.name, quantizer.options
+        if wanted not in known:
+            known.append(wanted)
+            all_of_them.append(quantizer)
+        chosen[end.site.name] = known.index(wanted)
+    return all_of_them, chosen
 
 
 def layout_with(

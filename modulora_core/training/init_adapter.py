@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.adapted import packed_layers
-from modulora_core.adapters.lora import add_lora, lora_layer
+from modulora_core.adapters.adapted import adapter_layers, packed_layers
+from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
@@ -164,7 +164,8 @@ class Start:
         for parameter, layer in packed.items():
             matrices = [layer.weight] if isinstance(layer, QuantLinear) else [*layer]
             weights[parameter] = matrices[0].quantizer, [matrix.packed for matrix in matrices]
-        layers = {f"{path}.weight": lora_layer(model, path) for path in add_lora(model, settings)}
+        add_lora(model, settings)
+        layers = {f"{path}.weight": layer for path, layer in adapter_layers(model)}
         linear = {parameter: layer for parameter, layer in layers.items() if parameter in weights}
         correcting = _Correcting(weights, linear, settings.seed, progress)
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

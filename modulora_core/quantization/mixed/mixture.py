@@ -21,9 +21,9 @@ from modulora_core.quantization.layout import (
     Layout,
     Selection,
     check_rescales,
-    index_for_end,
     layout_with,
     linears_outside_blocks,
+    with_ends,
 )
 from modulora_core.quantization.mixed.allocation import Allocation, Offer, allocate
 from modulora_core.quantization.mixed.errors import measure_errors
@@ -137,7 +137,8 @@ class Mixture:
         uses_text = any(quantizer.wants_calibration for quantizer in quantizers)
         uses_text |= self.calibration.config.tuning is not None
         chosen = dict(zip(self.sizes, map(used.index, allocation.taken), strict=True))
-        chosen |= {end.site.name: index_for_end(end, quantizers) for end in self.ends}
+        quantizers, of_ends = with_ends(quantizers, self.ends)
+        chosen |= of_ends
         linears = [*self.linears, *(end.site for end in self.ends)]
         layout = layout_with(
             self.source, quantizers, linears, chosen, self.kept, seed=self.seed,
@@ -218,9 +219,8 @@ def find_mixture(
         sites, weights = packed_sites(linears, quantizers, dict.fromkeys(sizes, index))
         for name, site in weights.items():
             sizes[name].append(sites[site].nbytes)
-    known, sites_of_ends = list(quantizers), [end.site for end in ends]
-    of_ends = {end.site.name: index_for_end(end, known) for end in ends}
-    sites, weights = packed_sites(sites_of_ends, known, of_ends)
+    with_those, of_ends = with_ends(quantizers, ends)
+    sites, weights = packed_sites([end.site for end in ends], with_those, of_ends)
     dense = source.parameters.keys() - sizes.keys() - of_ends.keys()
     mixture = Mixture(
         source, budget, quantizers, linears, sizes, ends,
