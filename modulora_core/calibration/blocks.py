@@ -53,25 +53,25 @@ def block_prefixes(source: ModelSource) -> tuple[str, ...]:
     return tuple(f"{path}." for path in find_blocks(source.outline))
 
 
-def block_modules(source: ModelSource, blocks: Sequence[str]) -> list[nn.Module]:
+def block_modules(source: ModelSource, paths: Sequence[str]) -> list[nn.Module]:
     """New skeletons of the decoder blocks at these paths."""
     model = _skeleton(source)
-    return [model.get_submodule(path) for path in blocks]
+    return [model.get_submodule(path) for path in paths]
 
 
 def outer_model(
-    source: ModelSource, blocks: Sequence[str], device: torch.device, *, head: bool
+    source: ModelSource, paths: Sequence[str], device: torch.device, *, head: bool
 ) -> PreTrainedModel:
     """The model with values for its first block and for the parts outside of its blocks.
 
     Args:
-        blocks: the paths of the decoder blocks; all but the first stay on the meta device.
+        paths: the paths of the decoder blocks; all but the first stay on the meta device.
         head: whether the output head gets values too.
     """
     model = _skeleton(source)
     output = model.get_output_embeddings()
     heads = [path for path, module in model.named_modules() if module is output and not head]
-    left_out = tuple(f"{path}." for path in (*heads, *blocks[1:]))
+    left_out = tuple(f"{path}." for path in (*heads, *paths[1:]))
     names = {name for name in source.parameters if not name.startswith(left_out)}
     for name, tensor in source.tensors(names=names):
         _fill(model, name, _cast(tensor, device))

@@ -49,7 +49,8 @@ class Layout:
     """The files that quantizing a model will write.
 
     Attributes:
-        record: the checkpoint's ``quantization_config``; quantizers: of its recipes.
+        record: the checkpoint's ``quantization_config``.
+        quantizers: one for each recipe of the record.
         tensors: every tensor of the files, in their order.
         linears: the packed parameters.
         calibration: the samples; None if no quantizer uses any.
@@ -102,7 +103,7 @@ class Selection:
         check_fields(self)
 
     def sort(self, source: ModelSource) -> tuple[list[LinearSite], list[End], dict[str, str]]:
-        """The linear layers to pack, the packed ends, and name → reason of all other parameters."""
+        """The linear layers and the ends to pack, and name → reason of all dense parameters."""
         model = source.outline
         found = find_sites(model, include=self.include, exclude=self.exclude)
         ends = find_ends(model, self.head, self.embeddings, source.parameters)
@@ -126,8 +127,8 @@ def uses_output_moment(linear: LinearSite, quantizer: Quantizer) -> bool:
 
 def linears_outside_blocks(source: ModelSource, linears: Sequence[LinearSite]) -> list[LinearSite]:
     """The layers outside of the decoder blocks, such as an output head."""
-    blocks = block_prefixes(source)
-    return [linear for linear in linears if not linear.name.startswith(blocks)]
+    inside = block_prefixes(source)
+    return [linear for linear in linears if not linear.name.startswith(inside)]
 
 
 def choose_layout(
@@ -143,7 +144,7 @@ def choose_layout(
 
     Args:
         choices: for the layers that match no pattern, then for each of ``patterns`` in turn.
-        patterns: of dotted paths (fnmatch); the last match counts.
+        patterns: patterns of dotted paths (fnmatch); the last match counts.
 
     Raises:
         PluginError, OptionError: a quantizer, an option, a pattern or a combination is refused.

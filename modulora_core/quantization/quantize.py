@@ -70,7 +70,8 @@ class QuantizeResult:
     """A packed checkpoint that was written.
 
     Attributes:
-        quantizer, options: of all layers without an override; ``"mixed"`` with a budget.
+        quantizer, options: the choice for all layers without an override; ``"mixed"`` with a
+            budget.
         bits_per_weight: the packed bits per packed weight, scales included.
         bytes: the size of all tensors; source_bytes: their size in the dense model.
         seconds: the duration; peak_memory_bytes: the peak memory of the process.
@@ -141,8 +142,9 @@ def quantize(
     Args:
         model: a Hub id, a folder of safetensors, a file, or ``package:NAME``.
         out: a new or empty folder. It appears when it is whole.
-        quantizer: a name of ``modulora list-quantizers``; options: of its ``Options``. A
-            :class:`Budget` chooses a quantizer for each layer.
+        quantizer: a name of ``modulora list-quantizers``, or a :class:`Budget`, which chooses a
+            quantizer for each layer.
+        options: the quantizer's options, the fields of its ``Options``.
         quality: ``"fast"`` and ``"best"`` change defaults of calibration and quantizers
             (:mod:`modulora_core.quantization.quality`).
         overrides: other quantizers for some modules; the last match counts.
@@ -244,12 +246,12 @@ def check_processes(text: CalibrationText | None, *, budget: bool) -> None:
 
 
 def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.device) -> int:
-    """The largest size of the files to write: of the checkpoint, hidden states, and moments."""
+    """The largest size of all files to write: checkpoint, hidden states, and moments."""
     nbytes, text = chosen.nbytes, chosen.calibration
     if text is None:
         return nbytes
-    blocks = block_prefixes(source)
-    spill, states = text.config.spill, len(blocks) + 1
+    inside = block_prefixes(source)
+    spill, states = text.config.spill, len(inside) + 1
     files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
     nbytes += files * spilled_bytes(text.ids.numel(), source.config, device, spill)
     for tokens, are_kept in (
@@ -261,7 +263,7 @@ def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.dev
     if text.config.weighting == "loss":
         nbytes += sum(
             moment_bytes(linear) for linear in chosen.linears
-            if linear.name.startswith(blocks)
+            if linear.name.startswith(inside)
             and any(uses_output_moment(linear, each) for each in chosen.candidates(linear.name))
         )  # fmt: skip
     return nbytes

@@ -118,7 +118,7 @@ class Predictions:
         folder: the folder of the file.
 
     Attributes:
-        numbers: of the examples with predictions, ascending.
+        numbers: the numbers of the examples with predictions, ascending.
         ends: the number of rows up to the end of each of them.
         row: one row: the most likely tokens, and the logarithms of their probabilities.
     """
@@ -151,7 +151,7 @@ class Predictions:
         """Write the rows that the file lacks.
 
         Args:
-            device: of the blocks.
+            device: the device of the blocks.
             progress: called with ``"predicting"``, the decoder blocks done, and their number.
 
         Raises:

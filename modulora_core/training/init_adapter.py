@@ -105,7 +105,7 @@ def init_adapter(
         out: the folder to write, new or empty.
         dense: the model before quantization. A decoder block of it is in memory at a time.
         calibration: the text of H.
-        settings: of the adapter.
+        settings: the adapter's settings.
         progress: called with ``"correcting"``, the layers done, and their number; by default a bar
             on a terminal, and False shows none.
 
@@ -118,23 +118,29 @@ def init_adapter(
     started, settings = time.perf_counter(), settings or LoRASettings()
     check_output(Path(out))
     with shown(progress, "correcting", "layers") as progress:
-        checkpoint, start = open_packed(model), Start.open(dense, calibration, settings.seed)
+        checkpoint = open_packed(model)
+        corrector = Corrector.open(dense, calibration, settings.seed)
         adapted = load_model(checkpoint, device=str(pick_device()))
-        layers, corrected = start.put_on(adapted, checkpoint.name, settings, progress)
+        layers, corrected = corrector.put_on(adapted, checkpoint.name, settings, progress)
     with whole_or_nothing(Path(out)) as whole:
         save_adapter(adapted, whole, settings=settings)
     return InitialAdapter(str(out), layers, corrected, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
-class Start:
-    """The dense model and the text that a corrected adapter comes from."""
+class Corrector:
+    """Puts an adapter that corrects its layers on a quantized model.
+
+    Attributes:
+        source: the dense model.
+        text: the samples that H comes from.
+    """
 
     source: ModelSource
     text: CalibrationText
 
     @classmethod
-    def open(cls, dense: str | Path, calibration: CalibrationConfig, seed: int) -> Start:
+    def open(cls, dense: str | Path, calibration: CalibrationConfig, seed: int) -> Corrector:
         """Find the dense model and draw the text. Raises as :func:`init_adapter`."""
         if world_size() > 1:
             raise OptionError(f"a corrected adapter: expected one process, got {world_size()}")
@@ -150,11 +156,11 @@ class Start:
             model: loaded on the device of the run; name: for messages.
             progress: called with ``"correcting"``, the layers done, and their number.
         """
-        blocks = block_prefixes(self.source)
+        inside = block_prefixes(self.source)
         packed = {
             f"{path}.weight" if isinstance(layer, QuantLinear) else path: layer
             for path, layer in packed_layers(model).items()
-            if path.startswith(blocks)
+            if path.startswith(inside)
         }
         linears = _linears(self.source, name, {
             name: (layer.weight if isinstance(layer, QuantLinear) else layer.first).layout.shape

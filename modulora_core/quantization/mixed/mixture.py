@@ -53,12 +53,12 @@ class Mixture:
     """The choice of a budget for one model.
 
     Attributes:
-        quantizers: of the budget's choices.
+        quantizers: one for each of the budget's choices.
         linears: the layers to choose for, all of them in decoder blocks.
         sizes: by layer, its packed bytes under each choice.
         ends: the packed head and embedding; ends_bytes: their packed size.
-        kept: name → reason of every other parameter; kept_bytes: their size.
-        calibration: the samples; seed: of packing.
+        dense: name → reason of every other parameter; dense_bytes: their size.
+        calibration: the samples; seed: the seed for random numbers of quantizers.
     """
 
     source: ModelSource
@@ -68,8 +68,8 @@ class Mixture:
     sizes: Mapping[str, Sequence[int]]
     ends: Sequence[End]
     ends_bytes: int
-    kept: Mapping[str, str]
-    kept_bytes: int
+    dense: Mapping[str, str]
+    dense_bytes: int
     calibration: CalibrationText
     seed: int
 
@@ -80,7 +80,7 @@ class Mixture:
     @property
     def fixed_bytes(self) -> int:
         """The size of everything that is not chosen for."""
-        return self.kept_bytes + self.ends_bytes
+        return self.dense_bytes + self.ends_bytes
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +95,7 @@ class Mixture:
             "source": self.source.identity(),
             "seed": self.seed,
             "weights": [linear.name for linear in self.linears],
-            "kept": dict(self.kept),
+            "kept": dict(self.dense),
             **self._entry(),
         }
 
@@ -141,7 +141,7 @@ class Mixture:
         chosen |= of_ends
         linears = [*self.linears, *(end.site for end in self.ends)]
         layout = layout_with(
-            self.source, quantizers, linears, chosen, self.kept, seed=self.seed,
+            self.source, quantizers, linears, chosen, self.dense, seed=self.seed,
             calibration=self.calibration if uses_text else None, allocation=self._entry(),
         )  # fmt: skip
         return replace(layout, table=self.table(layout.record, errors, allocation))
@@ -159,7 +159,7 @@ class Mixture:
             and ``errors`` under each choice. Each choice has ``error`` of its layers, and
             ``uniform_bytes`` and ``uniform_error`` of a checkpoint with this choice everywhere.
         """
-        table = recorded_allocation(record, self.kept_bytes)
+        table = recorded_allocation(record, self.dense_bytes)
         assert table is not None, "the record is from this run"
         layers = table["layers"]
         for name, layer in layers.items():
@@ -204,10 +204,10 @@ def find_mixture(
     quantizers = [choice.create() for choice in budget.choices]
     _check_distinct(budget.choices, quantizers)
     check_rescales(quantizers, calibration)
-    linears, ends, kept = selection.sort(source)
+    linears, ends, dense = selection.sort(source)
     outside = linears_outside_blocks(source, linears)
     selection.refuse(outside, OUTSIDE, "leave it dense, or quantize without --budget")
-    kept |= {linear.name: OUTSIDE for linear in outside}
+    dense |= {linear.name: OUTSIDE for linear in outside}
     linears = [linear for linear in linears if linear not in outside]
     if not linears:
         raise OptionError(
@@ -221,12 +221,12 @@ def find_mixture(
             sizes[name].append(sites[site].nbytes)
     with_those, of_ends = with_ends(quantizers, ends)
     sites, weights = packed_sites([end.site for end in ends], with_those, of_ends)
-    dense = source.parameters.keys() - sizes.keys() - of_ends.keys()
+    others = source.parameters.keys() - sizes.keys() - of_ends.keys()
     mixture = Mixture(
         source, budget, quantizers, linears, sizes, ends,
         ends_bytes=sum(sites[index].nbytes for index in weights.values()),
-        kept=kept,
-        kept_bytes=sum(source.parameters[name].nbytes for name in dense),
+        dense=dense,
+        dense_bytes=sum(source.parameters[name].nbytes for name in others),
         calibration=calibration, seed=seed,
     )  # fmt: skip
     _check_budget(mixture)
@@ -257,7 +257,7 @@ def _check_budget(mixture: Mixture) -> None:
     if given < least:
         raise OptionError(
             f"budget: expected at least {least} bytes ({_mib(least)}), got {given} ({_mib(given)}):"
-            f" dense tensors take {_mib(mixture.kept_bytes)}, "
+            f" dense tensors take {_mib(mixture.dense_bytes)}, "
             f"{f'{ends} {_mib(mixture.ends_bytes)}, ' if ends else ''}and the smallest choice for "
             f"every layer {_mib(layers)}; give more, or smaller choices"
         )
