@@ -50,7 +50,7 @@ from modulora_core.quantization.layout import (
     choose_layout,
     uses_output_moment,
 )
-from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
+from modulora_core.quantization.mixed.errors import JOURNAL
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
 from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
@@ -200,11 +200,7 @@ def quantize(
         request = {**chosen.request, "max_shard_bytes": max_shard_bytes}
         nbytes = _disk_bytes(source, chosen, where)
         with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
-            layout = (
-                chosen.choose(where, folder, resume=resumes, progress=progress)
-                if isinstance(chosen, Mixture)
-                else chosen
-            )
+            layout = chosen.choose(where, folder, resume=resumes, progress=progress)
             outcome = _write_packed(
                 source, layout, folder, where, max_shard_bytes, resume=resumes, progress=progress
             )
@@ -254,13 +250,10 @@ def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.dev
     spill, states = text.config.spill, len(inside) + 1
     files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
     nbytes += files * spilled_bytes(text.ids.numel(), source.config, device, spill)
-    for tokens, are_kept in (
-        (text.ids.numel(), text.config.weighting == "loss"),
-        (held_out_ids(text).numel(), isinstance(chosen, Mixture)),
-    ):
-        if are_kept:  # of every block
-            nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
-    if text.config.weighting == "loss":
+    weighs = text.config.weighting == "loss"
+    for tokens in (text.ids.numel() if weighs else 0, chosen.measured_tokens):
+        nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
+    if weighs:
         nbytes += sum(
             moment_bytes(linear) for linear in chosen.linears
             if linear.name.startswith(inside)

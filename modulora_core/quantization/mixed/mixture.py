@@ -26,7 +26,7 @@ from modulora_core.quantization.layout import (
     with_ends,
 )
 from modulora_core.quantization.mixed.allocation import Allocation, Offer, allocate
-from modulora_core.quantization.mixed.errors import measure_errors
+from modulora_core.quantization.mixed.errors import held_out_ids, measure_errors
 from modulora_core.quantization.mixed.recorded import recorded_allocation
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
@@ -87,6 +87,11 @@ class Mixture:
         """The largest size that the checkpoint may get."""
         largest = self.fixed_bytes + sum(map(max, self.sizes.values()))
         return min(self.budget.nbytes, largest)
+
+    @property
+    def measured_tokens(self) -> int:
+        """The number of calibration tokens on which errors are measured."""
+        return held_out_ids(self.calibration).numel()
 
     @property
     def request(self) -> dict[str, Any]:
