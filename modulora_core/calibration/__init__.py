@@ -12,6 +12,7 @@
     walk.py             the samples' way through all blocks
     tuning.py           training a quantized block's vectors towards the dense block
     sensitivity.py      how much the loss depends on errors in each layer
+    gradients.py        the sums of the gradients in one layer's outputs
     token_weights.py    weights of the tokens by the loss, in a file
     output_moments.py   second moments of the gradients in a layer's outputs, in files
 

@@ -201,5 +201,5 @@ def _check_filled(model: nn.Module, inside: tuple[str, ...]) -> None:
     if empty:
         raise ModelError(
             f"{type(model).__name__}: expected values for {', '.join(empty[:3])}, got none in its "
-            "files; the loss needs them"
+            "files; its logits need them: give the whole model"
         )
