@@ -49,7 +49,8 @@ class MergedFile:
     """The file of a model that was written.
 
     Attributes:
-        types: the number of tensors of each type; adapted: of parameters that the adapter changed.
+        types: the number of tensors of each type.
+        adapted: the number of parameters that the adapter changed.
         retained: the part of the update that quantizing leaves in each changed tensor, the
             projection ⟨Q(W + ΔW) - W, ΔW⟩ / ‖ΔW‖². 1 is all, 0 is nothing.
     """

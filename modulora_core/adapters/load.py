@@ -18,7 +18,7 @@ from modulora_core.adapters.adapted import (
 )
 from modulora_core.adapters.base_record import describe_base
 from modulora_core.adapters.expert_format import stacks_of
-from modulora_core.adapters.lora import lora_layer, train_only
+from modulora_core.adapters.lora import make_adaptable, train_only
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
     SavedAdapter,
@@ -64,7 +64,7 @@ def load_adapter(
     _check_fit(adapter, model, model_name(model))
     check_name_is_free(model, name)
     for module, delta in adapter.deltas.items():
-        layer = lora_layer(model, module)
+        layer = make_adaptable(model, module)
         layer.add_adapter(
             name,
             delta.rank,

@@ -74,7 +74,7 @@ def add_lora(
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
         torch.manual_seed(settings.seed)
         for path in paths:
-            layer = lora_layer(model, path)
+            layer = make_adaptable(model, path)
             layer.add_adapter(
                 name,
                 settings.rank,
@@ -152,8 +152,11 @@ class AdaptedModel:
         return type(result)(missing, result.unexpected_keys)
 
 
-def lora_layer(model: nn.Module, path: str) -> LoRALayer:
-    """The layer with adapters at ``path``; it replaces a packed layer or a stack there."""
+def make_adaptable(model: nn.Module, path: str) -> LoRALayer:
+    """Replace the packed layer or stack at ``path`` by one with room for adapters, and return it.
+
+    The model's class gets the methods of :class:`AdaptedModel`. A layer that has room stays.
+    """
     layer = model.get_submodule(path)
     if isinstance(layer, LoRALayer):
         return layer

@@ -12,6 +12,7 @@
     walk.py             the samples' way through all blocks
     tuning.py           training a quantized block's vectors towards the dense block
     sensitivity.py      how much the loss depends on errors in each layer
+    gradients.py        the sums of the gradients in one layer's outputs
     token_weights.py    weights of the tokens by the loss, in a file
     output_moments.py   second moments of the gradients in a layer's outputs, in files
 
@@ -21,7 +22,7 @@ the outputs of the quantized blocks before it.
 
 from __future__ import annotations
 
-from modulora_core.calibration.blocks import find_blocks
+from modulora_core.calibration.blocks import block_prefixes, find_blocks
 from modulora_core.calibration.text import (
     CalibrationConfig,
     CalibrationText,
@@ -41,6 +42,7 @@ __all__ = [
     "PackedMatrices",
     "Tuner",
     "TuningConfig",
+    "block_prefixes",
     "calibration_text",
     "find_blocks",
     "load_calibration",

@@ -44,25 +44,34 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(f"{largest}.{name}" for name, _ in model.get_submodule(largest).named_children())
 
 
-def block_modules(source: ModelSource, blocks: Sequence[str]) -> list[nn.Module]:
+def block_prefixes(source: ModelSource) -> tuple[str, ...]:
+    """The prefixes of all names in decoder blocks, ``model.layers.0.`` and so on.
+
+    Raises:
+        ModelError: as :func:`find_blocks`.
+    """
+    return tuple(f"{path}." for path in find_blocks(source.outline))
+
+
+def block_modules(source: ModelSource, paths: Sequence[str]) -> list[nn.Module]:
     """New skeletons of the decoder blocks at these paths."""
     model = _skeleton(source)
-    return [model.get_submodule(path) for path in blocks]
+    return [model.get_submodule(path) for path in paths]
 
 
 def outer_model(
-    source: ModelSource, blocks: Sequence[str], device: torch.device, *, head: bool
+    source: ModelSource, paths: Sequence[str], device: torch.device, *, head: bool
 ) -> PreTrainedModel:
     """The model with values for its first block and for the parts outside of its blocks.
 
     Args:
-        blocks: the paths of the decoder blocks; all but the first stay on the meta device.
+        paths: the paths of the decoder blocks; all but the first stay on the meta device.
         head: whether the output head gets values too.
     """
     model = _skeleton(source)
     output = model.get_output_embeddings()
     heads = [path for path, module in model.named_modules() if module is output and not head]
-    left_out = tuple(f"{path}." for path in (*heads, *blocks[1:]))
+    left_out = tuple(f"{path}." for path in (*heads, *paths[1:]))
     names = {name for name in source.parameters if not name.startswith(left_out)}
     for name, tensor in source.tensors(names=names):
         _fill(model, name, _cast(tensor, device))
@@ -87,7 +96,7 @@ class Block:
         linears: the parameters of the model that will be packed.
         source: the model with the values.
         device: the block runs there, on a CPU in fp32, elsewhere in the model's dtype.
-        keep: gets every parameter that is not packed, as the model stores it.
+        on_dense: gets every parameter that is not packed, as the model stores it.
 
     Attributes:
         sites: the parameters to pack.
@@ -105,7 +114,7 @@ class Block:
         linears: Iterable[LinearSite],
         source: ModelSource,
         device: torch.device,
-        keep: Callable[[str, Tensor], None],
+        on_dense: Callable[[str, Tensor], None] = lambda *_: None,
     ) -> None:
         self.path, self.module, self.device = path, module, device
         self.sites = {site.name: site for site in linears if site.name.startswith(f"{path}.")}
@@ -117,7 +126,7 @@ class Block:
             if name in self.sites:
                 linear[name] = self.computed(tensor)
                 continue
-            keep(name, tensor)
+            on_dense(name, tensor)
             is_vector = tensor.dim() == 1 and tensor.is_floating_point()
             if is_vector and self.inside(name) in parameters:
                 self.vectors[name] = tensor
@@ -160,6 +169,28 @@ class Block:
     def replace_vector(self, name: str, value: Tensor) -> None:
         """Use another value of a parameter or buffer that is not packed from now on."""
         _fill(self.module, self.inside(name), self.computed(value))
+
+
+def for_each_block(
+    source: ModelSource,
+    linears: Iterable[LinearSite],
+    device: torch.device,
+    work: Callable[[int, Block], None],
+    *,
+    backward: bool = False,
+) -> None:
+    """Call ``work`` with the number of each decoder block and the dense block.
+
+    One block is in memory at a time.
+
+    Args:
+        linears: the parameters to observe.
+        backward: whether the last block comes first.
+    """
+    paths = find_blocks(source.outline)
+    modules = dict(enumerate(block_modules(source, paths)))
+    for number in sorted(modules, reverse=backward):
+        work(number, Block(paths[number], modules.pop(number), linears, source, device))
 
 
 def _cast(tensor: Tensor, device: torch.device) -> Tensor:

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from modulora_core.calibration.blocks import (
+    block_modules,
+    block_prefixes,
+    find_blocks,
+    outer_model,
+)
 from modulora_core.errors import ModelError
+from modulora_core.models import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,27 +66,59 @@ class _Enough(Exception):  # noqa: N818 - a signal, not an error
     """Leaves the model's forward at its last block."""
 
 
-def record_calls(
-    model: PreTrainedModel,
-    blocks: Sequence[nn.Module],
-    ids: Tensor,
-    batches: Iterable[slice],
-    device: torch.device,
-) -> Iterator[tuple[slice, Tensor, list[BlockCall]]]:
-    """Run the forward of an ``outer_model`` up to its last block, for each batch of ``ids``.
+class OuterModel:
+    """A dense model with values outside of its decoder blocks. It calls blocks that run elsewhere.
 
-    Yields:
-        the batch; the hidden state before the first block, ``[samples, seq_len, hidden]``; a call
-        for each block.
+    Args:
+        source: the model with the values.
+        device: the device of the values.
+        head: whether the output head gets values, for :meth:`logits_after`.
+
+    Attributes:
+        model: the transformers model.
 
     Raises:
-        ModelError: the model does not pass the hidden state through its blocks in order.
+        ModelError: the model has no decoder blocks, or the files lack a value that the head needs.
     """
-    first: list[BlockCall] = []
-    for batch in batches:
-        hidden, calls = _record(model, blocks, ids[batch].to(device))
-        first = first or calls
-        yield batch, hidden, [call.sharing(other) for call, other in zip(calls, first, strict=True)]
+
+    def __init__(self, source: ModelSource, device: torch.device, *, head: bool) -> None:
+        self._source, self._device, self._paths = source, device, find_blocks(source.outline)
+        self.model = outer_model(source, self._paths, device, head=head)
+        self._blocks = [self.model.get_submodule(path) for path in self._paths]
+        if head:
+            self.model.tie_weights()
+            _check_filled(self.model, block_prefixes(source))
+
+    def record(self, batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, list[BlockCall]]]:
+        """Run the forward up to the last block, for each batch of ids, ``[samples, seq_len]``.
+
+        Yields:
+            the hidden state before the first block, ``[samples, seq_len, hidden]``, and a call for
+            each block.
+
+        Raises:
+            ModelError: the model does not pass the hidden state through its blocks in order.
+        """
+        first: list[BlockCall] = []
+        for ids in batches:
+            hidden, calls = _record(self.model, self._blocks, ids.to(self._device))
+            first = first or calls
+            yield hidden, [call.sharing(other) for call, other in zip(calls, first, strict=True)]
+
+    def drop_first_block(self) -> None:
+        """Free the values of the first block, which only :meth:`record` needs."""
+        [self._blocks[0]] = block_modules(self._source, self._paths[:1])
+        self.model.set_submodule(self._paths[0], self._blocks[0])
+
+    def logits_after(self, calls: Sequence[BlockCall], ids: Tensor, hidden: Tensor) -> Tensor:
+        """The model's logits if its last block returned ``hidden``; differentiable in ``hidden``.
+
+        The blocks do not run. ``ids`` and ``calls`` are the batch and its calls.
+        """
+        answers = [call.answer(hidden) for call in calls]
+        with _forwards(self._blocks, [lambda *_, answer=each, **__: answer for each in answers]):
+            logits: Tensor = self.model(input_ids=ids.to(self._device), use_cache=False).logits
+        return logits
 
 
 def _record(
@@ -121,23 +160,6 @@ def _record(
     raise refused("some did not run")
 
 
-def logits_after(
-    model: PreTrainedModel,
-    blocks: Sequence[nn.Module],
-    calls: Sequence[BlockCall],
-    ids: Tensor,
-    hidden: Tensor,
-) -> Tensor:
-    """The model's logits if its last block returned ``hidden``; differentiable in ``hidden``.
-
-    The blocks do not run. ``ids`` and ``calls`` are the batch and its calls.
-    """
-    answers = [call.answer(hidden) for call in calls]
-    with _forwards(blocks, [lambda *_, answer=each, **__: answer for each in answers]):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
-
-
 @contextmanager
 def _forwards(
     blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]
@@ -171,3 +193,13 @@ def _share(value: Any, other: Any) -> Any:
     if isinstance(value, dict) and isinstance(other, dict) and value.keys() == other.keys():
         return {name: _share(v, other[name]) for name, v in value.items()}
     return value
+
+
+def _check_filled(model: nn.Module, inside: tuple[str, ...]) -> None:
+    parameters = model.named_parameters()
+    empty = [name for name, p in parameters if p.is_meta and not name.startswith(inside)]
+    if empty:
+        raise ModelError(
+            f"{type(model).__name__}: expected values for {', '.join(empty[:3])}, got none in its "
+            "files; its logits need them: give the whole model"
+        )

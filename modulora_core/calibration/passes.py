@@ -13,7 +13,7 @@ from modulora_core import distributed
 from modulora_core.calibration.blocks import Block
 from modulora_core.calibration.calls import BlockCall
 from modulora_core.calibration.observe import Key, ignore
-from modulora_core.calibration.stages import Order, StageInputs, TokenWeights
+from modulora_core.calibration.stages import Order, StageBatch, StageInputs, TokenWeights
 
 
 class Passes:
@@ -25,7 +25,7 @@ class Passes:
             :meth:`finish` replaces them by those after it.
         calls: the block's call for each batch; batches: the samples of each batch.
         paused_bytes: the memory for activations of paused batches; 0 lets no batch pause.
-        held_out, held_out_weights, token_weights: of each :class:`StageInputs`.
+        first_held_out, held_out_weights, token_weights: see :class:`StageInputs`.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class Passes:
         batches: Sequence[slice],
         *,
         paused_bytes: int,
-        held_out: int,
+        first_held_out: int,
         held_out_weights: TokenWeights,
         token_weights: TokenWeights,
     ) -> None:
         self._block, self._states, self._calls, self._batches = block, states, calls, batches
         self._inputs_of = partial(
-            StageInputs, block, held_out=held_out, held_out_weights=held_out_weights,
+            StageInputs, block, first_held_out=first_held_out, held_out_weights=held_out_weights,
             token_weights=token_weights,
         )  # fmt: skip
         # only the end of a batch shows which experts it used
@@ -66,18 +66,17 @@ class Passes:
     def collect(self, order: Order, stage: Collection[str]) -> StageInputs:
         """Run each batch until all inputs of ``stage`` arrived, and sum their H."""
         inputs = self._inputs_of(order, stage)
-        self._block.listen(partial(self._see, inputs))
-        for i, batch in enumerate(self._batches):
-            inputs.begin(batch)
+        for i, samples in enumerate(self._batches):
+            self._block.listen(partial(self._see, inputs, inputs.begin(samples)))
             self._continue(i)
         self._block.listen(ignore)
         if distributed.world_size() > 1:
             inputs.add_up()
         return inputs
 
-    def _see(self, inputs: StageInputs, key: Key, x: Tensor) -> None:
+    def _see(self, inputs: StageInputs, batch: StageBatch, key: Key, x: Tensor) -> None:
         """Add the input of a product to H, and stop the batch after the stage's last input."""
-        if inputs.add(key, x) and self._stops:
+        if inputs.add(batch, key, x) and self._stops:
             getcurrent().parent.switch()
 
     def advance(self, states: Tensor) -> None:

@@ -30,46 +30,26 @@ Tseng, Sun, De Sa 2025 (arXiv 2505.22988) round with both factors of such a prod
 
 from __future__ import annotations
 
-import math
 import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modulora_core import distributed
-from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
-from modulora_core.calibration.calls import BlockCall, logits_after, record_calls
-from modulora_core.calibration.moments import SecondMoment
-from modulora_core.calibration.observe import ObservedWeight
+from modulora_core.calibration.blocks import Block, for_each_block
+from modulora_core.calibration.calls import BlockCall, OuterModel
+from modulora_core.calibration.gradients import GradientWatch, Sensitivity, check_finite
 from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.states import SampleStates
-from modulora_core.errors import ModelError, WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite
 from modulora_core.progress import Progress, no_progress
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Sensitivity:
-    """The sensitivity of the loss to one matrix.
-
-    Attributes:
-        outputs: s, fp32 ``[out]``, a mean over all tokens, in nats per squared unit of the output.
-        tokens: w of each sample, fp32 ``[rows]``: of all tokens, or of an expert's tokens, in
-            order. Their mean over all samples is 1, or 0 if all gradients are 0.
-    """
-
-    outputs: Tensor
-    tokens: tuple[Tensor, ...]
 
 
 def loss_sensitivities(
@@ -106,104 +86,111 @@ def loss_sensitivities(
         ModelError: the model can't run block by block.
         WorkError: a gradient or a logit is NaN or Inf.
     """
-    paths = find_blocks(source.outline)
     numbers = distributed.shared_out(range(len(ids)))
-    passes = _Passes(source, ids[list(numbers)], numbers, linears, device, progress, paths, moments)
+    run = _Backpropagation(source, ids[list(numbers)], numbers, linears, device, progress, moments)
     with torch.no_grad(), tempfile.TemporaryFile(dir=folder) as file:  # it has no name
-        passes.forward(None if spill is False else file, seed)
-        return passes.backward(ids.numel())
+        return run.backward(run.forward(None if spill is False else file, seed), ids.numel())
 
 
-@dataclass
-class _Passes:
-    """One pass forward and one backward, a sample at a time."""
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The samples on their way through the model.
+
+    Attributes:
+        calls: for each sample, a call of each block.
+        states: the hidden state of each sample before each block, and after the last one; the
+            backward pass replaces it by its gradient. ``[blocks + 1, samples, seq_len, hidden]``.
+    """
+
+    calls: Sequence[Sequence[BlockCall]]
+    states: Tensor | SampleStates
+
+
+@dataclass(frozen=True)
+class _Backpropagation:
+    """One pass forward and one backward, a sample at a time.
+
+    Attributes:
+        ids: this process's samples; numbers: their numbers among the samples of all processes.
+    """
 
     source: ModelSource
     ids: Tensor
-    numbers: Sequence[int]  # of the samples, among all processes
+    numbers: Sequence[int]
     linears: Sequence[LinearSite]
     device: torch.device
     progress: Progress
-    paths: Sequence[str]
     moments: OutputMoments | None
 
-    def forward(self, file: BinaryIO | None, seed: int) -> None:
+    def forward(self, file: BinaryIO | None, seed: int) -> _Run:
         """Store the hidden states before every block, and the gradient after the last block.
 
         Args:
             file: for the hidden states; None keeps them in memory.
         """
-        model = outer_model(self.source, self.paths, self.device, head=True)
-        model.tie_weights()
-        _check_filled(model, self.paths)
-        blocks = [model.get_submodule(path) for path in self.paths]
-        singles = [slice(i, i + 1) for i in range(len(self.ids))]
-        self._calls: list[list[BlockCall]] = []  # of each sample, of each block
-        for batch, hidden, calls in record_calls(model, blocks, self.ids, singles, self.device):
-            if not self._calls:
-                shape = (len(blocks) + 1, len(self.ids), *hidden.shape[1:])
-                self._states: Tensor | SampleStates = (
+        outer = OuterModel(self.source, self.device, head=True)
+        calls: list[list[BlockCall]] = []
+        for sample, (hidden, found) in enumerate(outer.record(self.ids.split(1))):
+            if not calls:
+                shape = (len(found) + 1, len(self.ids), *hidden.shape[1:])
+                states: Tensor | SampleStates = (
                     torch.empty(shape, dtype=hidden.dtype)
                     if file is None
                     else SampleStates(file, hidden, shape)
                 )
-            self._states[0, batch.start] = hidden[0]
-            self._calls.append(calls)
-        modules = block_modules(self.source, self.paths)
-        [blocks[0]] = block_modules(self.source, self.paths[:1])  # its values aren't needed again
-        model.set_submodule(self.paths[0], blocks[0])
-        for number in range(len(blocks)):
-            self._forward_through(number, modules.pop(0))
-            self._tell(number + 1)
-        self._head(model, blocks, seed)
+            states[0, sample] = hidden[0]
+            calls.append(found)
+        outer.drop_first_block()
 
-    def _forward_through(self, number: int, module: nn.Module) -> None:
-        block = self._block(number, module)
-        for sample, calls in enumerate(self._calls):
-            after = calls[number].run(block.module, self._state(number, sample))
-            self._states[number + 1, sample] = after[0]
+        def run(number: int, block: Block) -> None:
+            for sample, found in enumerate(calls):
+                after = found[number].run(block.module, self._state(states, number, sample))
+                states[number + 1, sample] = after[0]
+            self._show(number + 1, len(calls[0]))
 
-    def _head(self, model: PreTrainedModel, blocks: list[nn.Module], seed: int) -> None:
-        """Replace the last hidden states by the gradient of Σ log p(drawn token) in them."""
-        for sample, calls in enumerate(self._calls):
-            hidden = self._state(len(blocks), sample).requires_grad_()
+        for_each_block(self.source, self.linears, self.device, run)
+        for sample, found in enumerate(calls):
+            hidden = self._state(states, len(found), sample).requires_grad_()
             with torch.enable_grad():
-                ids = self.ids[sample][None].to(self.device)
-                logits = logits_after(model, blocks, calls, ids, hidden)[0]
+                logits = outer.logits_after(found, self.ids[sample][None], hidden)[0]
             of_sample = zlib.crc32(f"{seed} {self.numbers[sample]}".encode())
+            # the gradient of Σ log p(drawn token)
             logits.backward(_ascent(logits.detach(), torch.Generator().manual_seed(of_sample)))
-            self._states[len(blocks), sample] = _gradient(hidden)
             del logits  # as large as a vocabulary for each token
+            states[len(found), sample] = _gradient(hidden)
+        return _Run(calls, states)
 
-    def backward(self, tokens: int) -> dict[str, list[Sensitivity]]:
+    def backward(self, run: _Run, tokens: int) -> dict[str, list[Sensitivity]]:
         """From the last block to the first, replace hidden states by the gradient in them.
 
         Args:
             tokens: the number of tokens of all processes.
         """
         found: dict[str, list[Sensitivity]] = {}
-        modules = block_modules(self.source, self.paths)
-        for number in reversed(range(len(self.paths))):
-            found |= self._backward_through(number, modules.pop(), tokens)
-            self._tell(2 * len(self.paths) - number)
+
+        def work(number: int, block: Block) -> None:
+            found.update(self._backward_through(run, number, block, tokens))
+            blocks = len(run.calls[0])
+            self._show(2 * blocks - number, blocks)
+
+        for_each_block(self.source, self.linears, self.device, work, backward=True)
         distributed.barrier()  # the first process has written all moments
         return found
 
     def _backward_through(
-        self, number: int, module: nn.Module, tokens: int
+        self, run: _Run, number: int, block: Block, tokens: int
     ) -> dict[str, list[Sensitivity]]:
-        block = self._block(number, module)
-        kept = self.moments.names if self.moments is not None else frozenset()
+        with_moment = self.moments.names if self.moments is not None else frozenset()
         watches = {
-            name: [_Watch(each, moment=name in kept) for each in seen]
+            name: [GradientWatch(each, moment=name in with_moment) for each in seen]
             for name, seen in block.weights.items()
         }
-        for sample, calls in enumerate(self._calls):
-            before = self._state(number, sample).requires_grad_()
+        for sample, calls in enumerate(run.calls):
+            before = self._state(run.states, number, sample).requires_grad_()
             with torch.enable_grad():
                 after = calls[number].run(block.module, before)
-                after.backward(self._state(number + 1, sample))
-            self._states[number, sample] = _gradient(before)
+                after.backward(self._state(run.states, number + 1, sample))
+            run.states[number, sample] = _gradient(before)
             for watch in chain.from_iterable(watches.values()):
                 watch.next_sample()
         found = {
@@ -211,27 +198,24 @@ class _Passes:
             for name, seen in watches.items()
         }
         if self.moments is not None:
-            for name in kept.intersection(watches):
+            for name in with_moment.intersection(watches):
                 self.moments.write(name, watches[name][0].output_moment(name))
         return found
 
-    def _block(self, number: int, module: nn.Module) -> Block:
-        path = self.paths[number]
-        return Block(path, module, self.linears, self.source, self.device, lambda *_: None)
-
-    def _state(self, number: int, sample: int) -> Tensor:
+    def _state(self, states: Tensor | SampleStates, number: int, sample: int) -> Tensor:
         """A sample's hidden state before block ``number``, ``[1, seq_len, hidden]``."""
-        return self._states[number, sample][None].to(self.device)
+        return states[number, sample][None].to(self.device)
 
-    def _tell(self, blocks: int) -> None:
+    def _show(self, done: int, blocks: int) -> None:
+        """Show ``done`` passes through a block, of two for each of ``blocks``."""
         nbytes = sum(self.source.parameters[linear.name].nbytes for linear in self.linears)
-        self.progress("weighing", nbytes * blocks // (2 * len(self.paths)), nbytes)
+        self.progress("weighing", nbytes * done // (2 * blocks), nbytes)
 
 
 def _ascent(logits: Tensor, generator: torch.Generator) -> Tensor:
     """The gradient of Σ log p(drawn token) in ``logits``, ``[tokens, vocabulary]``."""
     p = logits.float().softmax(-1)
-    _check_finite(p.sum(-1), "the model's logits")
+    check_finite(p.sum(-1), "the model's logits")
     drawn = draw(p, generator)
     ones = torch.ones_like(drawn, dtype=p.dtype)
     return p.neg_().scatter_add_(-1, drawn, ones).to(logits.dtype)
@@ -252,76 +236,3 @@ def _gradient(leaf: Tensor) -> Tensor:
     """The gradient in ``leaf``, ``[1, seq_len, hidden]``, without the first dimension."""
     assert leaf.grad is not None
     return leaf.grad[0]
-
-
-class _Watch:
-    """Sums the squared gradients in the outputs of one matrix, and their products if asked."""
-
-    def __init__(self, observed: ObservedWeight, *, moment: bool) -> None:
-        weight = observed.weight
-        self._moment = SecondMoment(weight.shape[0], weight.device) if moment else None
-        self._outputs = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
-        self._pieces: list[Tensor] = []  # ‖gₜ‖² of this sample's products, the last product first
-        self._tokens: list[Tensor] = []
-        observed.watch = self._add
-
-    def _add(self, gradient: Tensor) -> None:
-        """``gradient``: ``[..., out]``."""
-        g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-        squares = g.square()
-        norms = squares.sum(1)
-        self._outputs += squares.sum(0)
-        self._pieces.append(norms.cpu())
-        if self._moment is not None:  # ggᵀ / ‖g‖ = (g / √‖g‖) (g / √‖g‖)ᵀ
-            self._moment.add(torch.where(norms > 0, norms, 1)[:, None] ** -0.25 * g)
-
-    def next_sample(self) -> None:
-        self._tokens.append(torch.cat(self._pieces[::-1]) if self._pieces else torch.empty(0))
-        self._pieces.clear()
-
-    def sensitivity(self, name: str, tokens: int, numbers: Sequence[int]) -> Sensitivity:
-        """The means over ``tokens`` tokens. Raises WorkError if one is NaN or Inf.
-
-        Args:
-            numbers: of the samples, among all processes.
-        """
-        distributed.add_up(self._outputs)
-        _check_finite(self._outputs, f"{name}: its gradient")
-        scale = scale_to_mean_one(self._tokens, numbers)
-        weights = tuple((each.double() * scale).float() for each in self._tokens)
-        return Sensitivity((self._outputs / tokens).cpu(), weights)
-
-    def output_moment(self, name: str) -> Tensor:
-        """H_O, fp32 ``[out, out]``, over the tokens of all processes."""
-        assert self._moment is not None
-        if distributed.world_size() > 1:
-            self._moment.add_up()
-        return self._moment.mean(name).hessian
-
-
-def scale_to_mean_one(samples: Sequence[Tensor], numbers: Sequence[int]) -> float:
-    """The factor that gives the values of all processes' samples a mean of 1; 0 if all are 0."""
-    mine = [(float(each.double().sum()), len(each)) for each in samples]
-    sums = distributed.merged(dict(zip(map(str, numbers), mine, strict=True)))
-    # fsum rounds once, so the order of the samples changes nothing
-    total, count = math.fsum(each for each, _ in sums.values()), sum(n for _, n in sums.values())
-    return count / total if total > 0 else 0.0
-
-
-def _check_finite(values: Tensor, subject: str) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise WorkError(
-            f"{subject}: expected finite numbers on the calibration text, got NaN or Inf; the "
-            "model overflows on it (try `modulora evaluate` with the same text)"
-        )
-
-
-def _check_filled(model: nn.Module, blocks: Sequence[str]) -> None:
-    inside = tuple(f"{path}." for path in blocks)
-    parameters = model.named_parameters()
-    empty = [name for name, p in parameters if p.is_meta and not name.startswith(inside)]
-    if empty:
-        raise ModelError(
-            f"{type(model).__name__}: expected values for {', '.join(empty[:3])}, got none in its "
-            "files; the loss needs them"
-        )

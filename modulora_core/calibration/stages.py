@@ -73,16 +73,31 @@ class Order:
         return [key for key in {leader: leader, **self.leaders} if self.leader(key) == leader]
 
 
+@dataclass(frozen=True, slots=True)
+class StageBatch:
+    """A batch on its way to the end of a stage.
+
+    Attributes:
+        samples: the numbers of its samples.
+        missing: the matrices that have not multiplied yet.
+        rows: the number of inputs so far, by matrix.
+    """
+
+    samples: slice
+    missing: set[Key]
+    rows: Counter[Key]
+
+
 class StageInputs:
     """Sums H of the inputs of one stage, batch by batch.
 
     Args:
-        block: the block; order: of its weights.
+        block: the block; order: the order of its weights.
         names: the parameters of the stage.
-        held_out: samples from this number on are held out, each in a batch of its own.
+        first_held_out: samples from this number on are held out, each in a batch of its own.
         held_out_weights: the token weights of held-out samples.
-        token_weights: of the other samples, for parameters with H = E[w xxᵀ]. Each has one matrix,
-            which multiplies all tokens in order.
+        token_weights: the token weights of the other samples, for parameters with H = E[w xxᵀ].
+            Each parameter has one matrix, which multiplies all tokens in order.
     """
 
     def __init__(
@@ -91,36 +106,35 @@ class StageInputs:
         order: Order,
         names: Collection[str],
         *,
-        held_out: int,
+        first_held_out: int,
         held_out_weights: TokenWeights,
         token_weights: TokenWeights,
     ) -> None:
         self._block, self._order, self._names = block, order, names
-        self._held_out = held_out
+        self._first_held_out = first_held_out
         self._held_out_weights, self._token_weights = held_out_weights, token_weights
         self._moments: dict[Key, SecondMoment] = {}
         self._held_out_moments: dict[Key, SecondMoment] = {}
 
-    def begin(self, batch: slice) -> None:
-        """The next inputs are of these samples."""
-        self._batch, self._sample = batch, batch.start - self._held_out
-        self._waiting = {key for key in self._order.leaders.values() if key.name in self._names}
-        self._rows = Counter[Key]()  # of a held-out sample, so far
+    def begin(self, samples: slice) -> StageBatch:
+        """A batch of these samples at the beginning of the block."""
+        missing = {key for key in self._order.leaders.values() if key.name in self._names}
+        return StageBatch(samples, missing, Counter())
 
-    def add(self, key: Key, x: Tensor) -> bool:
+    def add(self, batch: StageBatch, key: Key, x: Tensor) -> bool:
         """Add the input of a product to H. Returns whether it was the batch's last of the stage."""
         if key.name not in self._names:
             return False
         rows = x.reshape(-1, x.shape[-1])
         if self._order.leader(key) == key:
-            if self._sample < 0:
-                self._add(self._moments, key, self._weighted(key, rows))
+            if batch.samples.start < self._first_held_out:
+                self._add(self._moments, key, self._weighted(batch, key, rows))
             else:  # for all matrices with this input: the batch may stop before they multiply
                 for each in self._order.followers(key):
-                    weights = self._next_weights(each, len(rows)).to(rows)
+                    weights = self._next_weights(batch, each, len(rows)).to(rows)
                     self._add(self._held_out_moments, each, rows * weights.sqrt()[:, None])
-        self._waiting.discard(key)
-        return not self._waiting
+        batch.missing.discard(key)
+        return not batch.missing
 
     def add_up(self) -> None:
         """Add the sums of all processes of a distributed run."""
@@ -160,20 +174,21 @@ class StageInputs:
         for observed in self._block.weights[name]:
             yield observed.key, observed
 
-    def _weighted(self, leader: Key, rows: Tensor) -> Tensor:
+    def _weighted(self, batch: StageBatch, leader: Key, rows: Tensor) -> Tensor:
         """The rows times √w, with the mean w of all matrices with this input: they share H."""
         found = [
-            torch.cat([*self._token_weights[key.name][0][self._batch]])
+            torch.cat([*self._token_weights[key.name][0][batch.samples]])
             for key in self._order.followers(leader)
             if key.name in self._token_weights
         ]
         return rows * torch.stack(found).mean(0).sqrt()[:, None].to(rows) if found else rows
 
-    def _next_weights(self, key: Key, count: int) -> Tensor:
-        """The weights of the next ``count`` inputs in this held-out sample."""
-        start = self._rows[key]
-        self._rows[key] += count
-        of_sample = self._held_out_weights[key.name][key.index][self._sample]
+    def _next_weights(self, batch: StageBatch, key: Key, count: int) -> Tensor:
+        """The weights of the next ``count`` inputs in a held-out sample."""
+        start = batch.rows[key]
+        batch.rows[key] += count
+        sample = batch.samples.start - self._first_held_out
+        of_sample = self._held_out_weights[key.name][key.index][sample]
         weights: Tensor = of_sample[start : start + count]
         assert len(weights) == count, f"{key}: the block multiplied other inputs than before"
         return weights

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modulora_core import distributed
-from modulora_core.calibration.sensitivity import Sensitivity, scale_to_mean_one
+from modulora_core.calibration.gradients import Sensitivity, scale_to_mean_one
 from modulora_core.checkpoints.written.outputs import write_file
 
 WEIGHTS = "token-weights-{}-of-{}.safetensors"

@@ -38,8 +38,8 @@ LEARNING_RATE = 5e-3
 STEP_TOKENS = 512
 """Tokens in an optimizer step. Small steps are more steps, and hold fewer activations."""
 
-HELD_OUT = 16
-"""One sample of so many is held out; at least one."""
+HELD_OUT_EVERY = 16
+"""Tuning holds one of so many samples out; at least one."""
 
 WARMUP = 0.05
 """The share of steps with a rising learning rate. It then falls to 0 along a cosine."""
@@ -87,7 +87,7 @@ class TuningConfig:
                 f"{samples}; give more text or shorter samples (seq_len)"
             )
         size = self.step_samples(seq_len)
-        trained = samples - max(1, samples // HELD_OUT)
+        trained = samples - max(1, samples // HELD_OUT_EVERY)
         return _slices(0, trained, size), _slices(trained, samples, size)
 
     def step_samples(self, seq_len: int) -> int:
@@ -118,6 +118,26 @@ def relative_error(output: Tensor, target: Tensor) -> Tensor:
     return ((y - t).square().mean(-1) / power).mean()
 
 
+@dataclass(frozen=True, slots=True)
+class TuningStates:
+    """The calibration samples at one block.
+
+    Attributes:
+        inputs: the hidden states of the quantized model before the block,
+            ``[samples, seq_len, hidden]``.
+        targets: the hidden states of the dense model after the block, the same shape.
+        calls: a call of the block for each of :attr:`Tuner.batches`.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    calls: Sequence[BlockCall]
+
+    def of(self, batch: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The inputs and the targets of a batch, on a device."""
+        return self.inputs[batch].to(device), self.targets[batch].to(device)
+
+
 class Tuner:
     """Tunes blocks, one after the other.
 
@@ -129,7 +149,6 @@ class Tuner:
 
     Attributes:
         batches: the samples of each optimizer step, then of each held-out batch.
-        targets: the hidden states of the dense model, ``[samples, seq_len, hidden]``.
         errors: by the path of each tuned block, :func:`relative_error` on held-out samples before
             and after.
     """
@@ -142,55 +161,47 @@ class Tuner:
         self.batches = [*self._trained, *self._held_out]
         self.errors: dict[str, tuple[float, float]] = {}
 
-    def begin(self, inputs: Tensor, targets: Tensor, calls: Sequence[Sequence[BlockCall]]) -> None:
-        """Take the hidden states of the quantized and of the dense model, and the blocks' calls.
-
-        The caller advances both from block to block. ``calls`` has each of :attr:`batches`.
-        """
-        self._inputs, self.targets, self._calls = inputs, targets, calls
-
     def tune(
-        self, number: int, block: Block, packed: Mapping[str, PackedMatrices]
+        self, states: TuningStates, block: Block, packed: Mapping[str, PackedMatrices]
     ) -> tuple[dict[str, PackedMatrices], dict[str, Tensor]]:
         """Tune a block whose weights have their quantized values.
 
-        The hidden states are those before the block, the targets those after it.
-
         Args:
-            number: the block's number; packed: its packed parameters by name.
+            states: the samples at the block.
+            packed: the block's packed parameters by name.
 
         Returns:
             the packed parameters and the vectors that changed, by name.
         """
-        before = after = self._error(number, block)
+        before = after = self._error(states, block)
         tuned, vectors = dict[str, PackedMatrices](), dict[str, Tensor]()
         # experts get no scales: each sees too few samples
         scaled = [name for name, site in block.sites.items()
                   if site.experts is None and packed[name].quantizer.spec.rescales]  # fmt: skip
         if (scaled or block.vectors) and 0 < before < math.inf:
-            scales, trained = self._train(number, block, scaled, before)
+            scales, trained = self._train(states, block, scaled, before)
             tuned = {name: packed[name].rescaled(u_v) for name, u_v in scales.items()}
             vectors = {n: v.to(block.vectors[n].dtype).cpu() for n, v in trained.items()}
             _replace(block, tuned, vectors)
-            after = self._error(number, block)
+            after = self._error(states, block)
             if not after < before:  # NaN is not
                 _replace(block, {name: packed[name] for name in tuned}, block.vectors)
                 after, tuned, vectors = before, {}, {}
         self.errors[block.path] = (before, after)
         return tuned, vectors
 
-    def _error(self, number: int, block: Block) -> float:
+    def _error(self, states: TuningStates, block: Block) -> float:
         """The error of the block as it is, on the held-out samples."""
         total, samples = 0.0, 0
-        for call, batch in zip(self._calls[len(self._trained) :], self._held_out, strict=True):
-            inputs, targets = self._states(block, batch)
-            output = call[number].run(block.module, inputs)
+        for call, batch in zip(states.calls[len(self._trained) :], self._held_out, strict=True):
+            inputs, targets = states.of(batch, block.device)
+            output = call.run(block.module, inputs)
             total += float(relative_error(output, targets)) * len(output)
             samples += len(output)
         return total / samples
 
     def _train(
-        self, number: int, block: Block, scaled: Sequence[str], before: float
+        self, states: TuningStates, block: Block, scaled: Sequence[str], before: float
     ) -> tuple[dict[str, ChannelScales], dict[str, Tensor]]:
         """Train scales of the weights in ``scaled`` and the block's vectors, all in fp32."""
         scales = {name: _ones(block.weights[name][0].weight) for name in scaled}
@@ -209,7 +220,7 @@ class Tuner:
             block.weights[name][0].scales = each
         trained = [*sides, *vectors.values()]
         groups = self._groups(sides, vectors.values())
-        self._descend(number, block, run, groups, trained, before)
+        self._descend(states, block, run, groups, trained, before)
         for name in scales:
             block.weights[name][0].scales = None
         for tensor in trained:
@@ -218,7 +229,7 @@ class Tuner:
 
     def _descend(
         self,
-        number: int,
+        states: TuningStates,
         block: Block,
         run: Callable[..., Any],
         groups: list[dict[str, Any]],
@@ -231,9 +242,9 @@ class Tuner:
         factor = partial(learning_rate_factor, steps=steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         for i in self._order(block.path):
-            inputs, targets = self._states(block, self._trained[i])
+            inputs, targets = states.of(self._trained[i], block.device)
             with torch.enable_grad():
-                output = self._calls[i][number].run(run, inputs)
+                output = states.calls[i].run(run, inputs)
                 loss = relative_error(output, targets) / before
             optimizer.zero_grad()
             loss.backward()
@@ -250,10 +261,6 @@ class Tuner:
             size = float(vector.detach().square().mean().sqrt()) or 1.0  # a bias may be zero
             groups.append({"params": [vector], "lr": rate * size})
         return groups
-
-    def _states(self, block: Block, batch: slice) -> tuple[Tensor, Tensor]:
-        """The inputs and the targets of a batch, on the block's device."""
-        return self._inputs[batch].to(block.device), self.targets[batch].to(block.device)
 
     def _order(self, path: str) -> Iterator[int]:
         """The batch of each step. Each block has its own seed, so a resumed run draws the same."""

@@ -20,8 +20,8 @@ class HeldOutCalibration(Calibration):
     """The calibration of one layer, with H of held-out samples that judge the result.
 
     Attributes:
-        held_out: of the held-out samples, with weighted inputs; 0 ``samples`` if no token reached
-            the expert.
+        held_out: H of the held-out samples, with weighted inputs; it has 0 ``samples`` if no token
+            reached the expert.
     """
 
     held_out: Calibration
@@ -87,6 +87,6 @@ class BlockVisitor:
         """Read a packed parameter that is written; None leaves it dense."""
         return None
 
-    def read_kept(self, name: str) -> Tensor:
+    def read_dense(self, name: str) -> Tensor:
         """Read a written parameter that is not packed."""
         raise NotImplementedError

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core import distributed
-from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
-from modulora_core.calibration.calls import BlockCall, record_calls
+from modulora_core.calibration.blocks import Block, block_modules, find_blocks
+from modulora_core.calibration.calls import BlockCall, OuterModel
 from modulora_core.calibration.passes import Passes
 from modulora_core.calibration.stages import Order, TokenWeights
 from modulora_core.calibration.states import empty_states
 from modulora_core.calibration.text import CalibrationText
-from modulora_core.calibration.tuning import Tuner
+from modulora_core.calibration.tuning import Tuner, TuningStates
 from modulora_core.calibration.visitor import BlockVisitor, PackedMatrices
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite
@@ -42,6 +42,9 @@ from modulora_core.spec import Calibration
 
 PAUSED_BYTES = 2**30
 """The estimated memory for activations of paused batches."""
+
+_Calls = list[list[BlockCall]]
+"""By batch: a call of each block."""
 
 
 @dataclass
@@ -55,11 +58,11 @@ class BlockWalk:
         linears: the parameters to pack; the walk skips parameters outside of the blocks.
         visitor: packs them; tuner: tunes each packed block.
         device: the device of the blocks; folder: for hidden states in a file.
-        held_out_weights: holds the last samples out, as many as it has weights for. Then each
-            calibration is a :class:`~modulora_core.calibration.visitor.HeldOutCalibration`.
+        held_out: the number of held-out samples, the last ones. With any, each calibration is a
+            :class:`~modulora_core.calibration.visitor.HeldOutCalibration`.
+        held_out_weights: the weights of their tokens in its H.
         token_weights: the weights in H of this process's other samples
             (:func:`modulora_core.calibration.token_weights.token_weights`).
-        paused_bytes: see :data:`PAUSED_BYTES`.
         unreached: after the walk, the experts that no token was routed to.
     """
 
@@ -70,16 +73,15 @@ class BlockWalk:
     device: torch.device
     folder: Path
     tuner: Tuner | None = None
+    held_out: int = 0
     held_out_weights: TokenWeights = field(default_factory=dict)
     token_weights: TokenWeights = field(default_factory=dict)
-    paused_bytes: int = PAUSED_BYTES
     unreached: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._ids = self.text.ids[distributed.rank() :: distributed.world_size()]
         size, count = self.text.batch_size, len(self._ids)
-        matrices = next(iter(self.held_out_weights.values()), [()])
-        self._held_out = first = count - len(matrices[0])
+        self._first_held_out = first = count - self.held_out
         self._batches = [slice(i, min(i + size, first)) for i in range(0, first, size)]
         # held-out samples go alone, as they did when their weights were computed
         self._batches += [slice(i, i + 1) for i in range(first, count)]
@@ -94,29 +96,32 @@ class BlockWalk:
             WorkError: an input of a layer is NaN or Inf; the message names the layer.
         """
         paths = find_blocks(self.source.outline)
-        states, calls = self._enter(paths)
+        states, calls, targets, tuner_calls = self._enter()
         modules = block_modules(self.source, paths)
         for number, path in enumerate(paths):
             of_block = [found[number] for found in calls]
-            last = number == len(paths) - 1
-            self._do_block(number, path, modules.pop(0), states, of_block, last=last)
+            tuning, last = None, number == len(paths) - 1
+            if targets is not None:
+                tuning = TuningStates(states, targets, [found[number] for found in tuner_calls])
+            self._do_block(path, modules.pop(0), states, of_block, tuning, last=last)
 
-    def _enter(self, paths: Sequence[str]) -> tuple[Tensor, list[list[BlockCall]]]:
-        """The hidden states before the first block, and for each batch a call of each block."""
-        model = outer_model(self.source, paths, self.device, head=False)
-        modules = [model.get_submodule(path) for path in paths]
-        ids, calls = self._ids, list[list[BlockCall]]()
-        batches = record_calls(model, modules, ids, self._batches, self.device)
-        for batch, hidden, found in batches:
+    def _enter(self) -> tuple[Tensor, _Calls, Tensor | None, _Calls]:
+        """The hidden states before the first block and all calls.
+
+        Then both for the tuner, if there is one: its targets, and the calls of its batches.
+        """
+        outer, calls = OuterModel(self.source, self.device, head=False), _Calls()
+        recorded = outer.record(self._ids[batch] for batch in self._batches)
+        for batch, (hidden, found) in zip(self._batches, recorded, strict=True):
             if not calls:
                 states = self._empty_states(hidden)
             states[batch] = hidden
             calls.append(found)
         if self.tuner is not None:
-            batches = record_calls(model, modules, ids, self.tuner.batches, self.device)
+            recorded = outer.record(self._ids[batch] for batch in self.tuner.batches)
             targets = self._empty_states(states).copy_(states)
-            self.tuner.begin(states, targets, [found for _, _, found in batches])
-        return states, calls
+            return states, calls, targets, [found for _, found in recorded]
+        return states, calls, None, []
 
     def _empty_states(self, hidden: Tensor) -> Tensor:
         shape = (len(self._ids), *hidden.shape[1:])
@@ -124,31 +129,29 @@ class BlockWalk:
 
     def _do_block(
         self,
-        number: int,
         path: str,
         module: nn.Module,
         states: Tensor,
         calls: Sequence[BlockCall],
+        tuning: TuningStates | None,
         *,
         last: bool,
     ) -> None:
         """Fill a block, pack it, tune it, and replace the hidden states by those after it."""
         dense: dict[str, Tensor] = {}  # a tuner changes vectors before they are written
-        keep: Callable[[str, Tensor], None] = (
-            dense.__setitem__ if self.tuner else self.visitor.write_dense
-        )
-        block = Block(path, module, self.linears, self.source, self.device, keep)
+        on_dense = dense.__setitem__ if self.tuner else self.visitor.write_dense
+        block = Block(path, module, self.linears, self.source, self.device, on_dense)
         passes = Passes(
-            block, states, calls, self._batches, held_out=self._held_out,
-            paused_bytes=self.paused_bytes if self.text.config.sequential else 0,
+            block, states, calls, self._batches, first_held_out=self._first_held_out,
+            paused_bytes=PAUSED_BYTES if self.text.config.sequential else 0,
             held_out_weights=self.held_out_weights, token_weights=self.token_weights,
         )  # fmt: skip
-        if self.tuner is None:
+        if self.tuner is None or tuning is None:
             written = set(filter(self.visitor.is_written, block.sites))
             self._pack(block, passes, written, self.visitor.write)
         else:
-            passes.advance(self.tuner.targets)  # while the block is dense
-            self._pack_and_tune(number, block, passes, dense, self.tuner)
+            passes.advance(tuning.targets)  # while the block is dense
+            self._pack_and_tune(block, passes, dense, self.tuner, tuning)
         if not last:
             passes.finish()
         passes.discard()
@@ -163,8 +166,9 @@ class BlockWalk:
         return order.renamed(path, block.path)
 
     def _pack_and_tune(
-        self, number: int, block: Block, passes: Passes, dense: Mapping[str, Tensor], tuner: Tuner
-    ) -> None:
+        self, block: Block, passes: Passes, dense: Mapping[str, Tensor], tuner: Tuner,
+        tuning: TuningStates,
+    ) -> None:  # fmt: skip
         """Pack and tune a block, then write it. A block that an earlier run wrote is read."""
         whole = all(map(self.visitor.is_written, (*dense, *block.sites)))
         packed: list[PackedMatrices] = []
@@ -174,9 +178,9 @@ class BlockWalk:
         vectors: Mapping[str, Tensor] = {}
         if whole:
             for name in block.vectors:
-                block.replace_vector(name, self.visitor.read_kept(name))
+                block.replace_vector(name, self.visitor.read_dense(name))
         else:
-            tuned, vectors = tuner.tune(number, block, by_name)
+            tuned, vectors = tuner.tune(tuning, block, by_name)
             by_name |= tuned
         for name, tensor in {**dense, **vectors}.items():
             self.visitor.write_dense(name, tensor)

@@ -253,17 +253,13 @@ def _self_test(name: str, device: str) -> float:
     rows, beside the same products with the CPU's tiles in fp64."""
     import torch
 
+    from modulora_core.cli.packed_noise import accepted, packed_noise
     from modulora_core.registry import create
-    from modulora_core.spec import Calibration
 
     quantizer = create(name)
-    out_features, in_features = quantizer.spec.next_shape(SHAPE)
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(out_features, in_features, generator=generator) / 32
-    calibration = Calibration(torch.eye(in_features), in_features)
-    packed = quantizer.pack(weight, calibration if quantizer.wants_calibration else None)
-    exact = quantizer.dequantize_tile(packed, (0, out_features), torch.float64)
-    packed = packed.to(device)
+    packed = packed_noise(quantizer, accepted(quantizer, SHAPE))
+    exact = quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float64)
+    packed, generator = packed.to(device), torch.Generator().manual_seed(1)
     errors = []
     for rows in (1, 7, 80):
         for transpose in (False, True):

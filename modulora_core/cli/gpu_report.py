@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,20 +13,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from modulora_core.adapters.lora import add_lora
 from modulora_core.checkpoints.hf.hf_quantizer import ModuLoRAConfig
 from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.cli.packed_noise import accepted, packed_noise
 from modulora_core.cli.text import format_size
-from modulora_core.errors import ShapeError
 from modulora_core.kernels.parity import Comparison, compare
 from modulora_core.progress import quiet
 from modulora_core.registry import Entry, create
-from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_core.training.chunked_loss import chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
 SHAPES = ((3, 5), (37, 52), (130, 300))
 """Out and in features, before they are made to fit the quantizer: no multiples of a block."""
-
-MOST_WIDER = 256
-"""Steps by which columns grow until a quantizer's options accept them."""
 
 ROWS = (1, 3, 17, 70)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,24 +40,6 @@ def comparisons(entry: Entry, device: torch.device) -> Iterator[Comparison]:
             packed = packed_noise(quantizer, shape).to(device)
             for dtype in DTYPES:
                 yield from compare(quantizer, packed, dtype, ROWS)
-
-
-def accepted(quantizer: Quantizer, shape: tuple[int, int]) -> tuple[int, int]:
-    """The first shape from ``shape`` on that the quantizer packs with its options."""
-    rows, columns = quantizer.spec.next_shape(shape)
-    for _ in range(MOST_WIDER):
-        with suppress(ShapeError):
-            quantizer.check_shape((rows, columns))
-            break
-        columns += quantizer.spec.in_multiple
-    return rows, columns
-
-
-def packed_noise(quantizer: Quantizer, shape: tuple[int, int]) -> PackedWeight:
-    """A Gaussian weight, packed on the CPU."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 32
-    calibration = Calibration(torch.eye(shape[1]), shape[1])
-    return quantizer.pack(weight, calibration if quantizer.wants_calibration else None)
 
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:

@@ -25,7 +25,7 @@ from modulora_core.models.source import ModelSource, open_config, open_dense
 from modulora_core.planner.dense_weights import NONE, DenseWeights, recipe_of
 from modulora_core.planner.request import PlanRequest
 from modulora_core.progress import quiet
-from modulora_core.quantization.layout import index_for_end
+from modulora_core.quantization.layout import with_ends
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
 
@@ -90,7 +90,7 @@ class Dense:
         ends = find_ends(
             outline, head, embeddings, [name for name, _ in outline.named_parameters()]
         )
-        of_ends = {end.site.name: index_for_end(end, quantizers) for end in ends}
+        quantizers, of_ends = with_ends(quantizers, ends)
         linears = [site for site in find_sites(outline).linears if site.name not in of_ends]
         linears += [end.site for end in ends]
         chosen = {site.name: of_ends.get(site.name, 0) for site in linears}

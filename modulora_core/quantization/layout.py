@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 from modulora_core.arguments import check_fields
-from modulora_core.calibration import CalibrationText, find_blocks
+from modulora_core.calibration import CalibrationText, block_prefixes
 from modulora_core.checkpoints.record import (
     PackedSite,
     QuantizationRecord,
@@ -49,7 +49,8 @@ class Layout:
     """The files that quantizing a model will write.
 
     Attributes:
-        record: the checkpoint's ``quantization_config``; quantizers: of its recipes.
+        record: the checkpoint's ``quantization_config``.
+        quantizers: one for each recipe of the record.
         tensors: every tensor of the files, in their order.
         linears: the packed parameters.
         calibration: the samples; None if no quantizer uses any.
@@ -63,9 +64,18 @@ class Layout:
     linears: tuple[LinearSite, ...]
     calibration: CalibrationText | None
     table: dict[str, Any] | None = None
+    measured_tokens: ClassVar[int] = 0  # none, unlike a Mixture
+
+    def choose(self, *_: object, **__: object) -> Layout:
+        """The layout as it is. A budget's ``Mixture`` measures here, and makes one."""
+        return self
 
     def quantizer(self, site: PackedSite) -> Quantizer:
         return self.quantizers[site.recipe]
+
+    def candidates(self, name: str) -> Sequence[Quantizer]:
+        """The quantizers that may pack a parameter."""
+        return [self.quantizer(self.record.site(name))]
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +108,7 @@ class Selection:
         check_fields(self)
 
     def sort(self, source: ModelSource) -> tuple[list[LinearSite], list[End], dict[str, str]]:
-        """The linear layers to pack, the packed ends, and name → reason of all other parameters."""
+        """The linear layers and the ends to pack, and name → reason of all dense parameters."""
         model = source.outline
         found = find_sites(model, include=self.include, exclude=self.exclude)
         ends = find_ends(model, self.head, self.embeddings, source.parameters)
@@ -114,10 +124,16 @@ class Selection:
                     raise OptionError(f"--include {pattern}: {linear.module} is {reason}; {advice}")
 
 
+def uses_output_moment(linear: LinearSite, quantizer: Quantizer) -> bool:
+    """Whether the quantizer packs a layer in a decoder block with H_O, if there is one."""
+    uses = quantizer.wants_calibration and quantizer.spec.output_hessian
+    return linear.experts is None and uses
+
+
 def linears_outside_blocks(source: ModelSource, linears: Sequence[LinearSite]) -> list[LinearSite]:
     """The layers outside of the decoder blocks, such as an output head."""
-    blocks = tuple(f"{path}." for path in find_blocks(source.outline))
-    return [linear for linear in linears if not linear.name.startswith(blocks)]
+    inside = block_prefixes(source)
+    return [linear for linear in linears if not linear.name.startswith(inside)]
 
 
 def choose_layout(
@@ -133,7 +149,7 @@ def choose_layout(
 
     Args:
         choices: for the layers that match no pattern, then for each of ``patterns`` in turn.
-        patterns: of dotted paths (fnmatch); the last match counts.
+        patterns: patterns of dotted paths (fnmatch); the last match counts.
 
     Raises:
         PluginError, OptionError: a quantizer, an option, a pattern or a combination is refused.
@@ -161,7 +177,8 @@ def choose_layout(
             f"they are ({stays}); leave out fewer with --include and --exclude, or name a "
             "quantizer for an end with --quantize-head or --quantize-embeddings"
         )
-    chosen |= {end.site.name: index_for_end(end, quantizers) for end in ends}
+    quantizers, of_ends = with_ends(quantizers, ends)
+    chosen |= of_ends
     linears += [end.site for end in ends]
     return layout_with(
         source, quantizers, linears, chosen, dense, calibration=calibration, seed=seed
@@ -182,23 +199,29 @@ def _chosen(linears: Sequence[LinearSite], patterns: Sequence[str]) -> dict[str,
     return chosen
 
 
-def index_for_end(end: End, quantizers: list[Quantizer]) -> int:
-    """The index of an end's quantizer in ``quantizers``, to which it is added if it is missing.
+def with_ends(
+    quantizers: Sequence[Quantizer], ends: Sequence[End]
+) -> tuple[list[Quantizer], dict[str, int]]:
+    """The quantizers with those of the ends that are missing, and the index of each end's.
 
     Raises:
-        PluginError, OptionError: the quantizer or an option is refused, or it needs calibration.
+        PluginError, OptionError: a quantizer or an option is refused, or it needs calibration.
     """
-    quantizer = end.choice.create()
-    if quantizer.spec.calibration == "required":
-        raise OptionError(
-            f"--{end.option} {quantizer.spec.name}: it needs calibration, and nothing is "
-            "calibrated outside of the decoder blocks; choose a quantizer that needs none"
-        )
-    for index, other in enumerate(quantizers):
-        if (other.spec.name, other.options) == (quantizer.spec.name, quantizer.options):
-            return index
-    quantizers.append(quantizer)
-    return len(quantizers) - 1
+    all_of_them, chosen = list(quantizers), dict[str, int]()
+    known = [(each.spec.name, each.options) for each in all_of_them]
+    for end in ends:
+        quantizer = end.choice.create()
+        if quantizer.spec.calibration == "required":
+            raise OptionError(
+                f"--{end.option} {quantizer.spec.name}: it needs calibration, and nothing is "
+                "calibrated outside of the decoder blocks; choose a quantizer that needs none"
+            )
+        wanted = quantizer.spec.name, quantizer.options
+        if wanted not in known:
+            known.append(wanted)
+            all_of_them.append(quantizer)
+        chosen[end.site.name] = known.index(wanted)
+    return all_of_them, chosen
 
 
 def layout_with(

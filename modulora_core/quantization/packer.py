@@ -16,7 +16,7 @@ from modulora_core.calibration import (
     CalibrationText,
     PackedMatrices,
     Tuner,
-    find_blocks,
+    block_prefixes,
 )
 from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.sensitivity import loss_sensitivities
@@ -28,11 +28,11 @@ from modulora_core.checkpoints.written.shards import ShardWriter
 from modulora_core.dense_products import has_bfloat16_units, matmul_precision
 from modulora_core.models import ModelSource
 from modulora_core.progress import Progress
-from modulora_core.quantization.layout import Layout
+from modulora_core.quantization.layout import Layout, uses_output_moment
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
 WEIGHTING = "weighting"
-"""The folder in an unfinished one with what weights the layers' errors by the loss."""
+"""The folder of token weights and second moments of gradients, in an unfinished folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +66,8 @@ def pack_all(
     """
     text, tuner = layout.calibration, None
     packer = _Packer(source, layout, writer, device, progress)
-    blocks: tuple[str, ...] = ()
-    if text is not None:
-        blocks = tuple(f"{path}." for path in find_blocks(source.outline))
-    outside = {name for name in source.parameters if not name.startswith(blocks)}
+    inside = () if text is None else block_prefixes(source)
+    outside = {name for name in source.parameters if not name.startswith(inside)}
     if distributed.is_first():  # reading takes most of the time
         for name, tensor in source.tensors(names=outside):
             packer.take(name, tensor)
@@ -78,7 +76,7 @@ def pack_all(
     if text.config.tuning is not None:
         progress = partial(packer.tell, "tuning")
         tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
-    weights = packer.weigh(text, blocks) if text.config.weighting == "loss" else {}
+    weights = packer.weigh(text, inside) if text.config.weighting == "loss" else {}
     walk = BlockWalk(
         source, text, layout.linears, packer, device, writer.folder, tuner, token_weights=weights
     )
@@ -99,7 +97,7 @@ class _Packer(BlockVisitor):
     done_bytes: int = 0
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """Pack or keep a parameter that needs no calibration, as the model stores it."""
+        """Write a parameter that needs no calibration, packed or dense, as the model stores it."""
         if name not in self.layout.record.weights:
             self.write_dense(name, tensor)
         elif self.is_written(name):
@@ -108,23 +106,25 @@ class _Packer(BlockVisitor):
             matrices = self._site(name).matrices(tensor)
             self.write(self.pack(name, matrices, [None] * len(matrices)))
 
-    def weigh(self, text: CalibrationText, blocks: tuple[str, ...]) -> TokenWeights:
+    def weigh(self, text: CalibrationText, inside: tuple[str, ...]) -> TokenWeights:
         """The weights of tokens by the loss. Keeps H_O of the parameters whose quantizers use it.
 
         Args:
-            blocks: the prefixes of names in the decoder blocks.
+            inside: the prefixes of names in the decoder blocks.
         """
         folder = self.writer.folder / WEIGHTING
         # quantized layers before them route tokens to other experts than dense layers do
         linears = [
             linear for linear in self.layout.linears
-            if linear.experts is None and linear.name.startswith(blocks)
+            if linear.experts is None and linear.name.startswith(inside)
             and self.wants_calibration(linear.name)
         ]  # fmt: skip
         if not linears:
             return {}
-        used = {each.name: self._quantizer(each.name).spec.output_hessian for each in linears}
-        self.moments = OutputMoments(folder, frozenset(filter(used.get, used)))
+        self.moments = OutputMoments(folder, frozenset(
+            linear.name for linear in linears
+            if uses_output_moment(linear, self._quantizer(linear.name))
+        ))  # fmt: skip
         measure = partial(
             loss_sensitivities, self.source, text.ids, linears, device=self.device, folder=folder,
             seed=self.layout.record.seed, spill=text.config.spill, progress=self.progress,
@@ -185,7 +185,7 @@ class _Packer(BlockVisitor):
         self._count(name)
         return PackedMatrices(name, self.layout.quantizer(site), packed)
 
-    def read_kept(self, name: str) -> Tensor:
+    def read_dense(self, name: str) -> Tensor:
         return self.writer.read(name)
 
     def write(self, packed: PackedMatrices) -> None:

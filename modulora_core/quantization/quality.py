@@ -49,7 +49,7 @@ def calibration_of(
 ) -> CalibrationConfig | None:
     """The calibration with the settings of ``quality`` in the place of None.
 
-    No epochs of tuning are no tuning.
+    A tuning of 0 epochs is left out.
 
     Args:
         choices: the quantizers; ``balanced`` and ``best`` weight by the loss if one of them wants

@@ -22,8 +22,8 @@ from modulora_core.arguments import checked
 from modulora_core.calibration import (
     CalibrationConfig,
     CalibrationText,
+    block_prefixes,
     calibration_text,
-    find_blocks,
 )
 from modulora_core.calibration.output_moments import moment_bytes
 from modulora_core.calibration.states import spilled_bytes
@@ -43,8 +43,14 @@ from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.folders import REQUEST
 from modulora_core.models.tokenizer import TOKENIZER_FILES
 from modulora_core.progress import Display, Progress, shown
-from modulora_core.quantization.layout import Layout, Override, Selection, choose_layout
-from modulora_core.quantization.mixed.errors import JOURNAL, held_out_ids
+from modulora_core.quantization.layout import (
+    Layout,
+    Override,
+    Selection,
+    choose_layout,
+    uses_output_moment,
+)
+from modulora_core.quantization.mixed.errors import JOURNAL
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
 from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
@@ -64,7 +70,8 @@ class QuantizeResult:
     """A packed checkpoint that was written.
 
     Attributes:
-        quantizer, options: of all layers without an override; ``"mixed"`` with a budget.
+        quantizer, options: the choice for all layers without an override; ``"mixed"`` with a
+            budget.
         bits_per_weight: the packed bits per packed weight, scales included.
         bytes: the size of all tensors; source_bytes: their size in the dense model.
         seconds: the duration; peak_memory_bytes: the peak memory of the process.
@@ -135,8 +142,9 @@ def quantize(
     Args:
         model: a Hub id, a folder of safetensors, a file, or ``package:NAME``.
         out: a new or empty folder. It appears when it is whole.
-        quantizer: a name of ``modulora list-quantizers``; options: of its ``Options``. A
-            :class:`Budget` chooses a quantizer for each layer.
+        quantizer: a name of ``modulora list-quantizers``, or a :class:`Budget`, which chooses a
+            quantizer for each layer.
+        options: the quantizer's options, the fields of its ``Options``.
         quality: ``"fast"`` and ``"best"`` change defaults of calibration and quantizers
             (:mod:`modulora_core.quantization.quality`).
         overrides: other quantizers for some modules; the last match counts.
@@ -192,11 +200,7 @@ def quantize(
         request = {**chosen.request, "max_shard_bytes": max_shard_bytes}
         nbytes = _disk_bytes(source, chosen, where)
         with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
-            layout = (
-                chosen.choose(where, folder, resume=resumes, progress=progress)
-                if isinstance(chosen, Mixture)
-                else chosen
-            )
+            layout = chosen.choose(where, folder, resume=resumes, progress=progress)
             outcome = _write_packed(
                 source, layout, folder, where, max_shard_bytes, resume=resumes, progress=progress
             )
@@ -238,24 +242,23 @@ def check_processes(text: CalibrationText | None, *, budget: bool) -> None:
 
 
 def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.device) -> int:
-    """The largest size of the files to write: of the checkpoint, hidden states, and moments."""
+    """The largest size of all files to write: checkpoint, hidden states, and moments."""
     nbytes, text = chosen.nbytes, chosen.calibration
     if text is None:
         return nbytes
-    blocks = find_blocks(source.outline)
-    spill, states = text.config.spill, len(blocks) + 1
+    inside = block_prefixes(source)
+    spill, states = text.config.spill, len(inside) + 1
     files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
     nbytes += files * spilled_bytes(text.ids.numel(), source.config, device, spill)
-    for tokens, are_kept in (
-        (text.ids.numel(), text.config.weighting == "loss"),
-        (held_out_ids(text).numel(), isinstance(chosen, Mixture)),
-    ):
-        if are_kept:  # of every block
-            nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
-    if text.config.weighting == "loss" and any(q.spec.output_hessian for q in chosen.quantizers):
-        inside = tuple(f"{path}." for path in blocks)
-        single = (site for site in chosen.linears if site.experts is None)
-        nbytes += sum(moment_bytes(site) for site in single if site.name.startswith(inside))
+    weighs = text.config.weighting == "loss"
+    for tokens in (text.ids.numel() if weighs else 0, chosen.measured_tokens):
+        nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
+    if weighs:
+        nbytes += sum(
+            moment_bytes(linear) for linear in chosen.linears
+            if linear.name.startswith(inside)
+            and any(uses_output_moment(linear, each) for each in chosen.candidates(linear.name))
+        )  # fmt: skip
     return nbytes
 
 

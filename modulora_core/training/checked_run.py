@@ -21,7 +21,7 @@ from modulora_core.training.arguments import total_steps, warn_of_settings
 from modulora_core.training.checks import checked_model
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.distillation import Predictions, predictions_of
-from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Start
+from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Corrector
 from modulora_core.training.methods import method_examples
 from modulora_core.training.resuming import CHECKPOINTS, check_examples, check_out
 
@@ -50,7 +50,7 @@ class CheckedRun:
     examples: dict[str, Any]
     steps: int
     predictions: Predictions | None
-    start: Start | None
+    start: Corrector | None
     resume_from: Path | None
 
 
@@ -120,11 +120,11 @@ def _sources(
     return found
 
 
-def _start(config: FinetuneConfig) -> Start | None:
+def _start(config: FinetuneConfig) -> Corrector | None:
     """The dense model and the text of a corrected adapter, for ``init="qera"``."""
     if config.init == "zero" or config.calibration is None:
         return None
     text = CalibrationConfig(
         config.calibration, max_samples=CORRECTION_SAMPLES, seq_len=config.seq_len
     )
-    return Start.open(config.dense or config.model, text, config.seed)
+    return Corrector.open(config.dense or config.model, text, config.seed)

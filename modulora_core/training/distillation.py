@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from modulora_core.calibration.blocks import Block, block_modules, find_blocks, outer_model
-from modulora_core.calibration.calls import logits_after, record_calls
+from modulora_core.calibration.blocks import Block, for_each_block
+from modulora_core.calibration.calls import OuterModel
 from modulora_core.calibration.text import BATCH_TOKENS
 from modulora_core.data import Collator
 from modulora_core.data.examples import Examples
@@ -119,7 +119,7 @@ class Predictions:
         folder: the folder of the file.
 
     Attributes:
-        numbers: of the examples with predictions, ascending.
+        numbers: the numbers of the examples with predictions, ascending.
         ends: the number of rows up to the end of each of them.
         row: one row: the most likely tokens, and the logarithms of their probabilities.
     """
@@ -152,7 +152,7 @@ class Predictions:
         """Write the rows that the file lacks.
 
         Args:
-            device: of the blocks.
+            device: the device of the blocks.
             progress: called with ``"predicting"``, the decoder blocks done, and their number.
 
         Raises:
@@ -194,41 +194,34 @@ class Predictions:
         self, sequences: Sequence[Labelled], device: torch.device, show: Callable[[int, int], None]
     ) -> list[Rows]:
         """The rows of each sequence. The dense model passes through memory once."""
-        paths = find_blocks(self.teacher.outline)
-        model = outer_model(self.teacher, paths, device, head=True)
-        model.tie_weights()
-        blocks = [model.get_submodule(path) for path in paths]
+        outer = OuterModel(self.teacher, device, head=True)
         batches = [*_batches([len(ids) for ids, _ in sequences])]
-        padded, states, calls = list[dict[str, Tensor]](), list[Tensor](), list[Any]()
-        for numbers in batches:
-            pairs = [sequences[i] for i in numbers]
-            batch = Collator(0)(
-                [{"input_ids": [*ids], "labels": [*labels]} for ids, labels in pairs]
-            )
-            # attention is causal: padding on the right needs no mask
-            whole = [slice(0, len(numbers))]
-            [(_, hidden, found)] = record_calls(model, blocks, batch["input_ids"], whole, device)
-            padded.append(batch)
-            states.append(hidden)
-            calls.append(found)
-        modules = block_modules(self.teacher, paths)
-        for number, path in enumerate(paths):
-            block = Block(path, modules.pop(0), (), self.teacher, device, lambda *_: None)
-            states = [
-                found[number].run(block.module, state)
-                for found, state in zip(calls, states, strict=True)
-            ]
-            show(number + 1, len(paths) + 1)
+        # attention is causal: padding on the right needs no mask
+        padded = [
+            Collator(0)([{"input_ids": [*ids], "labels": [*labels]} for ids, labels in pairs])
+            for pairs in ([sequences[i] for i in numbers] for numbers in batches)
+        ]
+        recorded = [*outer.record(batch["input_ids"] for batch in padded)]
+        states, calls = [hidden for hidden, _ in recorded], [found for _, found in recorded]
+        del recorded  # the hidden states before the first block
+        phases = len(calls[0]) + 1
+        outer.drop_first_block()
+
+        def run(number: int, block: Block) -> None:
+            for i, found in enumerate(calls):
+                states[i] = found[number].run(block.module, states[i])
+            show(number + 1, phases)
+
+        for_each_block(self.teacher, (), device, run)
         rows: list[Rows] = [np.empty(0, self.row)] * len(sequences)
         for numbers, batch, found in zip(batches, padded, calls, strict=True):
-            ids = batch["input_ids"].to(device)
-            with deferred_logits(model):
-                logits = logits_after(model, blocks, found, ids, states.pop(0))
+            with deferred_logits(outer.model):
+                logits = outer.logits_after(found, batch["input_ids"], states.pop(0))
             made = np.concatenate([*map(self._rows, label_logits(logits, batch["labels"]))])
             counts = [_trained(sequences[i]) for i in numbers]
             for i, part in zip(numbers, np.split(made, [*accumulate(counts)][:-1]), strict=True):
                 rows[i] = part
-        show(len(paths) + 1, len(paths) + 1)
+        show(phases, phases)
         return rows
 
     def _rows(self, logits: Tensor) -> Rows:

@@ -49,7 +49,7 @@ from modulora_core.training.checked_run import CheckedRun, checked_run
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.held_out import HeldOut, held_out
-from modulora_core.training.init_adapter import Start
+from modulora_core.training.init_adapter import Corrector
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import worsening
 from modulora_core.training.methods import method_arguments, method_trainer, trainer_refused
@@ -259,7 +259,7 @@ def _loaded(
 
 
 def _put_adapter(
-    model: PreTrainedModel, config: FinetuneConfig, start: Start | None, progress: Progress
+    model: PreTrainedModel, config: FinetuneConfig, start: Corrector | None, progress: Progress
 ) -> LoRASettings | None:
     """Put on a new adapter, and return its settings; or load the adapter to continue."""
     if config.adapter is not None:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.adapted import packed_layers
-from modulora_core.adapters.lora import add_lora, lora_layer
+from modulora_core.adapters.adapted import adapter_layers, packed_layers
+from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
@@ -34,8 +34,8 @@ from modulora_core.calibration import (
     CalibrationConfig,
     CalibrationText,
     PackedMatrices,
+    block_prefixes,
     calibration_text,
-    find_blocks,
 )
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.checkpoints.matrices import random_stream
@@ -118,23 +118,29 @@ def init_adapter(
     started, settings = time.perf_counter(), settings or LoRASettings()
     check_output(Path(out))
     with shown(progress, "correcting", "layers") as progress:
-        checkpoint, start = open_packed(model), Start.open(dense, calibration, settings.seed)
+        checkpoint = open_packed(model)
+        corrector = Corrector.open(dense, calibration, settings.seed)
         adapted = load_model(checkpoint, device=str(pick_device()))
-        layers, corrected = start.put_on(adapted, checkpoint.name, settings, progress)
+        layers, corrected = corrector.put_on(adapted, checkpoint.name, settings, progress)
     with whole_or_nothing(Path(out)) as whole:
         save_adapter(adapted, whole, settings=settings)
     return InitialAdapter(str(out), layers, corrected, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
-class Start:
-    """The dense model and the text that a corrected adapter comes from."""
+class Corrector:
+    """Puts an adapter that corrects its layers on a quantized model.
+
+    Attributes:
+        source: the dense model.
+        text: the samples that H comes from.
+    """
 
     source: ModelSource
     text: CalibrationText
 
     @classmethod
-    def open(cls, dense: str | Path, calibration: CalibrationConfig, seed: int) -> Start:
+    def open(cls, dense: str | Path, calibration: CalibrationConfig, seed: int) -> Corrector:
         """Find the dense model and draw the text. Raises as :func:`init_adapter`."""
         if world_size() > 1:
             raise OptionError(f"a corrected adapter: expected one process, got {world_size()}")
@@ -150,11 +156,11 @@ class Start:
             model: loaded on the device of the run; name: for messages.
             progress: called with ``"correcting"``, the layers done, and their number.
         """
-        blocks = tuple(f"{path}." for path in find_blocks(self.source.outline))
+        inside = block_prefixes(self.source)
         packed = {
             f"{path}.weight" if isinstance(layer, QuantLinear) else path: layer
             for path, layer in packed_layers(model).items()
-            if path.startswith(blocks)
+            if path.startswith(inside)
         }
         linears = _linears(self.source, name, {
             name: (layer.weight if isinstance(layer, QuantLinear) else layer.first).layout.shape
@@ -164,7 +170,8 @@ class Start:
         for parameter, layer in packed.items():
             matrices = [layer.weight] if isinstance(layer, QuantLinear) else [*layer]
             weights[parameter] = matrices[0].quantizer, [matrix.packed for matrix in matrices]
-        layers = {f"{path}.weight": lora_layer(model, path) for path in add_lora(model, settings)}
+        add_lora(model, settings)
+        layers = {f"{path}.weight": layer for path, layer in adapter_layers(model)}
         linear = {parameter: layer for parameter, layer in layers.items() if parameter in weights}
         correcting = _Correcting(weights, linear, settings.seed, progress)
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from modulora_core.calibration import BlockVisitor, BlockWalk, CalibrationText, HeldOutCalibration
-from modulora_core.calibration.sensitivity import Sensitivity, loss_sensitivities
+from modulora_core.calibration.gradients import Sensitivity
+from modulora_core.calibration.sensitivity import loss_sensitivities
 from modulora_core.checkpoints.matrices import pack_matrix, random_stream
 from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
@@ -39,15 +40,15 @@ from modulora_core.tiles import tile_bytes, tile_ranges
 JOURNAL = "errors.jsonl"
 """The file of an unfinished folder with a line for each measured layer."""
 
-HELD_OUT = 4
-"""One calibration sample of so many is held out; at least one, at most :data:`MOST_HELD_OUT`."""
+HELD_OUT_EVERY = 4
+"""Measuring holds one of so many samples out; at least one, at most :data:`MOST_HELD_OUT`."""
 
 MOST_HELD_OUT = 16
 
 
 def held_out_ids(calibration: CalibrationText) -> Tensor:
     """The held-out samples, the last ones: ``[samples, seq_len]``."""
-    return calibration.ids[-min(MOST_HELD_OUT, max(1, len(calibration.ids) // HELD_OUT)) :]
+    return calibration.ids[-min(MOST_HELD_OUT, max(1, len(calibration.ids) // HELD_OUT_EVERY)) :]
 
 
 def measure_errors(
@@ -78,16 +79,18 @@ def measure_errors(
     measured = read_journal(journal, list[float])
     if all(linear.name in measured for linear in linears):
         return measured
+    held_out = held_out_ids(calibration)
     sensitivities = loss_sensitivities(
-        source, held_out_ids(calibration), linears, device=device, folder=folder, seed=seed,
+        source, held_out, linears, device=device, folder=folder, seed=seed,
         spill=calibration.config.spill, progress=progress,
     )  # fmt: skip
     sizes = {linear.name: source.parameters[linear.name].nbytes for linear in linears}
     measuring = _Measuring(quantizers, seed, sensitivities, journal, measured, sizes, progress)
     weights = {name: [each.tokens for each in found] for name, found in sensitivities.items()}
     walk = BlockWalk(
-        source, calibration, linears, measuring, device, folder, held_out_weights=weights
-    )
+        source, calibration, linears, measuring, device, folder,
+        held_out=len(held_out), held_out_weights=weights,
+    )  # fmt: skip
     walk.run()
     return measured
 

@@ -21,12 +21,12 @@ from modulora_core.quantization.layout import (
     Layout,
     Selection,
     check_rescales,
-    index_for_end,
     layout_with,
     linears_outside_blocks,
+    with_ends,
 )
 from modulora_core.quantization.mixed.allocation import Allocation, Offer, allocate
-from modulora_core.quantization.mixed.errors import measure_errors
+from modulora_core.quantization.mixed.errors import held_out_ids, measure_errors
 from modulora_core.quantization.mixed.recorded import recorded_allocation
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
@@ -53,12 +53,12 @@ class Mixture:
     """The choice of a budget for one model.
 
     Attributes:
-        quantizers: of the budget's choices.
+        quantizers: one for each of the budget's choices.
         linears: the layers to choose for, all of them in decoder blocks.
         sizes: by layer, its packed bytes under each choice.
         ends: the packed head and embedding; ends_bytes: their packed size.
-        kept: name → reason of every other parameter; kept_bytes: their size.
-        calibration: the samples; seed: of packing.
+        dense: name → reason of every other parameter; dense_bytes: their size.
+        calibration: the samples; seed: the seed for random numbers of quantizers.
     """
 
     source: ModelSource
@@ -68,15 +68,19 @@ class Mixture:
     sizes: Mapping[str, Sequence[int]]
     ends: Sequence[End]
     ends_bytes: int
-    kept: Mapping[str, str]
-    kept_bytes: int
+    dense: Mapping[str, str]
+    dense_bytes: int
     calibration: CalibrationText
     seed: int
+
+    def candidates(self, name: str) -> Sequence[Quantizer]:  # noqa: ARG002 - as of a Layout
+        """The quantizers that may pack a layer."""
+        return self.quantizers
 
     @property
     def fixed_bytes(self) -> int:
         """The size of everything that is not chosen for."""
-        return self.kept_bytes + self.ends_bytes
+        return self.dense_bytes + self.ends_bytes
 
     @property
     def nbytes(self) -> int:
@@ -85,13 +89,18 @@ class Mixture:
         return min(self.budget.nbytes, largest)
 
     @property
+    def measured_tokens(self) -> int:
+        """The number of calibration tokens on which errors are measured."""
+        return held_out_ids(self.calibration).numel()
+
+    @property
     def request(self) -> dict[str, Any]:
         """Identifies a run: equal requests give equal checkpoints."""
         return {
             "source": self.source.identity(),
             "seed": self.seed,
             "weights": [linear.name for linear in self.linears],
-            "kept": dict(self.kept),
+            "kept": dict(self.dense),
             **self._entry(),
         }
 
@@ -133,10 +142,11 @@ class Mixture:
         uses_text = any(quantizer.wants_calibration for quantizer in quantizers)
         uses_text |= self.calibration.config.tuning is not None
         chosen = dict(zip(self.sizes, map(used.index, allocation.taken), strict=True))
-        chosen |= {end.site.name: index_for_end(end, quantizers) for end in self.ends}
+        quantizers, of_ends = with_ends(quantizers, self.ends)
+        chosen |= of_ends
         linears = [*self.linears, *(end.site for end in self.ends)]
         layout = layout_with(
-            self.source, quantizers, linears, chosen, self.kept, seed=self.seed,
+            self.source, quantizers, linears, chosen, self.dense, seed=self.seed,
             calibration=self.calibration if uses_text else None, allocation=self._entry(),
         )  # fmt: skip
         return replace(layout, table=self.table(layout.record, errors, allocation))
@@ -154,7 +164,7 @@ class Mixture:
             and ``errors`` under each choice. Each choice has ``error`` of its layers, and
             ``uniform_bytes`` and ``uniform_error`` of a checkpoint with this choice everywhere.
         """
-        table = recorded_allocation(record, self.kept_bytes)
+        table = recorded_allocation(record, self.dense_bytes)
         assert table is not None, "the record is from this run"
         layers = table["layers"]
         for name, layer in layers.items():
@@ -199,10 +209,10 @@ def find_mixture(
     quantizers = [choice.create() for choice in budget.choices]
     _check_distinct(budget.choices, quantizers)
     check_rescales(quantizers, calibration)
-    linears, ends, kept = selection.sort(source)
+    linears, ends, dense = selection.sort(source)
     outside = linears_outside_blocks(source, linears)
     selection.refuse(outside, OUTSIDE, "leave it dense, or quantize without --budget")
-    kept |= {linear.name: OUTSIDE for linear in outside}
+    dense |= {linear.name: OUTSIDE for linear in outside}
     linears = [linear for linear in linears if linear not in outside]
     if not linears:
         raise OptionError(
@@ -214,15 +224,14 @@ def find_mixture(
         sites, weights = packed_sites(linears, quantizers, dict.fromkeys(sizes, index))
         for name, site in weights.items():
             sizes[name].append(sites[site].nbytes)
-    known, sites_of_ends = list(quantizers), [end.site for end in ends]
-    of_ends = {end.site.name: index_for_end(end, known) for end in ends}
-    sites, weights = packed_sites(sites_of_ends, known, of_ends)
-    dense = source.parameters.keys() - sizes.keys() - of_ends.keys()
+    with_those, of_ends = with_ends(quantizers, ends)
+    sites, weights = packed_sites([end.site for end in ends], with_those, of_ends)
+    others = source.parameters.keys() - sizes.keys() - of_ends.keys()
     mixture = Mixture(
         source, budget, quantizers, linears, sizes, ends,
         ends_bytes=sum(sites[index].nbytes for index in weights.values()),
-        kept=kept,
-        kept_bytes=sum(source.parameters[name].nbytes for name in dense),
+        dense=dense,
+        dense_bytes=sum(source.parameters[name].nbytes for name in others),
         calibration=calibration, seed=seed,
     )  # fmt: skip
     _check_budget(mixture)
@@ -253,7 +262,7 @@ def _check_budget(mixture: Mixture) -> None:
     if given < least:
         raise OptionError(
             f"budget: expected at least {least} bytes ({_mib(least)}), got {given} ({_mib(given)}):"
-            f" dense tensors take {_mib(mixture.kept_bytes)}, "
+            f" dense tensors take {_mib(mixture.dense_bytes)}, "
             f"{f'{ends} {_mib(mixture.ends_bytes)}, ' if ends else ''}and the smallest choice for "
             f"every layer {_mib(layers)}; give more, or smaller choices"
         )

@@ -20,8 +20,9 @@ from modulora_core.calibration import (
     find_blocks,
     states,
 )
+from modulora_core.calibration.gradients import Sensitivity
 from modulora_core.calibration.output_moments import OutputMoments
-from modulora_core.calibration.sensitivity import Sensitivity, draw, loss_sensitivities
+from modulora_core.calibration.sensitivity import draw, loss_sensitivities
 from modulora_core.calibration.token_weights import token_weights
 from modulora_core.errors import WorkError
 from modulora_core.models import open_dense

@@ -24,6 +24,7 @@ from modulora_core.calibration import (
 )
 from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import ObservedWeight
+from modulora_core.calibration.walk import PAUSED_BYTES
 from modulora_core.errors import ModelError, WorkError
 from modulora_core.models import open_dense
 from modulora_core.models.sites import find_sites
@@ -44,7 +45,7 @@ class Seen(BlockVisitor):
         self.quantized = quantized
         self.calibrations: dict[tuple[str, int], Calibration] = {}
         self.weights: dict[str, list[Tensor]] = {}
-        self.kept: dict[str, Tensor] = {}
+        self.dense: dict[str, Tensor] = {}
         self.unwanted: set[str] = set()
         self.written: dict[str, list[Tensor]] = {}
 
@@ -52,7 +53,7 @@ class Seen(BlockVisitor):
         return name in self.written
 
     def write_dense(self, name: str, tensor: Tensor) -> None:
-        self.kept[name] = tensor
+        self.dense[name] = tensor
 
     def wants_calibration(self, name: str) -> bool:
         return name not in self.unwanted
@@ -80,14 +81,19 @@ def coarse(weight: Tensor) -> Tensor:
     return (weight * 4).round() / 4
 
 
-def walk(folder: Path, seen: BlockVisitor, ids: Tensor = IDS, **settings: Any) -> BlockWalk:
-    own = ("paused_bytes", "held_out_weights")
+def walk(
+    folder: Path, seen: BlockVisitor, ids: Tensor = IDS, paused_bytes: int = PAUSED_BYTES,
+    **settings: Any,
+) -> BlockWalk:  # fmt: skip
+    own = ("held_out", "held_out_weights")
     of_walk = {name: settings.pop(name) for name in own if name in settings}
     source = open_dense(str(folder))
     linears = find_sites(source.skeleton()).linears
     text = CalibrationText(CalibrationConfig("ids", **settings), ids)
     walk = BlockWalk(source, text, linears, seen, torch.device("cpu"), folder, **of_walk)
-    walk.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modulora_core.calibration.walk.PAUSED_BYTES", paused_bytes)
+        walk.run()
     return walk
 
 
@@ -129,8 +135,8 @@ def test_every_parameter_of_the_blocks_is_packed_or_kept_once(
     source = open_dense(str(folder))
     blocks = find_blocks(source.skeleton())
     stored = {name: tensor for name, tensor in source.tensors() if name.startswith(blocks)}
-    assert seen.kept.keys() | seen.weights.keys() == stored.keys()
-    for name, tensor in seen.kept.items():
+    assert seen.dense.keys() | seen.weights.keys() == stored.keys()
+    for name, tensor in seen.dense.items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, stored[name])
     for name, matrices in seen.weights.items():
@@ -280,7 +286,8 @@ def test_held_out_samples_have_a_weighted_second_moment_of_their_own(
         for site in find_sites(model).linears
     }
     # batches don't end where the held-out samples begin
-    walk(folder, seen, batch_size=4, held_out_weights=weights, paused_bytes=paused_bytes)
+    held = {"held_out": len(IDS) - first, "held_out_weights": weights}
+    walk(folder, seen, batch_size=4, paused_bytes=paused_bytes, **held)
     for (name, i), found in seen.calibrations.items():
         assert isinstance(found, HeldOutCalibration)
         assert found.samples == sum(map(len, calibrating.inputs[name, i]))

@@ -286,7 +286,7 @@ def test_a_resumed_run_has_the_token_weights_of_the_stopped_run(
     out = tmp_path / "out"
     stop(lambda: run(source, out, calibration=weighted), after)
     if after:  # the gradients are not computed again
-        monkeypatch.delattr("modulora_core.calibration.sensitivity._Passes.backward")
+        monkeypatch.delattr("modulora_core.calibration.sensitivity._Backpropagation.backward")
     run(source, out, calibration=weighted, resume=True)
     assert stored(out) == stored(tmp_path / "whole")
 

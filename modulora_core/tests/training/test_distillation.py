@@ -20,7 +20,7 @@ from modulora_core.adapters.load import load_adapter
 from modulora_core.checkpoints.loading import load_model
 from modulora_core.data import load_examples
 from modulora_core.data.examples import DataReport, Examples
-from modulora_core.errors import OptionError
+from modulora_core.errors import ModelError, OptionError
 from modulora_core.models import open_dense
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import write_jsonl
@@ -160,6 +160,18 @@ def test_examples_that_no_step_trains_are_not_predicted(
         assert dataset[i]["input_ids"] == examples[number]["input_ids"]
         assert len(dataset[i]["rows"]) == sum(label != -100 for label in dataset[i]["labels"][1:])
     assert sum(len(dataset[i]["rows"]) for i in range(3)) == predictions.ends[-1]
+
+
+def test_a_dense_model_without_values_for_its_head_is_refused(
+    teacher: Path, examples: Examples, tmp_path: Path
+) -> None:
+    [file] = teacher.glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors["lm_head.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    predictions = Predictions(open_dense(str(teacher)), examples, 3, 0, tmp_path)
+    with pytest.raises(ModelError, match=r"expected values for lm_head\.weight, got none"):
+        predictions.compute(torch.device("cpu"), lambda *_: None)
 
 
 def test_a_killed_run_goes_on_from_its_whole_rows(

@@ -149,7 +149,7 @@ def test_a_resumed_run_does_not_correct_again(
 
     with pytest.raises(KeyboardInterrupt):
         finetune(config, on_step=stop)
-    monkeypatch.setattr(module.Start, "open", None)
+    monkeypatch.setattr(module.Corrector, "open", None)
     assert finetune(config, resume=True).losses == whole
 
 
