@@ -24,7 +24,7 @@ def command(check: Check = False) -> Report:
     Each quantizer is a package: install one with pip, and this list has it. The status is ok,
     broken (it can't be imported), incompatible (it needs another version of modulora-core),
     duplicate (two packages bring it) or blocked. MODULORA_BLOCK=NAME,... blocks quantizers.
-    A missing package and a location without a module always show. Other faults show when the
+    A missing package and a wrong location are found by reading code. Other faults show when the
     class is imported: --check does so. Its exit code is 1 for a broken, incompatible or duplicate
     quantizer.
 
@@ -44,7 +44,7 @@ def command(check: Check = False) -> Report:
 
 
 def _read(entry: Entry) -> Entry:
-    """Mark a usable entry broken if a package or the module of its class is missing."""
+    """Mark a usable entry broken if its code shows that its class can't be imported."""
     from modulora_core.cli.plugin_faults import fault
 
     reason = fault(entry) if entry.status == "ok" else None

@@ -1,11 +1,13 @@
-"""Find why a plugin's class can't be imported, without importing it, and so without torch."""
+"""Find why a plugin's class could not be imported, without importing it, and so without torch."""
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, requires, version
-from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,8 +19,8 @@ _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][\w.-]*)")
 def fault(entry: Entry) -> str | None:
     """Why the class of a quantizer cannot be imported, in a sentence, or None.
 
-    It finds a requirement that is not installed, and a location without a module. Only an import
-    finds other faults. The packages around the module are imported.
+    It finds a requirement that is not installed, a location without a module or a class, and a
+    module that its file imports and nobody has. Code is read, and not run.
     """
     if entry.spec is None:
         return None
@@ -27,14 +29,23 @@ def fault(entry: Entry) -> str | None:
         return f"needs {' and '.join(missing)}, which isn't installed: pip install " + " ".join(
             missing
         )
-    module = entry.spec.location.partition(":")[0]
-    try:
-        found = f"no module {module}" if find_spec(module) is None else None
-    except Exception as error:  # of a package around the module, which may raise anything
-        found = f"{type(error).__name__}: {error}"
-    return found and (
-        f"expected its class at {entry.spec.location}, got {found}; correct location in its spec"
-    )
+    name, class_name = entry.spec.location.split(":")
+    spec = _found(name)
+    if spec is None:
+        return (
+            f"expected its class at {entry.spec.location}, got no module {name}; correct location "
+            "in its spec"
+        )
+    source = _parsed(spec)
+    if source is None:
+        return None
+    names = set(_defined(source))
+    if class_name not in names and "*" not in names:
+        return (
+            f"expected its class at {entry.spec.location}, got a module without {class_name}; "
+            "correct location in its spec"
+        )
+    return _missing_import(source, name, {name})
 
 
 def _requirements(distribution: str) -> Iterator[str]:
@@ -55,3 +66,71 @@ def _is_installed(distribution: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def _found(module: str) -> ModuleSpec | None:
+    """The spec of a module. Its packages are not imported, as ``find_spec`` would."""
+    path, spec = None, None
+    parts = module.split(".")
+    for i in range(len(parts)):
+        spec = PathFinder.find_spec(".".join(parts[: i + 1]), path)
+        if spec is None:
+            return _built_in(module) if i == 0 else None
+        path = spec.submodule_search_locations
+        if path is None and i + 1 < len(parts):
+            return None
+    return spec
+
+
+def _built_in(module: str) -> ModuleSpec | None:
+    """A module of the interpreter, or of a finder of editable packages."""
+    import importlib.util
+
+    try:
+        return importlib.util.find_spec(module.partition(".")[0]) and importlib.util.find_spec(
+            module
+        )
+    except (ImportError, ValueError):
+        return None
+
+
+def _parsed(spec: ModuleSpec) -> ast.Module | None:
+    """The module's code, or None if it is no Python file; importing then reports the fault."""
+    try:
+        return ast.parse(Path(str(spec.origin)).read_text("utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+def _defined(source: ast.Module) -> Iterator[str]:
+    """The names that a module's own lines define or import."""
+    for node in ast.walk(source):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            yield from (target.id for target in node.targets if isinstance(target, ast.Name))
+
+
+def _missing_import(source: ast.Module, module: str, seen: set[str]) -> str | None:
+    """The first module that the unconditional imports of a file, or of its package, lack."""
+    package = module.partition(".")[0]
+    for node in source.body:
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [node.module]
+        for name in names:
+            root = name.partition(".")[0]
+            if root != package:
+                if _found(root) is None:
+                    return f"imports {root}, which isn't installed: install the package that has it"
+                continue
+            spec = None if name in seen else _found(name)
+            seen.add(name)
+            inner = spec and _parsed(spec)
+            if inner and (reason := _missing_import(inner, name, seen)):
+                return reason
+    return None
