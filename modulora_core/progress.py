@@ -35,8 +35,9 @@ class Bars:
     open: Callable[[str, str], AbstractContextManager[Progress]]
 
 
-Display = Progress | Bars | bool
-"""How work shows its progress: on a callback, on bars, on a terminal (True), or not (False)."""
+Display = Progress | Bars | bool | None
+"""How work shows its progress: on a callback, on bars, on a terminal (True or None), or not (False).
+"""
 
 
 def no_progress(*_: object) -> None:
@@ -52,7 +53,7 @@ def shown(display: Display, what: str, unit: str) -> AbstractContextManager[Prog
     """
     if isinstance(display, Bars):
         return display.open(what, unit)
-    if display is True:
+    if display is True or display is None:
         return terminal_bar(what, unit)
     return nullcontext(display or no_progress)
 
