@@ -36,8 +36,8 @@ class Bars:
 
 
 Display = Progress | Bars | bool | None
-"""How work shows its progress: on a callback, on bars, on a terminal (True or None), or not (False).
-"""
+"""How work shows its progress: by a callback, on bars, on a terminal (True or None), or not at all
+(False)."""
 
 
 def no_progress(*_: object) -> None:
