@@ -3,7 +3,8 @@
     QuantLinear   y = x Ŵᵀ + b
     TiedHead      an output head that shares the packed table of the embedding
     LoRALayer     named LoRA adapters of a layer
-    LoRALinear    a QuantLinear with them
+    ChannelScales two vectors that scale the rows and the columns of a packed weight
+    LoRALinear    a QuantLinear with adapters, which may have such vectors
 
 For PEFT a QuantLinear is an ``nn.Linear``.
 """
@@ -16,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modulora_core.arguments import checked
+from modulora_core.arguments import checked, checked_dataclass
 from modulora_core.autograd import lora_linear
 from modulora_core.errors import AdapterError, ShapeError
 from modulora_core.packed_parameters import PackedParameter, PackedTable
@@ -129,6 +130,31 @@ class LoRALayer(nn.Module):
         A = torch.cat([self.lora_A[name] for name in self.active], dim=-2)  # [Σ r, in]
         scaled = [self.lora_B[name] * self.scale[name] for name in self.active]
         return A, torch.cat(scaled, dim=-1), 1.0  # B: [out, Σ r]
+
+
+@checked_dataclass
+class ChannelScales:
+    """Two vectors u and v that replace Ŵ by diag(v) Ŵ diag(u).
+
+    Attributes:
+        input: u, ``[in]``.
+        output: v, ``[out]``.
+
+    Raises:
+        ShapeError: one of them is not a vector.
+    """
+
+    input: Tensor
+    output: Tensor
+
+    def __post_init__(self) -> None:
+        if self.input.dim() != 1 or self.output.dim() != 1:
+            shapes = f"{list(self.input.shape)} and {list(self.output.shape)}"
+            raise ShapeError(f"channel scales: expected two vectors, got {shapes}")
+
+    def of_rows(self, start: int, stop: int, W: Tensor) -> Tensor:
+        """Scale ``W``, rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``; in its dtype."""
+        return W * self.output[start:stop, None].to(W.dtype) * self.input.to(W.dtype)
 
 
 class LoRALinear(QuantLinear, LoRALayer):

@@ -34,9 +34,9 @@ from torch import Tensor
 from modulora_core.adapters.base_record import RECORD_FILE, AdapterRecord, Dropout
 from modulora_core.adapters.expert_format import Factors, Stack, from_file, to_file
 from modulora_core.adapters.peft_config import check_config, check_rank, scale_of
-from modulora_core.channel_scales import ChannelScales
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError, usable_path
+from modulora_core.layers import ChannelScales
 from modulora_core.models.folders import check_links
 from modulora_core.models.json_files import check_json, read_json
 from modulora_core.models.locate import HUB_ID, download, without_revision

@@ -23,11 +23,10 @@ from modulora_core.adapters.peft_format import (
 )
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
-from modulora_core.channel_scales import ChannelScales
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.distributed import is_first, whole
 from modulora_core.errors import AdapterError, OutputError, usable_path
-from modulora_core.layers import LoRALayer
+from modulora_core.layers import ChannelScales, LoRALayer
 from modulora_core.models.locate import names_file
 
 

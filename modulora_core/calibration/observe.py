@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from modulora_core.channel_scales import ChannelScales
 from modulora_core.dense_products import linear
+from modulora_core.layers import ChannelScales
 from modulora_core.models.sites import LinearSite
 from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.spec import PROTOCOL, Calibration, PackedWeight, Quantizer, QuantizerSpec

@@ -30,8 +30,8 @@ from torch.func import functional_call
 from modulora_core.calibration.blocks import Block
 from modulora_core.calibration.calls import BlockCall
 from modulora_core.calibration.visitor import PackedMatrices
-from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import DataError, OptionError
+from modulora_core.layers import ChannelScales
 
 EPOCHS = 5
 LEARNING_RATE = 5e-3

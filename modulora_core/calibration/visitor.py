@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import WorkError
+from modulora_core.layers import ChannelScales
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
 

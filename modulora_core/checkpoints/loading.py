@@ -236,16 +236,16 @@ def load_dense(source: ModelSource, *, dtype: str | torch.dtype, device: str) ->
 
     Raises:
         OptionError: no such dtype.
-        CheckpointError: transformers can't load it.
+        CheckpointError: transformers can't load it, or a file was changed since it was opened.
     """
+    in_folder, loaded_as = source.location.file is None, resolved_dtype(dtype, device)
     # transformers may not know the format of a model in one file, so it gets tensors
-    in_folder = source.location.file is None
+    tensors = None if in_folder else dict(source.tensors())
     try:
         with quiet():
             loaded: PreTrainedModel = type(source.outline).from_pretrained(
                 source.location.folder if in_folder else None, config=source.config,
-                state_dict=None if in_folder else dict(source.tensors()),
-                dtype=resolved_dtype(dtype, device), device_map={"": device},
+                state_dict=tensors, dtype=loaded_as, device_map={"": device},
                 trust_remote_code=False,
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Pack a matrix, or all matrices of one parameter: no other place calls a quantizer's ``pack``."""
+"""Pack a matrix, or all matrices of one parameter: an error of the plugin says what it packed."""
 
 from __future__ import annotations
 

@@ -119,12 +119,9 @@ class PackedCheckpoint:
         return {name: self.tensor(name) for name in self._store.tensors}
 
     def mapped(self) -> MappedFiles | None:
-        """Map all stored tensors from their files; None if they aren't stored as they are used."""
-        return (
-            MappedFiles(self._store, self.path)
-            if isinstance(self._store, SafetensorsStore)
-            else None
-        )
+        """Map all stored tensors from their files; None if reading converts them."""
+        store = self._store
+        return MappedFiles(store, self.path) if isinstance(store, SafetensorsStore) else None
 
     def packed(self, parameter: str) -> Iterator[PackedWeight]:
         """Read the packed matrices of a parameter: one, or one for each expert.

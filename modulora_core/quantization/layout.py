@@ -202,7 +202,10 @@ def _chosen(linears: Sequence[LinearSite], patterns: Sequence[str]) -> dict[str,
 def with_ends(
     quantizers: Sequence[Quantizer], ends: Sequence[End]
 ) -> tuple[list[Quantizer], dict[str, int]]:
-    """The quantizers with those of the ends that are missing, and the index of each end's.
+    """Add the quantizers of the ends that are missing, and find each end's.
+
+    Returns:
+        all quantizers, and the index of the quantizer of each end, by the end's parameter.
 
     Raises:
         PluginError, OptionError: a quantizer or an option is refused, or it needs calibration.

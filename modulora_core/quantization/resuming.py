@@ -1,4 +1,4 @@
-"""Find an output folder finished, or continue an unfinished one of the same request."""
+"""Find a finished output folder, or continue an unfinished one of the same request."""
 
 from __future__ import annotations
 

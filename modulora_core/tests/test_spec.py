@@ -12,8 +12,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from modulora_core.channel_scales import ChannelScales
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
+from modulora_core.layers import ChannelScales
 from modulora_core.spec import (
     Calibration,
     NoOptions,

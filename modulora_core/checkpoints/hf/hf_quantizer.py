@@ -153,8 +153,8 @@ class ModuLoRAHfQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Whether the Trainer accepts the model without an adapter of PEFT.
 
-        It refuses a model in which nothing trains, and says to attach an adapter. It asks when it
-        is made. This is our only chance to refuse a wrong reference before TRL loads it.
+        The Trainer refuses a model in which nothing trains, and says to attach an adapter. It asks
+        before TRL loads a reference, so this is the only moment to refuse a wrong one.
         """
         model = None if self._model is None else self._model()
         if model is None:
