@@ -11,7 +11,9 @@ The model's own code uses a packed weight like the tensor that it replaces. ``F.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -32,7 +34,19 @@ _NEED_DENSE = (
 
 
 class FrozenParameter(nn.Parameter):
-    """A tensor of a packed weight, which can't train."""
+    """A tensor of a packed weight, which can't train. Wider ``data`` is narrowed again.
+
+    PEFT's prepare_model_for_kbit_training widens 16-bit parameters to fp32. Narrowing is exact.
+    """
+
+    @property
+    def data(self) -> Tensor:
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined, no-any-return]
+
+    @data.setter
+    def data(self, data: Tensor) -> None:
+        was_widened = data.dtype is torch.float32 and self.dtype in _HALVES
+        Tensor.data.__set__(self, data.to(self.dtype) if was_widened else data)  # type: ignore[attr-defined]
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """Freeze it. True raises ModelError."""
@@ -76,7 +90,6 @@ class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
         self.layout = packed.layout
         self.transposed = transposed
         self.number = new_number(self)
-        self._dtypes = {name: tensor.dtype for name, tensor in packed.tensors.items()}
         self._packed: PackedWeight | None = None
         for name, tensor in packed.tensors.items():
             if tensor.dim():
@@ -110,19 +123,11 @@ class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
 
         Cached as long as the tensors are the same, for decoding reads it once a layer and token.
         """
-        tensors = {name: self._tensor(name) for name in self._dtypes}
+        tensors: dict[str, Any] = {**self._parameters, **self._buffers}
         known = self._packed
-        if known is None or any(known.tensors[n] is not t for n, t in tensors.items()):
+        if known is None or not all(map(operator.is_, tensors.values(), known.tensors.values())):
             known = self._packed = self.layout.fill(tensors)
         return known
-
-    def _tensor(self, name: str) -> Tensor:
-        tensor = self._parameters[name] if name in self._parameters else self._buffers[name]
-        assert tensor is not None
-        if tensor.dtype is torch.float32 and self._dtypes[name] in _HALVES:
-            # PEFT's prepare_model_for_kbit_training widens 16-bit parameters; narrowing is exact
-            tensor.data = tensor.data.to(self._dtypes[name])
-        return tensor
 
     @property
     def shape(self) -> torch.Size:
@@ -131,7 +136,7 @@ class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
 
     @property
     def device(self) -> torch.device:
-        return self._tensor(next(iter(self._dtypes))).device
+        return next(chain(self.parameters(False), self.buffers(False))).device
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole Ŵ, in the orientation that the model's code sees."""
