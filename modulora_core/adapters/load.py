@@ -63,6 +63,14 @@ def load_adapter(
     _check_heads(adapter, model)
     _check_fit(adapter, model, model_name(model))
     check_name_is_free(model, name)
+    put_on(model, adapter, name)
+    if trainable:
+        train_only(model, name)
+    return list(adapter.deltas)
+
+
+def put_on(model: nn.Module, adapter: SavedAdapter, name: str = "default") -> None:
+    """Put an adapter that fits on ``model``'s packed layers, in place, and freeze everything."""
     for module, delta in adapter.deltas.items():
         layer = make_adaptable(model, module)
         layer.add_adapter(
@@ -74,11 +82,7 @@ def load_adapter(
         )
         _copy(delta, layer, name)
     _copy_heads(adapter, model)
-    if trainable:
-        train_only(model, name)
-    else:
-        model.requires_grad_(False)
-    return list(adapter.deltas)
+    model.requires_grad_(False)
 
 
 def restore_adapter(model: nn.Module, path: str | Path) -> None:
@@ -97,14 +101,20 @@ def restore_adapter(model: nn.Module, path: str | Path) -> None:
     _copy_heads(saved, model)
 
 
-def adapter_for(checkpoint: PackedCheckpoint, path: str | Path) -> SavedAdapter:
+def adapter_for(
+    checkpoint: PackedCheckpoint, path: str | Path, *, heads: bool = False
+) -> SavedAdapter:
     """Read an adapter for the model of a checkpoint, whose weights are not loaded.
+
+    Args:
+        heads: whether the caller can use the head of a task; else an adapter with one is refused.
 
     Raises:
         AdapterError: it is no LoRA adapter, or it does not fit the model.
     """
     model = checkpoint.outline
-    adapter = read_adapter(path, stacks_of(model))
+    adapter = read_adapter(path, stacks_of(model), heads=heads)
+    _check_heads(adapter, model)
     _check_fit(adapter, model, str(checkpoint.path), checkpoint.tensor)
     return adapter
 

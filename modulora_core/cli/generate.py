@@ -47,9 +47,8 @@ def command(
     opened = open_to_run(
         model, adapter=adapter, dtype=dtype, device=device, mapped=mapped, parity_check=parity_check
     )
-    loaded = opened.load(), opened.tokenizer  # outside of the measurement
     with PeakMemory(opened.device) as peak:
-        result = generate(loaded, prompt, sampling, raw=raw, on_text=terminal().write)
+        result = generate(opened, prompt, sampling, raw=raw, on_text=terminal().write)
     terminal().write("\n")
     terminal().note(f"{result.tokens} tokens, {result.tokens_per_second:.1f} tokens/s")
     return Report({"prompt": prompt, **result.to_json(), "peak_memory_bytes": peak.nbytes})

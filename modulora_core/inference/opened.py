@@ -1,7 +1,7 @@
 """Open a model to run it: packed or dense, with or without an adapter.
 
-Opening reads configs and headers, so that a wrong request is refused at once. The weights are
-loaded later, after every other check.
+Opening reads configs, headers and the adapter, so that a wrong request is refused at once. The
+weights are loaded later, after every other check.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modulora_core.adapters.load import load_adapter
+from modulora_core.adapters.load import adapter_for, put_on
+from modulora_core.adapters.peft_format import SavedAdapter
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.loading import (
     check_mapped,
@@ -26,7 +27,7 @@ from modulora_core.checkpoints.loading import (
 )
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import pick_device
-from modulora_core.errors import AdapterError, ModelError, OptionError, first_line
+from modulora_core.errors import AdapterError, ModelError, OptionError
 from modulora_core.models import ModelSource
 
 
@@ -36,7 +37,7 @@ class Opened:
 
     name: str
     origin: PackedCheckpoint | ModelSource
-    adapter: str | Path | None
+    adapter: SavedAdapter | None
     dtype: str | torch.dtype
     device: str
     mapped: bool = False
@@ -45,12 +46,7 @@ class Opened:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises ModelError if it is missing or broken."""
-        try:
-            return self.origin.tokenizer()
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"model {self.name}: cannot load its tokenizer: {first_line(error)}"
-            ) from error
+        return self.origin.tokenizer()
 
     def load(self) -> PreTrainedModel:
         """Load the model in evaluation mode, with its adapter. Raises CheckpointError."""
@@ -61,7 +57,7 @@ class Opened:
             parity_check=self.parity_check,
         )  # fmt: skip
         if self.adapter is not None:
-            load_adapter(model, self.adapter)
+            put_on(model, self.adapter)
         return model
 
 
@@ -91,7 +87,8 @@ def open_to_run(
         revision: a revision of a Hub model.
 
     Raises:
-        RequestError: the model, the device or a plugin is missing, or the model cannot be read.
+        RequestError: the model, the device or a plugin is missing, a file cannot be read, or the
+            adapter does not fit the model.
     """
     model, device = os.fspath(model), str(pick_device(device))
     resolved_dtype(dtype, device)  # refuses an unknown name
@@ -100,7 +97,8 @@ def open_to_run(
         found.check_plugins()
         if mapped:
             check_mapped(found, device)
-        return Opened(model, found, adapter, dtype, device, mapped, parity_check)
+        saved = None if adapter is None else adapter_for(found, adapter, heads=True)
+        return Opened(model, found, saved, dtype, device, mapped, parity_check)
     if adapter is not None:
         raise AdapterError(
             f"adapter {adapter}: expected a packed model for it, and {model} is dense; give the "

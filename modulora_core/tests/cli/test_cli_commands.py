@@ -14,6 +14,7 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.cli import demo
 from modulora_core.errors import DataError
 from modulora_core.inference.generate import Generation
+from modulora_core.inference.opened import Opened
 from modulora_core.tests.cli.conftest import Run, save_source
 from modulora_core.tests.tiny_models import save_tiny_model
 
@@ -142,7 +143,9 @@ def test_bytes_that_are_no_text_are_refused(
     run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caf = b"caf\xe9".decode(errors="surrogateescape")
-    code, found, _ = run("generate", packed, caf, "--raw", "--max-new-tokens", 1)
+    with monkeypatch.context() as without_weights:
+        without_weights.setattr(Opened, "load", None)
+        code, found, _ = run("generate", packed, caf, "--raw", "--max-new-tokens", 1)
     assert code == 2
     assert "expected text in UTF-8" in found["error"]["message"]
     monkeypatch.setattr("sys.stdin", io.StringIO(caf + "\n"))

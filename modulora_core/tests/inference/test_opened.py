@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from modulora_core.adapters.save import save_adapter
+from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
 from modulora_core.inference.opened import open_to_run
-from modulora_core.tests.adapted_models import logits
+from modulora_core.tests.adapted_models import logits, trained
 
 Pack = Callable[..., tuple[Path, Path]]
 
@@ -38,6 +40,18 @@ def test_a_dense_model_with_options_for_packed_ones_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         open_to_run(str(pack("llama")[0]), device="cpu", **options)
+
+
+def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_loaded(
+    pack: Pack, tmp_path: Path
+) -> None:
+    save_adapter(trained(load_model(pack("llama")[1])), tmp_path / "a")
+    for model, adapter, message in (
+        ("llama", tmp_path / "none", "adapter .*none: expected a folder or a Hub id"),
+        ("gpt2", tmp_path / "a", "it does not fit .*: there is no packed layer"),
+    ):
+        with pytest.raises(AdapterError, match=message):
+            open_to_run(str(pack(model)[1]), adapter=adapter, device="cpu")
 
 
 def test_files_that_cannot_be_loaded_are_refused_by_name(pack: Pack, tmp_path: Path) -> None:
