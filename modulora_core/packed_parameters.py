@@ -6,7 +6,7 @@
 
 The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, W)``,
 ``x @ W``, ``torch.bmm(x, experts)`` and ``F.embedding(ids, W)`` reach the quantizer through torch's
-``__torch_function__`` protocol. Any other use of it as a tensor is refused, with advice.
+``__torch_function__`` protocol. Any other use of it as a tensor is refused.
 """
 
 from __future__ import annotations
@@ -164,12 +164,12 @@ class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **(kwargs or {}))
-            if hasattr(weight, "multiply"):  # a PackedParameter, or one with an adapter
+            if not isinstance(weight, Tensor):  # a PackedParameter, or one with an adapter
                 y = weight.multiply(x, transpose=weight.transposed)
                 return y if bias is None else y + bias
         if func in _PRODUCTS and not kwargs:
             x, weight = args
-            if hasattr(weight, "multiply"):
+            if not isinstance(weight, Tensor):
                 return weight.multiply(x, transpose=not weight.transposed)
         return NotImplemented
 

@@ -37,13 +37,13 @@ from modulora_core.adapters.peft_config import check_config, check_rank, scale_o
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.errors import AdapterError, CheckpointError, usable_path
 from modulora_core.layers import ChannelScales
-from modulora_core.models.folders import check_links
+from modulora_core.models.folders import ADAPTER_CONFIG, check_links
 from modulora_core.models.json_files import check_json, read_json
 from modulora_core.models.locate import HUB_ID, download, without_revision
 from modulora_core.models.safetensors_store import read_header
 from modulora_core.models.store import is_finite
 
-CONFIG_FILE = "adapter_config.json"
+CONFIG_FILE = ADAPTER_CONFIG
 WEIGHTS_FILE = "adapter_model.safetensors"
 SCALES_FILE = "modulora_scales.safetensors"
 SCALES_KEY = "modulora_channel_scales"

@@ -75,14 +75,14 @@ def open_model(
     return packed_in_file(source) or source
 
 
-def open_packed(model: str | Path, *, revision: str | None = None) -> PackedCheckpoint:
+def open_packed(model: str | Path | Location, *, revision: str | None = None) -> PackedCheckpoint:
     """As :func:`open_model`, for a packed model. Weights of another Hub model aren't downloaded.
 
     Raises:
         ModelError: it isn't packed; says what to do. Or as :func:`open_model`.
         CheckpointError, PluginError: as :func:`open_model`.
     """
-    location = locate(str(model), revision)
+    location = model if isinstance(model, Location) else locate(str(model), revision)
     found = _packed_folder(location) if location.file is None else open_model(location)
     if not isinstance(found, PackedCheckpoint):
         raise ModelError(_not_packed(location))

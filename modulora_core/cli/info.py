@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli.allocation import allocation_tables
 from modulora_core.cli.arguments import argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, format_size, table
+from modulora_core.errors import OptionError
 from modulora_core.spec import titled
 
 if TYPE_CHECKING:
@@ -38,21 +38,26 @@ def command(path: Checked, verify: Verify = False) -> Report:
         modulora info smollm2-packed --verify
         modulora info my-adapter --json
     """
-    from modulora_core.models.locate import names_file
-
-    in_file = verify and names_file(path)
-    if verify and not in_file:
-        from modulora_core.checkpoints.written.outputs import check_digests
-
-        files = check_digests(Path(path))
-        terminal().note(f"{path}: {files} files have their recorded SHA-256")
-    if (Path(path) / "adapter_config.json").is_file():
-        return _adapter(path)
     from modulora_core.checkpoints.loading import open_packed
+    from modulora_core.checkpoints.written.outputs import check_digests
+    from modulora_core.models.folders import ADAPTER_CONFIG
+    from modulora_core.models.locate import locate
 
-    checkpoint = open_packed(path)
+    location = locate(path)
+    in_folder = location.file is None
+    if verify and location.kind == "hub":
+        raise OptionError(
+            f"--verify: expected a folder or a file, got the Hub id {path}; give the folder that "
+            f"`hf download {location.name} --local-dir FOLDER` makes"
+        )
+    if verify and in_folder:
+        files = check_digests(location.folder)
+        terminal().note(f"{path}: {files} files have their recorded SHA-256")
+    if in_folder and (location.folder / ADAPTER_CONFIG).is_file():
+        return _adapter(path)
+    checkpoint = open_packed(location)
     checkpoint.check_whole()
-    if in_file:
+    if verify and not in_folder:
         _check_values(path, checkpoint)
     return _checkpoint(checkpoint)
 

@@ -16,6 +16,9 @@ REQUEST = "request.json"
 RUN_FILE = "finetune.yaml"
 """The first file that a finetuning run writes into its output folder."""
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""The file that only the folder of an adapter has, in PEFT's format."""
+
 TEMPLATES = "additional_chat_templates"
 """The subfolder whose files are read too."""
 
@@ -60,7 +63,7 @@ def check_links(folder: Path, error: type[RequestError] = ModelError) -> None:
 
 def no_config(folder: Path) -> str:
     """Say what a folder without config.json holds, and what to do, for a message."""
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         return f"{folder}: no config.json; {HOLDS_AN_ADAPTER}"
     if (folder / RUN_FILE).is_file():
         return (

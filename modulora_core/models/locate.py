@@ -23,7 +23,7 @@ from pathlib import Path
 from modulora_core import registry
 from modulora_core.errors import ModelError, RequestError, first_line, usable_path
 from modulora_core.models import installed_formats
-from modulora_core.models.folders import check_links
+from modulora_core.models.folders import ADAPTER_CONFIG, check_links
 from modulora_core.models.formats import ModelFile
 from modulora_core.models.installed_formats import InstalledFormat
 from modulora_core.models.safetensors_store import INDEX, shards_of
@@ -136,7 +136,13 @@ def locate(model: str, revision: str | None = None) -> Location:
         raise ModelError(
             f"model {model}: no such file or folder, and it doesn't look like a Hub id (org/name)"
         )
-    small_files = ["config.json", INDEX, *installed_formats.config_files(), *COPIED_FILES]
+    small_files = [
+        "config.json",
+        ADAPTER_CONFIG,
+        INDEX,
+        *installed_formats.config_files(),
+        *COPIED_FILES,
+    ]
     folder = download(name, revision, small_files)
     check_links(folder)
     return Location("hub", model, folder, revision=folder.name)

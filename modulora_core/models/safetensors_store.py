@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.models.folders import HOLDS_AN_ADAPTER
+from modulora_core.models.folders import ADAPTER_CONFIG, HOLDS_AN_ADAPTER
 from modulora_core.models.installed_formats import file_suffixes
 from modulora_core.models.json_files import MOST_BYTES, check_json, read_json, without_collections
 from modulora_core.models.store import StoredTensor
@@ -158,7 +158,7 @@ def _no_weights(folder: Path) -> str:
             "so they aren't read. If you trust them, convert them once with transformers: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(another_folder)"
         )
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         return f"{expected}; {HOLDS_AN_ADAPTER}"
     others = [name for name in names if name.endswith((".safetensors", *file_suffixes()))]
     return f"{expected}, got {', '.join(others) or 'no weight files'}"

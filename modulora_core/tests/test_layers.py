@@ -138,8 +138,13 @@ def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy: Module
 
 
 def test_another_torch_function_on_a_packed_weight_says_so(weight: PackedParameter) -> None:
-    with pytest.raises(TypeError, match="PackedParameter"):
-        torch.add(torch.ones(6, 4), weight)  # type: ignore[call-overload]
+    for function, *operands in (
+        (torch.add, torch.ones(6, 4), weight),
+        (torch.matmul, weight, torch.ones(4, 2)),
+        (F.linear, weight, torch.ones(2, 4)),
+    ):
+        with pytest.raises(TypeError, match="PackedParameter"):
+            function(*operands)
 
 
 def test_a_new_adapter_changes_nothing_until_it_trains(weight: PackedParameter) -> None:

@@ -25,6 +25,7 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.loading import load_model
+from modulora_core.cli import main
 from modulora_core.errors import AdapterError
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.adapted_models import logits, randomize, trained
@@ -344,6 +345,18 @@ def test_an_adapter_from_the_hub_comes_with_its_scales(
     assert all(layer.input_scale for _, layer in adapter_layers(llama))
     asked = [*(tmp_path / "hub" / "models--org--adapter" / "refs").iterdir()]
     assert [path.name for path in asked] == [revision]
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_adapter_on_the_hub_is_known_by_every_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["info", "org/adapter", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "adapter"
+    assert main(["info", "org/adapter", "--verify"]) == 2
+    assert "hf download org/adapter" in capsys.readouterr().err
+    assert main(["generate", "org/adapter", "a text"]) == 2
+    assert "the folder holds an adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
