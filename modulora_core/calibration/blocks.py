@@ -13,7 +13,7 @@ from modulora_core.calibration.observe import Listener, observe
 from modulora_core.checkpoints.hf.packed_modules import use_eager_experts
 from modulora_core.errors import ModelError
 from modulora_core.models import ModelSource
-from modulora_core.models.sites import LinearSite, find_sites
+from modulora_core.models.sites import LinearSite, find_sites, outermost_lists
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,11 +28,9 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
         ModelError: no list of modules holds a linear weight.
     """
     sizes = {site.name: site.numel for site in find_sites(model).linears}
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [path for path in lists if not path.startswith(tuple(f"{p}." for p in lists))]
     weights = {
         path: sum(size for name, size in sizes.items() if name.startswith(f"{path}."))
-        for path in outermost
+        for path in outermost_lists(model)
     }
     largest = max(weights, key=weights.__getitem__, default=None)
     if largest is None or not weights[largest]:

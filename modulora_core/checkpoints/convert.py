@@ -113,7 +113,7 @@ def convert(
             shard_writer.finish()
             _write_config(checkpoint, writer, folder)
             write_digests(folder)
-    weights = sum(site.weights for _, site in checkpoint.record.items())
+    weights = sum(site.numel for _, site in checkpoint.record.items())
     seconds = time.perf_counter() - started
     return ConvertResult(str(out), to, checkpoint.format, weights, nbytes, seconds, peak.nbytes)
 

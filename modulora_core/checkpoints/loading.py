@@ -45,13 +45,19 @@ LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
 def is_packed(folder: Path) -> bool:
     """Whether a folder is a packed checkpoint: ours, or of a format that a plugin reads."""
     config = config_values(folder)
-    return is_ours(config) or recognise(folder, config) is not None
+    return own_record(folder, config) is not None or recognise(folder, config) is not None
 
 
-def is_ours(config: Mapping[str, Any]) -> bool:
-    """Whether config.json says that this package wrote the weights."""
-    quantization = config.get("quantization_config")
-    return isinstance(quantization, Mapping) and quantization.get("quant_method") == QUANT_METHOD
+def own_record(folder: Path, config: Mapping[str, Any]) -> QuantizationRecord | None:
+    """The record in config.json, if it says that this package wrote the weights.
+
+    Raises:
+        CheckpointError: the record is malformed.
+    """
+    found = config.get("quantization_config")
+    if isinstance(found, Mapping) and found.get("quant_method") == QUANT_METHOD:
+        return QuantizationRecord.from_json(found, folder / "config.json")
+    return None
 
 
 def open_model(
@@ -92,11 +98,9 @@ def open_packed(model: str | Path | Location, *, revision: str | None = None) ->
 def _packed_folder(location: Location) -> PackedCheckpoint | None:
     """The packed checkpoint in a folder or a Hub repository; None if config.json says floats."""
     config = config_values(location.folder)
-    if is_ours(config):
+    record = own_record(location.folder, config)
+    if record is not None:
         location = fetch_weights(location)
-        record = QuantizationRecord.from_json(
-            config["quantization_config"], location.folder / "config.json"
-        )
         return PackedCheckpoint(location, config, record, SafetensorsStore(location.folder))
     known = recognise(location.folder, config)
     if known is None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from modulora_core.errors import ModelError
 from modulora_core.models.safetensors_store import SafetensorsStore
+from modulora_core.models.sites import outermost_lists
 from modulora_core.packed_parameters import PackedParameter, check_scales
 
 
@@ -148,11 +149,10 @@ def keep_one_block(model: nn.Module, files: MappedFiles) -> BlockWindow:
 
 def _tensors_of_blocks(model: nn.Module) -> Mapping[str, list[str]]:
     """The packed tensors of each block: each member of an outermost ModuleList."""
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    lists = outermost_lists(model)
     blocks: dict[str, list[str]] = {}
     for path, module in model.named_modules():
-        outer = next((each for each in outermost if path.startswith(f"{each}.")), None)
+        outer = next((each for each in lists if path.startswith(f"{each}.")), None)
         if outer is not None and isinstance(module, PackedParameter):
             number = path.removeprefix(f"{outer}.").partition(".")[0]
             names = [f"{path}.{name}" for name in module.layout.tensors]

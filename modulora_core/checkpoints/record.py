@@ -132,7 +132,7 @@ class PackedSite(_Frozen):
         return shape if self.experts is None else (self.experts, *shape)
 
     @property
-    def weights(self) -> int:
+    def numel(self) -> int:
         """The number of logical weights."""
         return math.prod(self.layout.shape) * (self.experts or 1)
 
@@ -233,7 +233,7 @@ class QuantizationRecord(_Frozen):
     @property
     def bits_per_weight(self) -> float:
         """The mean over all packed parameters, scales included."""
-        return 8 * self.nbytes / max(1, sum(site.weights for _, site in self.items()))
+        return 8 * self.nbytes / max(1, sum(site.numel for _, site in self.items()))
 
     def to_json(self) -> dict[str, Any]:
         left_out = {"allocation"} if self.allocation is None else None

@@ -87,7 +87,7 @@ def plain_torch() -> Iterator[None]:
 
 
 @contextmanager
-def recorded() -> Iterator[set[str]]:
+def packages_used() -> Iterator[set[str]]:
     """Give the set of packages whose kernels :func:`for_device` returned meanwhile."""
     used: set[str] = set()
     token = _USED.set(used)

@@ -88,7 +88,7 @@ def _compared(
 ) -> Iterator[Comparison]:
     about = title, packed.shape, dtype
     limit = max(2 * torch.finfo(dtype).eps, _FP32_SUMS)
-    with compiled.recorded() as used:
+    with compiled.packages_used() as used:
         try:
             found = result()
         except Exception as error:  # of a kernel or its compiler, which may raise anything

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.models.skeleton import matches
+from modulora_core.models.skeleton import has_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,7 +91,7 @@ def plan_conversions(
             unexpected.append(name)
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}  # old files' buffers
-    unexpected = [name for name in unexpected if not matches(name, patterns)]
+    unexpected = [name for name in unexpected if not has_any(name, patterns)]
     return [found[target] for target in state if target in found], unexpected
 
 

@@ -66,6 +66,12 @@ class Sites:
     dense: Mapping[str, str]
 
 
+def outermost_lists(model: nn.Module) -> list[str]:
+    """The dotted paths of the outermost module lists, whose members are the blocks of a model."""
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return [path for path in lists if not path.startswith(tuple(f"{each}." for each in lists))]
+
+
 def find_sites(
     model: PreTrainedModel, include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> Sites:

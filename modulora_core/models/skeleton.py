@@ -74,7 +74,7 @@ def load_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
         keep = set()
     patterns = [key.replace("*", ".*") for key in keep]
     return {
-        name: torch.float32 if matches(name, patterns) else tensor.dtype
+        name: torch.float32 if has_any(name, patterns) else tensor.dtype
         for name, tensor in model.state_dict().items()
     }
 
@@ -82,7 +82,7 @@ def load_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.d
 def without_optional(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Drop the names that may be missing from a file, as the model's class says."""
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    return [name for name in names if not matches(name, patterns)]
+    return [name for name in names if not has_any(name, patterns)]
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
@@ -90,6 +90,6 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys)
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
+def has_any(name: str, patterns: Iterable[str]) -> bool:
     """Whether one of these regular expressions is in a name."""
     return any(re.search(pattern, name) for pattern in patterns)

@@ -50,6 +50,9 @@ class ParameterInfo:
 class Weights:
     """The tensors of a store as the parameters of a model.
 
+    A conversion makes values of the tensors in the files, under names of its own. A parameter has
+    another name than its value only if it is tied, and the files have its other name.
+
     Args:
         store: the tensors in the files.
         model: the model on the meta device.
@@ -78,19 +81,19 @@ class Weights:
         conversions, self.unplaced = plan_conversions(model, store.tensors, transforms)
         self._shapes: dict[str, Shape] = {}
         self._conversion_of: dict[str, Conversion] = {}
-        self._conversions: list[tuple[Conversion, list[str]]] = []  # with the names that each makes
+        self._conversions: list[tuple[Conversion, list[str]]] = []  # with the values of each
         for conversion in conversions:
             shapes = converted_shapes(model, conversion, store.tensors)
             made = [name for name in shapes if name in self._dtypes]
             self._shapes |= {name: shapes[name] for name in made}
             self._conversion_of |= dict.fromkeys(made, conversion)
             self._conversions.append((conversion, made))
-        self._streamed = _streamed_names(self._shapes, self._ties)
-        self._converted = {streamed: name for name, streamed in self._streamed.items()}
+        self._parameter_of = _parameters_of_values(self._shapes, self._ties)
+        self._value_of = {parameter: value for value, parameter in self._parameter_of.items()}
         self.parameters: Mapping[str, ParameterInfo] = MappingProxyType(
             {
-                streamed: ParameterInfo(self._shapes[name], self._dtypes[name])
-                for streamed, name in self._converted.items()
+                parameter: ParameterInfo(self._shapes[value], self._dtypes[value])
+                for parameter, value in self._value_of.items()
             }
         )
 
@@ -101,7 +104,7 @@ class Weights:
             CheckpointError: a parameter has no tensor in the files, or one of another shape.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        present = {*self._shapes, *self._converted}
+        present = {*self._shapes, *self._value_of}
         missing = [n for n in shapes if n not in present and self._ties.get(n) not in present]
         missing = without_optional(self._model, missing)
         if missing:
@@ -146,7 +149,7 @@ class Weights:
         Raises:
             WeightError: a tensor has NaN or Inf; the message names it and its file.
         """
-        used = [name for streamed in self.parameters for name in self.stored_names(streamed)]
+        used = [name for each in self.parameters for name in self.stored_names(each)]
         stored = {name: self.store.tensors[name] for name in used}
         done, total = 0, sum(tensor.nbytes for tensor in stored.values())
         digest = hashlib.sha256()
@@ -172,24 +175,24 @@ class Weights:
         Raises:
             CheckpointError: a file was changed since it was opened.
         """
-        streamed = self.parameters if names is None else names
+        asked = self.parameters if names is None else names
         for conversion, made in self._conversions:
-            wanted = [name for name in made if self._streamed.get(name) in streamed]
+            wanted = [name for name in made if self._parameter_of.get(name) in asked]
             converted = conversion.run(self._model, self._reader(conversion)) if wanted else {}
             for name in list(converted):
                 if name not in wanted:
                     del converted[name]
                     continue
-                yield self._streamed[name], converted.pop(name).to(self._dtypes[name])
+                yield self._parameter_of[name], converted.pop(name).to(self._dtypes[name])
 
-    def converted(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """A parameter's conversion of other contents of the files' tensors, from ``read``."""
-        converted = self._converted[name]
-        return self._conversion_of[converted].run(self._model, read)[converted]
+    def convert(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
+        """Run a parameter's conversion on other contents of the files' tensors, from ``read``."""
+        value = self._value_of[name]
+        return self._conversion_of[value].run(self._model, read)[value]
 
     def stored_names(self, name: str) -> list[str]:
         """The names of the files' tensors that become a parameter."""
-        return self._conversion_of[self._converted[name]].names
+        return self._conversion_of[self._value_of[name]].names
 
     def _reader(self, conversion: Conversion) -> Callable[[str], Tensor]:
         dtype = self._dtypes[conversion.target]
@@ -201,11 +204,11 @@ class Weights:
         return read
 
 
-def _streamed_names(given: Collection[str], ties: Mapping[str, str]) -> dict[str, str]:
-    """The streamed name of each name in the files. Tied names are streamed once."""
+def _parameters_of_values(values: Collection[str], ties: Mapping[str, str]) -> dict[str, str]:
+    """The parameter of each value that the files have. Tied ones are a single parameter."""
     names: dict[str, str] = {}
-    for name in given:
-        streamed = ties.get(name, name)
-        if streamed == name or not (streamed in given or streamed in names.values()):
-            names[name] = streamed
+    for value in values:
+        parameter = ties.get(value, value)
+        if parameter == value or not (parameter in values or parameter in names.values()):
+            names[value] = parameter
     return names

@@ -243,7 +243,7 @@ def _by_parameter(packed: PlannedModel) -> dict[str, float]:
         units = packed.quantizers[site.recipe].spec.packing_memory - (width == FP32)
         peak = max(site.layout.nbytes, units * FP32 * math.prod(site.layout.shape))
         workspace = site.nbytes - site.layout.nbytes + peak
-        found.append({"dense_weights": site.weights * width, "workspace": workspace})
+        found.append({"dense_weights": site.numel * width, "workspace": workspace})
     return max(found, key=lambda items: sum(items.values())) | _process("quantizing", "cpu")
 
 
@@ -260,7 +260,7 @@ def _by_block(packed: PlannedModel, request: PlanRequest) -> dict[str, float]:
     weights, shapes, solver = Bytes(), set(), 0.0
     for name, site in packed.record.items():
         if block := packed.block_of(name):
-            weights[block] += site.weights
+            weights[block] += site.numel
             shapes.add(site.layout.shape)
             out, width = site.layout.shape
             units = packed.quantizers[site.recipe].spec.packing_memory

@@ -12,7 +12,7 @@ import torch
 
 from modulora_core.calibration import find_blocks
 from modulora_core.checkpoints.hf.packed_modules import install
-from modulora_core.checkpoints.loading import check_mapped, is_ours, open_model
+from modulora_core.checkpoints.loading import check_mapped, open_model, own_record
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord, packed_sites
 from modulora_core.models.config import config_values, transformers_config, window_of
@@ -164,10 +164,8 @@ def _open(request: PlanRequest) -> Dense | PlannedModel:
         found = open_model(location) if request.quantizer is None else open_dense(location)
     else:
         values = config_values(location.folder)
-        if is_ours(values):
-            record = QuantizationRecord.from_json(
-                values["quantization_config"], location.folder / "config.json"
-            )
+        record = own_record(location.folder, values)
+        if record is not None:
             return _packed(Dense(name, _config(location.folder)), record)
         if recognise(location.folder, values) is None:
             return Dense(name, open_config(location))

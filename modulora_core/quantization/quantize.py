@@ -315,7 +315,7 @@ def _result(
     packed_by: dict[str, int] = {}
     for _, site in record.items():
         name = record.recipes[site.recipe].quantizer
-        packed_by[name] = packed_by.get(name, 0) + site.weights
+        packed_by[name] = packed_by.get(name, 0) + site.numel
     return QuantizeResult(
         out=str(out),
         quantizer=MIXED if is_mixed else record.recipes[0].quantizer,

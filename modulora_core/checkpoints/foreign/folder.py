@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint, Placed
+from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
 from modulora_core.checkpoints.foreign.parts import joined_experts, whole_layers
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.config import read_config
-from modulora_core.models.conversion import plan_conversions
+from modulora_core.models.conversion import Conversion, plan_conversions
 from modulora_core.models.formats import ForeignWeight
 from modulora_core.models.installed_formats import Recognised
 from modulora_core.models.locate import Location
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.sites import find_sites
+from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.skeleton import build_skeleton, tied_names, untied
 from modulora_core.models.source import source_with
 from modulora_core.models.store import StoredTensor
@@ -30,7 +30,7 @@ from modulora_core.packed import BITS_OF_DTYPE, TensorLayout
 from modulora_core.progress import quiet
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def packed_in_folder(location: Location, recognised: Recognised) -> ForeignCheckpoint:
@@ -59,7 +59,15 @@ def packed_in_folder(location: Location, recognised: Recognised) -> ForeignCheck
             )
         skeleton = build_skeleton(config, torch.float32)
         headers = _Headers(raw, whole_layers(weights, reader.parts, skeleton, raw.tensors))
-        placed = _place(location.model, config, skeleton, headers)
+        found = _packed_parameters(location.model, skeleton, headers)
+        if not tied_names(skeleton).keys().isdisjoint(each.target for each in found):
+            config = untied(config)  # the head is packed
+            skeleton = build_skeleton(config, torch.float32)
+        sites = {site.name: site for site in find_sites(skeleton, include=["*"]).linears}
+        placed = {
+            each.target: _fit(location.model, skeleton, each, sites.get(each.target), headers)
+            for each in found
+        }
         source = source_with(location, config, values, headers)
         source.check_whole()
         return ForeignCheckpoint(source, raw, placed, recognised.spec.name)
@@ -113,42 +121,42 @@ class _Headers:
         return tensor if tensor.shape == shape else tensor[: shape[0]]
 
 
-def _place(
-    model: str, config: PretrainedConfig, skeleton: PreTrainedModel, headers: _Headers
-) -> Placed:
-    """Find the layer of each packed weight. If the head is packed, ``config`` becomes untied."""
-    kind = type(skeleton).__name__
+def _packed_parameters(
+    model: str, skeleton: PreTrainedModel, headers: _Headers
+) -> list[Conversion]:
+    """The parameters that packed weights become, in the model's order."""
     conversions, unexpected = plan_conversions(skeleton, headers.tensors)
-    _check_unexpected(model, kind, headers, unexpected)
-    found = {
-        conversion.target: conversion
-        for conversion in conversions
-        if not headers.packed.keys().isdisjoint(conversion.names)
-    }
-    if not found.keys().isdisjoint(tied_names(skeleton)):
-        skeleton = build_skeleton(untied(config), torch.float32)
-    sites = {site.name: site for site in find_sites(skeleton, include=["*"]).linears}
-    placed: Placed = {}
-    for target, conversion in found.items():
-        site, name = sites.get(target), conversion.names[0]
-        weights = {
-            name: headers.packed[name] for name in conversion.names if name in headers.packed
-        }
-        if site is not None and len(weights) == len(conversion.names):
-            if conversion.rule is not None and site.experts:
-                placed[target] = site, joined_experts(site, conversion, weights, skeleton)
-                continue
-            if conversion.rule is None and bool(site.experts) == bool(weights[name].experts):
-                weight = headers.cut(name, (site.out_features, site.in_features))
-                if site.transposed:
-                    headers.set_shape(name, weight.layout.shape[::-1])
-                placed[target] = site, (weight,)
-                continue
-        raise ModelError(
-            f"{model}: {name.removesuffix('.weight')} is quantized as a layer of its own; in "
-            f"transformers' {kind} it is a part of {target}. Such a folder can't be read"
-        )
-    return placed
+    _check_unexpected(model, type(skeleton).__name__, headers, unexpected)
+    return [each for each in conversions if not headers.packed.keys().isdisjoint(each.names)]
+
+
+def _fit(
+    model: str,
+    skeleton: PreTrainedModel,
+    conversion: Conversion,
+    site: LinearSite | None,
+    headers: _Headers,
+) -> tuple[LinearSite, tuple[ForeignWeight, ...]]:
+    """The layer of a packed parameter and its weights; in ``headers`` they get the layer's shape.
+
+    Raises:
+        ModelError: the files pack a part of the parameter, which is no layer.
+    """
+    name = conversion.names[0]
+    weights = {name: headers.packed[name] for name in conversion.names if name in headers.packed}
+    if site is not None and len(weights) == len(conversion.names):
+        if conversion.rule is not None and site.experts:
+            return site, joined_experts(site, conversion, weights, skeleton)
+        if conversion.rule is None and bool(site.experts) == bool(weights[name].experts):
+            weight = headers.cut(name, (site.out_features, site.in_features))
+            if site.transposed:
+                headers.set_shape(name, weight.layout.shape[::-1])
+            return site, (weight,)
+    raise ModelError(
+        f"{model}: {name.removesuffix('.weight')} is quantized as a layer of its own; in "
+        f"transformers' {type(skeleton).__name__} it is a part of {conversion.target}. Such a "
+        "folder can't be read"
+    )
 
 
 def _check_unexpected(model: str, kind: str, headers: _Headers, unexpected: list[str]) -> None:

@@ -63,7 +63,7 @@ def _described(name: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def _size(site: PackedSite) -> dict[str, int]:
-    return {"weights": site.weights, "bytes": site.nbytes}
+    return {"weights": site.numel, "bytes": site.nbytes}
 
 
 def _sum(rows: Iterable[Mapping[str, Any]], key: str) -> int:

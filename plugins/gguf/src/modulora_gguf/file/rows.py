@@ -71,7 +71,7 @@ def places(source: Weights, parameter: str) -> list[Place]:
     if not shapes:
         raise ModelError(f"{parameter}: {store.header.path.name} has no tensor of it")
     try:
-        found = source.converted(parameter, lambda name: store.row_numbers(name, firsts))
+        found = source.convert(parameter, lambda name: store.row_numbers(name, firsts))
     except (IndexError, ValueError, RuntimeError):
         # of numpy or torch: columns move, as in Qwen 3.5's linear attention; these rows have one
         found = torch.empty(0)
