@@ -4,11 +4,11 @@ OUT/finetune.yaml                 the config, written before training; resume co
 OUT/checkpoints/checkpoint-N/     during training; each is an adapter folder too
 OUT/checkpoints/predictions-*     during training with distill; the dense model's predictions
 OUT/README.md                     a model card
+OUT/report.html                   curves, settings, answers without and with the adapter
 OUT/modulora.json                 the base of the adapter
 OUT/adapter_model.safetensors
 OUT/modulora_scales.safetensors   with channel scales only
 OUT/adapter_config.json           written last: with it, OUT is a finished adapter
-OUT/report.html                   curves, settings, answers without and with the adapter
 """
 
 from __future__ import annotations

@@ -208,6 +208,19 @@ def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(
     assert steps == []
 
 
+def test_a_run_whose_report_could_not_be_written_is_not_finished(config: FinetuneConfig) -> None:
+    """A folder in the way of the report stops the run, as a full disk would."""
+    config = changed(config, report=True)
+    page = Path(config.out) / "report.html"
+    with pytest.raises(OSError, match=r"report\.html"):
+        finetune(config, on_step=lambda _: page.mkdir(exist_ok=True))
+    page.rmdir()
+    steps: list[TrainingStep] = []
+    assert finetune(config, resume=True, on_step=steps.append).steps == config.steps
+    assert steps == []
+    assert page.is_file()
+
+
 def test_another_optimizer_of_transformers_resumes_too(config: FinetuneConfig) -> None:
     other = changed(config, optim="adafactor")
     expected = finetune(changed(other, out=f"{config.out}-whole"))
