@@ -49,7 +49,6 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
         checkpoint = open_packed(config.model)
         if config.mapped:
             check_mapped(checkpoint, str(device))
-    _check_lora_file(config, checkpoint)
     if config.adapter is not None:
         read_adapter(config.adapter)
         return checkpoint
@@ -65,8 +64,13 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
     return checkpoint
 
 
-def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | CachedModel) -> None:
-    """Refuse ``lora_file`` where the file couldn't be used."""
+def check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | CachedModel) -> None:
+    """Refuse ``lora_file`` where the file couldn't be written or used.
+
+    Raises:
+        OutputError: it exists; OptionError: it doesn't fit the model or the adapter.
+        RequestError: no plugin writes it, or the adapter to continue can't be read.
+    """
     if config.lora_file is None:
         return
     spec = file_writer(config.lora_file).spec

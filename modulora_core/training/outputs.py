@@ -108,8 +108,8 @@ def _report(
             show=show,
         )  # fmt: skip
     return report(
-        run.config, checkpoint, trainer.state.log_history, samples, seconds=seconds,
-        peak_memory_bytes=trained.peak_bytes,
+        run.config, checkpoint, trainer.state.log_history, samples, model=run.model,
+        seconds=seconds, peak_memory_bytes=trained.peak_bytes,
         sampled="evaluation" if "eval" in run.examples else "training",
         held_out=trained.held_out,
     )  # fmt: skip

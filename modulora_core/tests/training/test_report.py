@@ -144,6 +144,24 @@ def test_a_resumed_run_has_all_curves_and_one_first_evaluation(
     assert page.count('<circle class="second"') == 2
 
 
+def test_no_later_evaluation_is_called_the_first(
+    configure: Configure, text: Path, tmp_path: Path
+) -> None:
+    """The run began without a report, and so without an evaluation before its first step."""
+    config = configure(steps=4, save_every=2, eval_data=str(text), eval_every=2)
+
+    def stop(step: object) -> None:
+        if step.step == 3:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, on_step=stop)
+    result = finetune(config.model_copy(update={"report": True}), resume=True)
+    assert result.eval_loss_before is None
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert f"→ {result.eval_loss:.3f}" not in page
+
+
 def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, text: Path) -> None:
     base: Any = load_model(tunable)
     adapted: Any = trained(load_model(tunable))
