@@ -265,7 +265,7 @@ def _put_adapter(
     if config.adapter is not None:
         load_adapter(model, config.adapter, trainable=True)
         for _, layer in adapter_layers(model):
-            layer.dropout.p = config.dropout
+            layer.dropout["default"].p = config.dropout
         return None
     settings = LoRASettings(
         config.rank, config.alpha, config.dropout, config.targets, config.seed, config.train_scales

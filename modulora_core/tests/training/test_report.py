@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.data import load_examples
@@ -262,10 +264,13 @@ def _logits_without(model: torch.nn.Module) -> torch.Tensor:
         return logits(model)
 
 
-def test_an_adapter_is_active_again_afterwards(tunable: Path) -> None:
-    model = trained(load_model(tunable))
-    before = logits(model)
-    assert not torch.equal(_logits_without(model), before)
+def test_adapters_are_active_again_afterwards(tunable: Path) -> None:
+    model = load_model(tunable)
+    base = logits(model)
+    add_lora(model, LoRASettings(rank=2), "other")
+    before = logits(trained(model))
+    assert not torch.equal(before, base)
+    assert torch.equal(_logits_without(model), base)
     assert torch.equal(logits(model), before)
 
 
