@@ -18,7 +18,7 @@ from modulora_core.errors import OptionError
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.arguments import total_steps, warn_of_settings
-from modulora_core.training.checks import check_lora_file, checked_model
+from modulora_core.training.checks import check_adapter, check_lora_file, checked_model
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.distillation import Predictions, predictions_of
 from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Corrector
@@ -83,6 +83,7 @@ def checked_run(
         config = config.model_copy(update={"dropout": read_adapter(config.adapter).dropout})
     found = begun(out, config) if resume else Begun()
     if not found.finished:
+        check_adapter(config, base)
         check_lora_file(config, base)
     tokenizer = base.tokenizer()
     vocabulary = vocabulary_of(model_config)

@@ -36,6 +36,8 @@ from modulora_core.errors import (
     WorkError,
 )
 from modulora_core.models.installed_formats import file_format
+from modulora_core.quantization.quantize import quantize
+from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
@@ -349,6 +351,19 @@ def test_a_bad_request_is_refused_and_nothing_is_written(
     with pytest.raises(error, match=message):
         finetune(configure(**options))
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_targets_select_as_on_the_loaded_model(
+    configure: Configure, tunable: Path, tmp_path: Path
+) -> None:
+    """all-linear has no head; and a model that will be packed is refused before that."""
+    dense = tunable.parent / "dense"
+    quantize(str(dense), tmp_path / "head", "toy", exclude=["model.*"], head=Choice("toy"))
+    with pytest.raises(AdapterError, match="'all-linear': expected a packed linear layer besides"):
+        finetune(configure(model=str(tmp_path / "head")))
+    with pytest.raises(AdapterError, match=r"'lm_head': .* and lm_head is none"):
+        finetune(configure(model=str(dense), quantizer="toy", targets="lm_head"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do these")
