@@ -27,14 +27,14 @@ PATIENCE = timedelta(hours=2)
 
 def world_size() -> int:
     """The number of processes of this run."""
-    if _are_connected():
+    if are_connected():
         return sys.modules["torch.distributed"].get_world_size()  # type: ignore[no-any-return]
     return _number("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else 1
 
 
 def rank() -> int:
     """The number of this process, from 0."""
-    if _are_connected():
+    if are_connected():
         return sys.modules["torch.distributed"].get_rank()  # type: ignore[no-any-return]
     return _number("RANK") if world_size() > 1 else 0
 
@@ -54,7 +54,8 @@ def _number(variable: str, default: str = "none") -> int:
     return int(text)
 
 
-def _are_connected() -> bool:
+def are_connected() -> bool:
+    """Whether the processes of this run have met, as :func:`join` lets them."""
     distributed = sys.modules.get("torch.distributed")  # the command line starts without torch
     return distributed is not None and distributed.is_available() and distributed.is_initialized()
 

@@ -67,7 +67,8 @@ class TiedHead(QuantLinear):
 class LoRALayer(nn.Module):
     """A layer with named LoRA adapters (arXiv 2106.09685). Several may be active at once.
 
-    Each has A ``[r, in]`` and B ``[out, r]`` in ``lora_A[name]`` and ``lora_B[name]``. On
+    Each has A ``[r, in]`` and B ``[out, r]`` in ``lora_A[name]`` and ``lora_B[name]``, s in
+    ``scale[name]``, and its dropout. Active adapters that train need equal dropouts. On
     ``stacked == (experts,)`` matrices, A is ``[experts, r, in]`` and B ``[experts, out, r]``.
     """
 
@@ -79,7 +80,8 @@ class LoRALayer(nn.Module):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.input_scale, self.output_scale = nn.ParameterDict(), nn.ParameterDict()
         self.scale: dict[str, float] = {}
-        self.dropout = nn.Dropout(0.0)  # a module, so that libraries can turn it off
+        # modules, so that libraries can turn them off
+        self.dropout: dict[str, nn.Dropout] = nn.ModuleDict()  # type: ignore[assignment]
         self.active: list[str] = []
 
     def add_adapter(
@@ -109,7 +111,7 @@ class LoRALayer(nn.Module):
             self.input_scale[name] = nn.Parameter(A.new_ones(self.in_features))
             self.output_scale[name] = nn.Parameter(A.new_ones(self.out_features))
         self.scale[name] = alpha / rank
-        self.dropout.p = dropout
+        self.dropout[name] = nn.Dropout(dropout)
         self.active.append(name)
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -118,6 +120,23 @@ class LoRALayer(nn.Module):
         kinds = {"lora_A": self.lora_A, "lora_B": self.lora_B, "input_scale": self.input_scale,
                  "output_scale": self.output_scale}  # fmt: skip
         return {kind: values[name] for kind, values in kinds.items() if name in values}
+
+    def active_dropout(self) -> float:
+        """The probability of the active adapters, which read one input; 0 in evaluation.
+
+        Raises:
+            AdapterError: they have different ones.
+        """
+        if not self.training:
+            return 0.0
+        found = {name: self.dropout[name].p for name in self.active}
+        if len({*found.values()}) > 1:
+            each = " and ".join(f"{dropout:g} of {name!r}" for name, dropout in found.items())
+            raise AdapterError(
+                f"active adapters of a layer: expected one dropout in training, got {each}; "
+                "add the new adapter with the dropout of the other one"
+            )
+        return next(iter(found.values()), 0.0)
 
     def _adapter(self) -> tuple[Tensor | None, Tensor | None, float]:
         """A, B and s of the active adapters. Several adapters become one: ranks add up, and s is
@@ -175,7 +194,7 @@ class LoRALinear(QuantLinear, LoRALayer):
         A, B, scale = self._adapter()
         return lora_linear(
             x, self.weight, self.bias, A, B, scale=scale,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=self.active_dropout(),
             input_scale=self._channel_scale(self.input_scale),
             output_scale=self._channel_scale(self.output_scale),
         )  # fmt: skip

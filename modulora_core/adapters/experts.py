@@ -93,5 +93,4 @@ class LoRAExperts(PackedStack, LoRALayer):
         A, B, scale = self._rows or self._adapter()
         if A is None or B is None:
             return weight
-        dropout = self.dropout.p if self.training else 0.0
-        return LoRAExpert(weight, A[expert], B[expert], scale, dropout)
+        return LoRAExpert(weight, A[expert], B[expert], scale, self.active_dropout())

@@ -28,7 +28,7 @@ from modulora_core.arguments import checked
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import split_like, whole
 from modulora_core.errors import AdapterError
-from modulora_core.layers import LoRALayer
+from modulora_core.layers import LoRALayer, TiedHead
 
 logger = logging.getLogger(__name__)
 
@@ -143,10 +143,13 @@ def _check_fit(
     packed = {path: packed_shape(layer) for path, layer in packed_layers(model).items()}
     missing = [module for module in adapter.deltas if module not in packed]
     if missing:
-        modules = {path for path, _ in model.named_modules()}
+        modules = dict(model.named_modules())
         dense = [module for module in missing if module in modules]
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        reason = f"{dense[0]} is not packed" if dense else f"there is no packed layer {missing[0]}"
+        reason = f"there is no packed layer {missing[0]}"
+        if dense:
+            tied = isinstance(modules[dense[0]], TiedHead)
+            reason = f"{dense[0]} is " + ("the embedding's table" if tied else "not packed")
         raise AdapterError(f"{misfit}: {reason}{more}")
     for module, delta in adapter.deltas.items():
         if delta.shape != packed[module]:

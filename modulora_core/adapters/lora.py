@@ -10,7 +10,7 @@ may also train channel scales u [in] and v [out] of linear layers, which start a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from modulora_core.arguments import checked
 from modulora_core.checkpoints.hf.packed_model import with_methods
 from modulora_core.checkpoints.hf.publishing import upload
 from modulora_core.distributed import is_first, whole
-from modulora_core.layers import LoRALayer, LoRALinear, QuantLinear
+from modulora_core.layers import LoRALayer, LoRALinear, QuantLinear, TiedHead
 from modulora_core.packed_parameters import PackedStack
 
 
@@ -63,12 +63,7 @@ def add_lora(
         OptionError: the rank is too large for every selected layer.
     """
     settings = settings or LoRASettings()
-    packed = packed_layers(model)
-    shapes = {path: packed_shape(layer) for path, layer in packed.items()}
-    modules = [path for path, _ in model.named_modules()]
-    paths = select_layers(
-        shapes, settings.targets, settings.rank, modules, _head(model, packed), _decoder(model)
-    )
+    paths, packed = selected_layers(model, settings.targets, settings.rank), packed_layers(model)
     check_name_is_free(model, name)
     devices = {parameter.device for path in paths for parameter in packed[path].parameters()}
     with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]):
@@ -84,6 +79,23 @@ def add_lora(
             )
     train_only(model, name)
     return paths
+
+
+def selected_layers(model: nn.Module, targets: str | Sequence[str], rank: int) -> list[str]:
+    """The paths of the layers and stacks that :func:`add_lora` would adapt. Raises as it does."""
+    packed = packed_layers(model)
+    shapes = {path: packed_shape(layer) for path, layer in packed.items()}
+    modules = dict(model.named_modules())
+    tied = next((path for path, module in modules.items() if isinstance(module, TiedHead)), None)
+    return select_layers(
+        shapes,
+        targets,
+        rank,
+        modules,
+        head=_head(model, packed),
+        decoder=_decoder(model),
+        tied=tied,
+    )
 
 
 _NO_REFERENCE = (

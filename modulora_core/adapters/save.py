@@ -67,7 +67,7 @@ def save_adapter(
     base = str(
         base or (names_file(here) and here) or (source and source.source.get("name")) or here
     )
-    stacks, dropout = stacks_of(model), next(iter(layers.values())).dropout.p
+    stacks, dropout = stacks_of(model), next(iter(layers.values())).dropout[name].p
     modules = [path for path, _ in model.named_modules()]
     parameters = [path for path, _ in model.named_parameters()]
     config = {

@@ -1,4 +1,4 @@
-"""Run a model without its adapter for a while."""
+"""Run a model without its adapters for a while."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.layers import LoRALayer
 
 
 @contextmanager
 def without_adapter(model: nn.Module) -> Iterator[None]:
-    """Make the adapter inactive within this block: the model computes as its base does."""
-    layers = [layer for _, layer in adapter_layers(model)]
+    """Make all adapters inactive within this block: the model computes as its base does."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     active = [layer.active for layer in layers]
     for layer in layers:
-        layer.active = [other for other in layer.active if other != "default"]
+        layer.active = []
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ def select_layers(
     modules: Iterable[str],
     head: str | None = None,
     decoder: str = "",
+    tied: str | None = None,
 ) -> list[str]:
     """Select layers by name, in the order of ``shapes``.
 
@@ -37,6 +38,7 @@ def select_layers(
         modules: paths of all modules of the model, for a better message.
         head: path of the output head, which only its own name selects.
         decoder: beginning of the paths of a multimodal model's text decoder.
+        tied: path of an output head that is the embedding's packed table, for a better message.
 
     Raises:
         AdapterError: a target selects no packed layer; the message has near misses.
@@ -48,8 +50,8 @@ def select_layers(
     for name in names:
         group = _group(name, text, head)
         found = [path for path in shapes if _selects(name, path)] if group is None else group
-        if not found and name != ALL_LINEAR:
-            raise AdapterError(_unknown(name, shapes, modules))
+        if not found:
+            raise AdapterError(_unknown(name, shapes, modules, tied))
         chosen.update(found)
     paths = [path for path in shapes if path in chosen]
     largest = max(paths, key=lambda path: min(shapes[path][-2:]), default=None)
@@ -88,13 +90,18 @@ def _selects(name: str, path: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _unknown(target: str, packed: Collection[str], modules: Iterable[str]) -> str:
-    if target in (ATTENTION, EXPERTS):
-        kind = "linear layer of attention" if target == ATTENTION else "stack of fused experts"
-        return f"target {target!r}: expected a packed {kind} in the model, found none"
+def _unknown(target: str, packed: Collection[str], modules: Iterable[str], tied: str | None) -> str:
+    kinds = {
+        ALL_LINEAR: "linear layer besides the output head",
+        ATTENTION: "linear layer of attention",
+        EXPERTS: "stack of fused experts",
+    }
+    if target in kinds:
+        return f"target {target!r}: expected a packed {kinds[target]} in the model, found none"
     other = next((path for path in modules if _selects(target, path)), None)
     if other is not None:
-        return f"target {target!r}: expected a packed linear layer, and {other} is none"
+        what = "the embedding's table, which an adapter would change" if other == tied else "none"
+        return f"target {target!r}: expected a packed linear layer, and {other} is {what}"
     names = sorted({path.rpartition(".")[2] for path in packed})
     groups = [ALL_LINEAR, ATTENTION, EXPERTS]
     near = difflib.get_close_matches(target, [*names, *groups, *packed], n=3)

@@ -38,7 +38,7 @@ LEARNING_RATE = 5e-3
 STEP_TOKENS = 512
 """Tokens in an optimizer step. Small steps are more steps, and hold fewer activations."""
 
-HELD_OUT_EVERY = 16
+_HELD_OUT_EVERY = 16
 """Tuning holds one of so many samples out; at least one."""
 
 WARMUP = 0.05
@@ -87,7 +87,7 @@ class TuningConfig:
                 f"{samples}; give more text or shorter samples (seq_len)"
             )
         size = self.step_samples(seq_len)
-        trained = samples - max(1, samples // HELD_OUT_EVERY)
+        trained = samples - max(1, samples // _HELD_OUT_EVERY)
         return _slices(0, trained, size), _slices(trained, samples, size)
 
     def step_samples(self, seq_len: int) -> int:

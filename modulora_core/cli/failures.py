@@ -39,20 +39,21 @@ def report_failure(error: BaseException, terminal: Terminal) -> int:
     if terminal.debug:
         terminal.note("".join(traceback.format_exception(error)).rstrip())
     kind, message, code = _described(error)
-    is_request = code == RequestError.exit_code
-    if is_request:  # the first process prints it for all, if it can be reached
+    agreed = False
+    if code == RequestError.exit_code:  # the first process prints it for all, if all know it
         shared = error if isinstance(error, ModuLoRAError) else RequestError(message)
-        with suppress(ModuLoRAError):
-            distributed.agree(shared)
-        terminal.silent &= shared.agreed
-    elif terminal.silent:
+        if not distributed.are_connected():  # later the others may be at work, and don't answer
+            with suppress(ModuLoRAError):
+                distributed.agree(shared)
+        agreed = shared.agreed
+    if terminal.silent and not agreed:
         terminal.silent, terminal.json = False, False
         message = f"process {distributed.rank()} of {distributed.world_size()}: {message}"
     if terminal.json:
         with suppress(WorkError):  # stdout can't be written, which the note says
             terminal.write_object({"error": {"kind": kind, "message": message}})
     terminal.note(f"error: {message}")
-    if is_request:
+    if agreed:
         with suppress(ModuLoRAError):
             distributed.barrier()  # a launcher ends the others as soon as one process has ended
     return code

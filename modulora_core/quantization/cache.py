@@ -21,7 +21,7 @@ from modulora_core.calibration import CalibrationConfig, calibration_text
 from modulora_core.checkpoints.loading import is_packed, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.models import ParameterInfo, open_dense
+from modulora_core.models import open_dense
 from modulora_core.progress import Progress, no_progress
 from modulora_core.quantization.layout import Selection, choose_layout
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
@@ -31,7 +31,7 @@ from modulora_core.registry import Choice
 CACHE_VARIABLE = "MODULORA_CACHE"
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,6 @@ class CachedModel:
 
     Attributes:
         record: the ``quantization_config`` that the packed model will have.
-        parameters: the dense model's parameters by name.
 
     Raises:
         ModelError, CheckpointError: the model cannot be read, or it is packed already.
@@ -80,7 +79,6 @@ class CachedModel:
             self._source, [choice], (), Selection(embeddings=embeddings), calibration=text, seed=0
         )
         self.record: QuantizationRecord = layout.record
-        self.parameters: dict[str, ParameterInfo] = dict(self._source.parameters)
 
     def transformers_config(self) -> PretrainedConfig:
         """The dense model's config. Do not change it."""
@@ -89,6 +87,18 @@ class CachedModel:
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises ModelError."""
         return self._source.tokenizer()
+
+    @cached_property
+    def outline(self) -> PreTrainedModel:
+        """The packed model on the meta device. Do not change it.
+
+        Raises: as :attr:`PackedCheckpoint.outline`.
+        """
+        from modulora_core.checkpoints.hf.packed_modules import install  # slow to import
+
+        model = self._source.skeleton()
+        install(model, self.record)
+        return model
 
     @cached_property
     def folder(self) -> Path:

@@ -50,7 +50,7 @@ from modulora_core.quantization.layout import (
     choose_layout,
     uses_output_moment,
 )
-from modulora_core.quantization.mixed.errors import JOURNAL
+from modulora_core.quantization.mixed.errors import ERRORS_FILE
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
 from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
@@ -293,7 +293,7 @@ def _write_packed(
     config.quantization_config = layout.record.to_json()
     config.save_pretrained(folder)
     writer.finish()
-    for name in (REQUEST, JOURNAL):
+    for name in (REQUEST, ERRORS_FILE):
         (folder / name).unlink(missing_ok=True)
     if (folder / WEIGHTING).is_dir():
         shutil.rmtree(folder / WEIGHTING)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modulora_core.adapters.peft_format import CONFIG_FILE
+from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.data.sources import Source, source_name
@@ -18,12 +18,12 @@ from modulora_core.errors import OptionError
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.arguments import total_steps, warn_of_settings
-from modulora_core.training.checks import checked_model
+from modulora_core.training.checks import check_adapter, check_lora_file, checked_model
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.distillation import Predictions, predictions_of
 from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Corrector
 from modulora_core.training.methods import method_examples
-from modulora_core.training.resuming import CHECKPOINTS, check_examples, check_out
+from modulora_core.training.resuming import CHECKPOINTS, Begun, begun, check_examples, check_new
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class CheckedRun:
         examples: the examples of ``"train"``, and of ``"eval"`` if there is evaluation data.
         predictions: the dense model's predictions; None without ``distill``.
         start: the dense model and the text that make a corrected adapter; None for ``init="zero"``.
-        resume_from: the checkpoint to continue; None for a new run.
+        begun: the part of the run that ``out`` has. A finished run has neither predictions nor a
+            start.
     """
 
     config: FinetuneConfig
@@ -51,7 +52,12 @@ class CheckedRun:
     steps: int
     predictions: Predictions | None
     start: Corrector | None
-    resume_from: Path | None
+    begun: Begun
+
+    @property
+    def model(self) -> str:
+        """The packed model: the config's, or its folder in the cache."""
+        return str(self.base.folder) if isinstance(self.base, CachedModel) else self.config.model
 
 
 def checked_run(
@@ -60,8 +66,8 @@ def checked_run(
     eval_data: Source | None,
     out: Path,
     resume: bool,
-) -> CheckedRun | None:
-    """Check the request, and read the data. The result is None if ``out`` is finished.
+) -> CheckedRun:
+    """Check the request, and read the data.
 
     Raises:
         RequestError: as :func:`modulora_core.finetune`.
@@ -69,11 +75,16 @@ def checked_run(
     sources = _sources(config, data, eval_data)
     device = pick_device()
     if not resume:
-        check_out(out, config, resume)  # a bad one is refused before a model is downloaded
+        check_new(out)  # a bad one is refused before a model is downloaded
     base = checked_model(config, device)
     model_config = base.transformers_config()
     config = config.in_window(window_of(model_config), config.model)
-    resume_from = check_out(out, config, resume)
+    if config.adapter is not None and "dropout" not in config.model_fields_set:
+        config = config.model_copy(update={"dropout": read_adapter(config.adapter).dropout})
+    found = begun(out, config) if resume else Begun()
+    if not found.finished:
+        check_adapter(config, base)
+        check_lora_file(config, base)
     tokenizer = base.tokenizer()
     vocabulary = vocabulary_of(model_config)
     examples = {
@@ -82,21 +93,21 @@ def checked_run(
     }
     if config.packing and examples["train"].report.format != "text":  # its windows are full
         examples["train"] = examples["train"].joined(config.seq_len)
-    finished = resume and (out / CONFIG_FILE).is_file()
-    check_examples(out, examples, out if finished else resume_from)
-    if finished:
-        logger.info("%s: it is finished; nothing is left to resume", out)
-        return None
+    check_examples(out, examples, out if found.finished else found.checkpoint)
     steps = total_steps(config, len(examples["train"]), world_size())
-    predictions = predictions_of(
-        config, examples["train"], steps, tokenizer, vocabulary, out / CHECKPOINTS
-    )
-    start = None if resume_from is not None else _start(config)
-    warn_of_settings(config, examples["train"], steps)
+    predictions = start = None
+    if found.finished:
+        logger.info("%s: it is finished; nothing is left to resume", out)
+    else:
+        predictions = predictions_of(
+            config, examples["train"], steps, tokenizer, vocabulary, out / CHECKPOINTS
+        )
+        start = None if found.checkpoint is not None else _start(config)
+        warn_of_settings(config, examples["train"], steps)
     return CheckedRun(
         config=config, out=out, device=device, base=base, tokenizer=tokenizer,
         data=source_name(sources["train"]), examples=examples, steps=steps,
-        predictions=predictions, start=start, resume_from=resume_from,
+        predictions=predictions, start=start, begun=found,
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from modulora_core.adapters.files import base_file, file_writer
+from modulora_core.adapters.lora import selected_layers
 from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.targets import select_layers
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.loading import check_mapped, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
@@ -49,24 +49,29 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
         checkpoint = open_packed(config.model)
         if config.mapped:
             check_mapped(checkpoint, str(device))
-    _check_lora_file(config, checkpoint)
-    if config.adapter is not None:
-        read_adapter(config.adapter)
-        return checkpoint
-    shapes: dict[str, tuple[int, ...]] = {
-        name if site.experts else name.removesuffix(".weight"): (
-            (site.experts, *site.layout.shape) if site.experts else site.layout.shape
-        )
-        for name, site in checkpoint.record.items()
-        if site.kind != "embedding"
-    }
-    modules = [name.removesuffix(".weight") for name in checkpoint.parameters]
-    select_layers(shapes, config.targets, config.rank, modules)
     return checkpoint
 
 
-def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | CachedModel) -> None:
-    """Refuse ``lora_file`` where the file couldn't be used."""
+def check_adapter(config: FinetuneConfig, checkpoint: PackedCheckpoint | CachedModel) -> None:
+    """Refuse targets that the model lacks, or an adapter to continue that can't be read.
+
+    Raises:
+        AdapterError, OptionError: as :func:`modulora_core.add_lora`, or ``read_adapter``.
+        ModelError: the model has no packed layers, or transformers can't build it.
+    """
+    if config.adapter is None:
+        selected_layers(checkpoint.outline, config.targets, config.rank)
+    else:
+        read_adapter(config.adapter)
+
+
+def check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | CachedModel) -> None:
+    """Refuse ``lora_file`` where the file couldn't be written or used.
+
+    Raises:
+        OutputError: it exists; OptionError: it doesn't fit the model or the adapter.
+        RequestError: no plugin writes it, or the adapter to continue can't be read.
+    """
     if config.lora_file is None:
         return
     spec = file_writer(config.lora_file).spec

@@ -152,7 +152,12 @@ class FinetuneConfig(BaseModel):
     alpha: float = Field(
         default=32.0, gt=0, description="the adapter is multiplied by alpha / rank"
     )
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="dropout of the adapter's input")
+    dropout: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="dropout of the adapter's input; beside adapter, by default its own",
+    )
     targets: Names = Field(
         default=("all-linear",),
         min_length=1,

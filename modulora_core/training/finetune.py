@@ -4,11 +4,11 @@ OUT/finetune.yaml                 the config, written before training; resume co
 OUT/checkpoints/checkpoint-N/     during training; each is an adapter folder too
 OUT/checkpoints/predictions-*     during training with distill; the dense model's predictions
 OUT/README.md                     a model card
+OUT/report.html                   curves, settings, answers without and with the adapter
 OUT/modulora.json                 the base of the adapter
 OUT/adapter_model.safetensors
 OUT/modulora_scales.safetensors   with channel scales only
 OUT/adapter_config.json           written last: with it, OUT is a finished adapter
-OUT/report.html                   curves, settings, answers without and with the adapter
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.held_out import HeldOut, held_out
 from modulora_core.training.init_adapter import Corrector
 from modulora_core.training.interruption import Interruption
-from modulora_core.training.losses import worsening
+from modulora_core.training.losses import eval_loss_before, worsening
 from modulora_core.training.methods import method_arguments, method_trainer, trainer_refused
 from modulora_core.training.outputs import Trained, write_outputs
 from modulora_core.training.resuming import CHECKPOINTS, record_examples
@@ -69,7 +69,8 @@ class FinetuneResult:
         out: the adapter folder.
         losses: the loss of each optimizer step, over the trained tokens of its batch.
         eval_loss: the loss after the last step; None without evaluation data.
-        eval_loss_before: the loss before the first step; None without evaluation data or report.
+        eval_loss_before: the loss before the first step; None without evaluation data, or if the
+            run began without report.
         seconds: duration of training in this call and of the evaluations in it, without the steps
             before a resume.
         tokens_per_second: trained tokens, without padding, divided by ``seconds``.
@@ -140,8 +141,8 @@ def finetune(
     out = Path(config.out)
     with together():
         run = checked_run(config, data, eval_data, out, resume)
-    if run is None:
-        return FinetuneResult(out=config.out, model=config.model)
+    if run.begun.finished:
+        return FinetuneResult(out=config.out, model=run.model)
     config = run.config
     checkpoint = _packed(run.base, progress)
     trained = _train(run, checkpoint, progress, on_step, on_eval, callbacks)
@@ -151,7 +152,6 @@ def finetune(
     if worse:
         advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
         logger.warning("%s: %s: %s", out, worse, advice)
-    evaluations = trained.logged("eval_loss") if config.report else []
     return FinetuneResult(
         out=config.out,
         steps=len(losses),
@@ -160,8 +160,8 @@ def finetune(
         seconds=trained.seconds,
         tokens_per_second=trained.tokens / trained.seconds,
         peak_memory_bytes=trained.peak_bytes,
-        eval_loss_before=next(iter(evaluations), None),
-        model=config.model if checkpoint is run.base else str(checkpoint.path),
+        eval_loss_before=eval_loss_before(trained.trainer.state.log_history),
+        model=run.model,
         files=files,
         padding=trained.trainer.padding(),
         held_out=trained.held_out,
@@ -189,7 +189,7 @@ def _train(
         with together(), shown(progress, "loading the model", "layers") as show:
             with trainer_refused(config.trainer, out / CHECKPOINTS):
                 arguments = method_arguments(config, out / CHECKPOINTS, run.steps, device)
-            begins = run.resume_from is None
+            begins = run.begun.checkpoint is None
             arguments.eval_on_start = config.report and "eval" in examples and begins
             model = _loaded(checkpoint, config, device)
             settings = _put_adapter(model, config, run.start, show)
@@ -214,7 +214,7 @@ def _train(
         with shown(progress, "training", "steps") as watcher.show:
             started = time.perf_counter()
             with interruption.watched():
-                tokens = trainer.run(run.resume_from)
+                tokens = trainer.run(run.begun.checkpoint)
             interruption.check()
             seconds = time.perf_counter() - started
             eval_loss = trainer.final_eval_loss() if "eval" in examples else None
@@ -265,7 +265,7 @@ def _put_adapter(
     if config.adapter is not None:
         load_adapter(model, config.adapter, trainable=True)
         for _, layer in adapter_layers(model):
-            layer.dropout.p = config.dropout
+            layer.dropout["default"].p = config.dropout
         return None
     settings = LoRASettings(
         config.rank, config.alpha, config.dropout, config.targets, config.seed, config.train_scales

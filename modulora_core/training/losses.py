@@ -7,7 +7,7 @@ of two losses is no trend: we compare means of several steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, variance
 
 
@@ -19,6 +19,12 @@ def loss_in_words(losses: Sequence[float], digits: int = 4) -> str:
         return f"loss {fmean(losses):.{digits}f}{steps}"
     first, last = fmean(losses[:size]), fmean(losses[-size:])
     return f"loss {first:.{digits}f} → {last:.{digits}f} (means of the first and last {size} steps)"
+
+
+def eval_loss_before(history: Sequence[Mapping[str, float]]) -> float | None:
+    """The evaluation loss before the first step in Trainer's ``log_history``; None without one."""
+    before = (e["eval_loss"] for e in history if "eval_loss" in e and e["step"] == 0)
+    return next(before, None)
 
 
 def worsening(losses: Sequence[float], eval_loss: float | None, vocabulary: int) -> str:

@@ -58,7 +58,7 @@ def model_card(
     evaluated = ""
     if eval_loss is not None:
         evaluated = (
-            f"\nLoss on {', '.join(config.eval_data or ('held-out records',))}: {eval_loss:.4f}."
+            f"\nLoss on {', '.join(config.eval_data or ('evaluation records',))}: {eval_loss:.4f}."
         )
     return f"""---
 {metadata}

@@ -13,7 +13,7 @@ from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import write_file
-from modulora_core.distributed import barrier, is_first
+from modulora_core.distributed import is_first, together
 from modulora_core.errors import OutputError
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.progress import Display, shown
@@ -21,6 +21,7 @@ from modulora_core.training.checked_run import CheckedRun
 from modulora_core.training.held_out import HeldOut
 from modulora_core.training.model_card import model_card
 from modulora_core.training.report import REPORT_FILE, report
+from modulora_core.training.resuming import CHECKPOINTS
 from modulora_core.training.samples import LEAST, answers
 
 
@@ -44,53 +45,61 @@ class Trained:
 def write_outputs(
     run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained, progress: Display
 ) -> tuple[str, ...]:
-    """Write the adapter, its card and its report. All processes call it; the first one writes.
+    """Write the card, the report and the adapter. All processes call it; the first one writes.
+
+    The adapter comes last: with it, OUT is finished. Until then ``--resume`` writes all again.
 
     Returns:
         the ``lora_file`` and the files beside it that the first process wrote.
 
     Raises:
         OutputError: somebody removed the folder, or the run's config in it.
+        RequestError: the ``lora_file`` can't be written.
     """
     out = run.out
-    _write_card(run, checkpoint, trained)
-    save_adapter(trained.model, out, settings=trained.settings)
-    files = _write_lora_file(run, checkpoint)
-    if run.config.report:
-        _write_report(run, checkpoint, trained, progress)
-    if run.predictions is not None and is_first():
-        run.predictions.file.unlink()
-    barrier()  # OUT is whole
-    if not (out / RUN_FILE).is_file():
-        raise OutputError(
-            f"output folder {out}: somebody removed it, or its {RUN_FILE}, while the run worked; "
-            "it has the adapter again, and neither options nor earlier checkpoints"
-        )
+    files: tuple[str, ...] = ()
+    page = _report(run, checkpoint, trained, progress) if run.config.report else None
+    with together():
+        if is_first():
+            write_file(out / "README.md", _card(run, checkpoint, trained))
+            if page is not None:
+                write_file(out / REPORT_FILE, page)
+            files = _write_lora_file(run, checkpoint, trained)
+    with together():
+        save_adapter(trained.model, out, settings=trained.settings)
+        if run.predictions is not None and is_first():
+            run.predictions.file.unlink()
+        if not (out / RUN_FILE).is_file():
+            raise OutputError(
+                f"output folder {out}: somebody removed it, or its {RUN_FILE}, while the run "
+                "worked; it has the adapter again, and neither options nor earlier checkpoints"
+            )
     return files
 
 
-def _write_card(run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained) -> None:
+def _card(run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained) -> str:
     scaled = any(layer.input_scale for _, layer in adapter_layers(trained.model))
-    card = model_card(
+    return model_card(
         run.config, checkpoint, trained.logged("loss"), trained.eval_loss, data=run.data,
         channel_scales=scaled,
     )  # fmt: skip
-    if is_first():
-        write_file(run.out / "README.md", card)
 
 
-def _write_lora_file(run: CheckedRun, checkpoint: PackedCheckpoint) -> tuple[str, ...]:
+def _write_lora_file(
+    run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained
+) -> tuple[str, ...]:
     lora_file = run.config.lora_file
-    if lora_file is None or not is_first():
+    if lora_file is None:
         return ()
+    last = run.out / CHECKPOINTS / f"checkpoint-{trained.trainer.state.global_step}"
     base = base_file(checkpoint, run.config.model)
-    written = file_writer(lora_file).write_adapter(str(run.out), lora_file, model=base)
+    written = file_writer(lora_file).write_adapter(str(last), lora_file, model=base)
     return (written.out, *written.beside)
 
 
-def _write_report(
+def _report(
     run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained, progress: Display
-) -> None:
+) -> str:
     trainer, seconds = trained.trainer, trained.seconds
     with shown(progress, f"answering prompts for {REPORT_FILE}", "tokens") as show:
         samples = answers(
@@ -98,11 +107,9 @@ def _write_report(
             seconds=max(LEAST, seconds / 10), tokens_per_second=trained.tokens / seconds,
             show=show,
         )  # fmt: skip
-    page = report(
-        run.config, checkpoint, trainer.state.log_history, samples, seconds=seconds,
-        peak_memory_bytes=trained.peak_bytes,
+    return report(
+        run.config, checkpoint, trainer.state.log_history, samples, model=run.model,
+        seconds=seconds, peak_memory_bytes=trained.peak_bytes,
         sampled="evaluation" if "eval" in run.examples else "training",
         held_out=trained.held_out,
     )  # fmt: skip
-    if is_first():
-        write_file(run.out / REPORT_FILE, page)

@@ -13,7 +13,7 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.curves import curves
 from modulora_core.training.held_out import HeldOut
-from modulora_core.training.losses import loss_in_words
+from modulora_core.training.losses import eval_loss_before, loss_in_words
 from modulora_core.training.samples import LONGEST, Sample
 from modulora_core.version import VERSION
 
@@ -26,6 +26,7 @@ def report(
     history: Sequence[Mapping[str, float]],
     samples: Sequence[Sample],
     *,
+    model: str,
     seconds: float,
     peak_memory_bytes: int,
     sampled: str,
@@ -37,6 +38,7 @@ def report(
         config: the run; checkpoint: its model.
         history: Trainer's ``log_history``.
         samples: answers without and with the adapter.
+        model: the packed model, for commands.
         seconds: the duration of training; peak_memory_bytes: the peak of loading and training.
         sampled: ``"evaluation"`` or ``"training"``, the data of the samples' prompts.
         held_out: the loss on examples that the run did not reach.
@@ -58,7 +60,7 @@ def report(
         sampled=sampled,
         longest=LONGEST,
         commands=[
-            f"modulora {name} {shlex.quote(config.model)} {words}{shlex.quote(config.out)}"
+            f"modulora {name} {shlex.quote(model)} {words}{shlex.quote(config.out)}"
             for name, words in (
                 ("chat", "--adapter "),
                 ("evaluate", "--adapter "),
@@ -96,8 +98,9 @@ def _tiles(
     change = loss_in_words([entry["loss"] for entry in steps], 3).partition(" (")[0]
     tiles = {"Steps": f"{len(steps):,}", "Training loss": change.removeprefix("loss ")}
     if evaluations:
-        before = f"{evaluations[0]:.3f} → " if len(evaluations) > 1 else ""
-        tiles["Evaluation loss"] = f"{before}{evaluations[-1]:.3f}"
+        before = eval_loss_before(history)
+        begin = "" if before is None else f"{before:.3f} → "
+        tiles["Evaluation loss"] = f"{begin}{evaluations[-1]:.3f}"
     if held_out is not None:
         tiles["Held-out loss"] = f"{held_out.before:.3f} → {held_out.after:.3f}"
     tiles["Tokens"] = f"{steps[-1]['num_input_tokens_seen']:,.0f}"

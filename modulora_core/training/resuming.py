@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,46 +28,55 @@ _DIGESTS = "examples.json"
 logger = logging.getLogger(__name__)
 
 
-def check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
-    """Check the output folder.
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """The part of a run that its output folder has.
 
-    Returns:
-        the checkpoint to resume from, or None to start, or if the run is finished.
+    Attributes:
+        finished: all of it; nothing is left to do.
+        checkpoint: the checkpoint to resume from; None starts the run.
+    """
+
+    finished: bool = False
+    checkpoint: Path | None = None
+
+
+def check_new(out: Path) -> None:
+    """Check the output folder of a run that may not resume.
 
     Raises:
-        OutputError: the folder holds a finished adapter, with ``resume`` of another run; other
-            files; or, without ``resume``, an unfinished run with a whole checkpoint.
+        OutputError: the folder holds a finished adapter, an unfinished run with a whole checkpoint,
+            or other files.
+    """
+    if (out / CONFIG_FILE).is_file():
+        raise OutputError(f"{_finished(out)}; choose another name or remove it")
+    if _last_checkpoint(out, resume=False) is not None:
+        raise OutputError(
+            f"output folder {out}: it holds an unfinished run; continue it with --resume, or "
+            "remove it"
+        )
+
+
+def begun(out: Path, config: FinetuneConfig) -> Begun:
+    """Find the part of a run that its output folder has, to resume it.
+
+    Raises:
+        OutputError: the folder holds a finished adapter of another run, or other files.
         OptionError: the run to resume has another config.
     """
     if (out / CONFIG_FILE).is_file():
-        finished = f"output folder {out}: it holds a finished adapter"
-        if not resume:
-            raise OutputError(f"{finished}; choose another name or remove it")
         changed = ["another tool wrote it"]
         if (out / RUN_FILE).is_file():
             changed = config.differences(FinetuneConfig.build({}, file=out / RUN_FILE))
         if changed:
             raise OutputError(
-                f"{finished} of another run ({'; '.join(changed)}); to continue training, choose "
-                f"another OUT and give --adapter {out}"
+                f"{_finished(out)} of another run ({'; '.join(changed)}); to continue training, "
+                f"choose another OUT and give --adapter {out}"
             )
-        return None
-    if not (out / RUN_FILE).is_file():
-        begun = partial_name(out / RUN_FILE)  # of a run that was killed while it wrote the file
-        if not begun.is_file() or len(list(out.iterdir())) > 1:
-            check_output(out)
-        return None
-    checkpoint = latest_checkpoint(out / CHECKPOINTS)
-    if checkpoint is None:  # nothing would be lost, so the run may start again
-        if not resume:
-            _check_only_begun(out)
-        logger.info("%s: starting again; the run in it left no whole checkpoint", out)
-        return None
-    if not resume:
-        raise OutputError(
-            f"output folder {out}: it holds an unfinished run; continue it with --resume, or "
-            "remove it"
-        )
+        return Begun(finished=True)
+    checkpoint = _last_checkpoint(out, resume=True)
+    if checkpoint is None:
+        return Begun()
     before = FinetuneConfig.build({}, file=out / RUN_FILE)
     batches = [
         run.batch_size * run.grad_accum * processes
@@ -84,6 +94,29 @@ def check_out(out: Path, config: FinetuneConfig, resume: bool) -> Path | None:
             f"{'; '.join(changed)}; to train with these, choose another OUT, or remove {out}"
         )
     logger.info("%s: resuming from %s", out, checkpoint)
+    return Begun(checkpoint=checkpoint)
+
+
+def _finished(out: Path) -> str:
+    return f"output folder {out}: it holds a finished adapter"
+
+
+def _last_checkpoint(out: Path, *, resume: bool) -> Path | None:
+    """The last whole checkpoint; None if nothing would be lost, so that the run may start again.
+
+    Raises:
+        OutputError: the folder holds other files than a run's.
+    """
+    if not (out / RUN_FILE).is_file():
+        partial = partial_name(out / RUN_FILE)  # of a run that was killed while it wrote the file
+        if not partial.is_file() or len(list(out.iterdir())) > 1:
+            check_output(out)
+        return None
+    checkpoint = latest_checkpoint(out / CHECKPOINTS)
+    if checkpoint is None:
+        if not resume:
+            _check_only_begun(out)
+        logger.info("%s: starting again; the run in it left no whole checkpoint", out)
     return checkpoint
 
 

@@ -80,7 +80,7 @@ def answers(
         bar = _Bar(show, done, seconds / 2)
         try:
             return texts(continuations(model, tokenizer, prompts, Sampling(LONGEST), stopping=bar))
-        except WorkError:  # the adapter is written already, so the run goes on
+        except WorkError:  # a bad training is no reason to end the run before its adapter
             return ["(no answer: NaN or infinite logits)"] * len(prompts)
 
     model.eval()

@@ -37,18 +37,18 @@ from modulora_core.progress import Progress
 from modulora_core.spec import Calibration, PackedWeight, Quantizer, titled
 from modulora_core.tiles import tile_bytes, tile_ranges
 
-JOURNAL = "errors.jsonl"
+ERRORS_FILE = "errors.jsonl"
 """The file of an unfinished folder with a line for each measured layer."""
 
-HELD_OUT_EVERY = 4
-"""Measuring holds one of so many samples out; at least one, at most :data:`MOST_HELD_OUT`."""
+_HELD_OUT_EVERY = 4
+"""Measuring holds one of so many samples out; at least one, at most :data:`_MOST_HELD_OUT`."""
 
-MOST_HELD_OUT = 16
+_MOST_HELD_OUT = 16
 
 
 def held_out_ids(calibration: CalibrationText) -> Tensor:
     """The held-out samples, the last ones: ``[samples, seq_len]``."""
-    return calibration.ids[-min(MOST_HELD_OUT, max(1, len(calibration.ids) // HELD_OUT_EVERY)) :]
+    return calibration.ids[-min(_MOST_HELD_OUT, max(1, len(calibration.ids) // _HELD_OUT_EVERY)) :]
 
 
 def measure_errors(
@@ -73,7 +73,7 @@ def measure_errors(
         ModelError: the model can't run block by block.
         WorkError: an input, a gradient or an error is NaN or Inf; the message names the layer.
     """
-    journal = folder / JOURNAL
+    journal = folder / ERRORS_FILE
     if not resume:
         journal.unlink(missing_ok=True)
     measured = read_journal(journal, list[float])

@@ -192,7 +192,7 @@ def test_dropout_of_experts_trains_here_and_is_no_obstacle_to_peft(
     assert_same(in_peft(dense, tmp_path), model)
     again = load_model(packed)
     load_adapter(again, tmp_path, trainable=True)
-    assert {layer.dropout.p for _, layer in adapter_layers(again)} == {0.3}
+    assert {layer.dropout["default"].p for _, layer in adapter_layers(again)} == {0.3}
     with torch.no_grad():
         assert not torch.equal(again.train()(IDS).logits, again.eval()(IDS).logits)
 

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from modulora_core.adapters.adapted import adapter_layers
+from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.save import save_adapter
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError, ModelError, ModuLoRAError, OptionError
 from modulora_core.layers import QuantLinear
+from modulora_core.quantization.quantize import quantize
+from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import IDS, logits, trained
+from modulora_core.tests.tiny_models import save_tiny_model
 
 Pack = Callable[..., tuple[Path, Path]]
 
@@ -89,6 +94,33 @@ def test_a_wrong_request_changes_nothing(
     with pytest.raises(error, match=message):
         add_lora(llama, LoRASettings(**settings))  # type: ignore[arg-type]
     assert not list(adapter_layers(llama))
+
+
+@pytest.fixture
+def packed_head(toy: object, tmp_path: Path) -> Path:
+    """A model whose output head alone is packed."""
+    dense = save_tiny_model("llama", tmp_path / "dense")
+    quantize(str(dense), tmp_path / "packed", "toy", exclude=["model.*"], head=Choice("toy"))
+    return tmp_path / "packed"
+
+
+def test_a_group_never_has_the_head(packed_head: Path) -> None:
+    with pytest.raises(AdapterError, match="besides the output head in the model, found none"):
+        add_lora(load_model(packed_head))
+    assert add_lora(load_model(packed_head), LoRASettings(targets="lm_head")) == ["lm_head"]
+
+
+def test_a_tied_head_is_refused_as_the_embeddings_table(packed_head: Path, tmp_path: Path) -> None:
+    other = load_model(packed_head)
+    add_lora(other, LoRASettings(targets="lm_head"))
+    save_adapter(other, tmp_path / "adapter")
+    dense = save_tiny_model("llama-tied", tmp_path / "tied")
+    quantize(str(dense), tmp_path / "packed-tied", "toy", embeddings=Choice("toy"))
+    model = load_model(tmp_path / "packed-tied")
+    with pytest.raises(AdapterError, match="and lm_head is the embedding's table, which an adap"):
+        add_lora(model, LoRASettings(targets="lm_head"))
+    with pytest.raises(AdapterError, match=r"does not fit .*: lm_head is the embedding's table"):
+        load_adapter(model, tmp_path / "adapter")
 
 
 def test_a_dense_model_is_refused_with_the_command_to_run(pack: Pack) -> None:

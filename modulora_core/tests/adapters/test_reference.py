@@ -132,4 +132,4 @@ def test_trl_turns_the_adapter_s_dropout_off(tunable: Path, tmp_path: Path) -> N
     model = load_model(tunable, device="cpu")
     add_lora(model, LoRASettings(dropout=0.5))
     trainer("DPO", model, tmp_path)
-    assert {layer.dropout.p for _, layer in adapter_layers(model)} == {0}
+    assert {layer.dropout["default"].p for _, layer in adapter_layers(model)} == {0}

@@ -27,8 +27,9 @@ from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError
+from modulora_core.layers import LoRALayer
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.adapted_models import logits, randomize, trained
+from modulora_core.tests.adapted_models import IDS, logits, randomize, trained
 from modulora_core.tests.fake_hub import COMMIT, serve_repository
 from modulora_core.tests.tiny_models import save_tiny_model, tiny_config
 
@@ -87,7 +88,7 @@ def test_a_saved_adapter_comes_back_bit_for_bit(
     assert torch.equal(logits(again), expected)
     assert trains(again) == set()
     layer = next(layer for _, layer in adapter_layers(again))
-    assert (layer.dropout.p, layer.scale) == (0.2, {"default": 7 / 3})
+    assert (layer.dropout["default"].p, layer.scale) == (0.2, {"default": 7 / 3})
     other = load_model(pack("llama", "toy")[1])
     load_adapter(other, tmp_path, trainable=True)
     assert trains(other) == trainable
@@ -130,6 +131,22 @@ def test_two_adapters_on_one_model_add_up(pack: Pack, tmp_path: Path) -> None:
     for name in ("second", "first"):
         load_adapter(again, tmp_path / name, name)
     torch.testing.assert_close(logits(again), logits(both))
+
+
+def test_each_adapter_keeps_its_dropout(llama: nn.Module, tmp_path: Path) -> None:
+    add_lora(llama, replace(PLAIN, dropout=0.3), "mine")
+    add_lora(llama, replace(PLAIN, dropout=0.0), "other")
+    for name, expected in (("mine", 0.3), ("other", 0.0)):
+        save_adapter(llama, tmp_path / name, name=name)
+        assert read_adapter(tmp_path / name).dropout == expected
+    logits(llama)  # evaluation drops nothing
+    with pytest.raises(AdapterError, match="expected one dropout in training, got 0"):
+        llama.train()(IDS)
+    for active, drops in ((["mine"], True), (["other"], False)):
+        for layer in (module for module in llama.modules() if isinstance(module, LoRALayer)):
+            layer.active = active
+            nn.init.normal_(layer.lora_B[active[0]])
+        assert torch.equal(llama(IDS).logits, llama(IDS).logits) != drops
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, SCALES])

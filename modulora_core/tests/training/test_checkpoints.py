@@ -24,7 +24,7 @@ from modulora_core.training.checkpoints import latest_checkpoint, remove_half_wr
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune
 from modulora_core.training.interruption import Interrupted
-from modulora_core.training.resuming import check_out
+from modulora_core.training.resuming import Begun, begun, check_new
 from modulora_core.training.trainer import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -184,10 +184,11 @@ def test_a_run_killed_before_its_first_file_may_begin_again(config: FinetuneConf
     out.mkdir()
     partial = out / "finetune.yaml.partial"
     partial.write_text("model: pac")
-    assert check_out(out, config, resume=False) is None
+    check_new(out)
+    assert begun(out, config) == Begun()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="expected it new or empty"):
-        check_out(out, config, resume=False)
+        check_new(out)
 
 
 def test_a_run_without_a_checkpoint_starts_again(
@@ -206,6 +207,19 @@ def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(
     steps: list[TrainingStep] = []
     assert outcome(finetune(config, resume=True, on_step=steps.append)) == outcome(whole)
     assert steps == []
+
+
+def test_a_run_whose_report_could_not_be_written_is_not_finished(config: FinetuneConfig) -> None:
+    """A folder in the way of the report stops the run, as a full disk would."""
+    config = changed(config, report=True)
+    page = Path(config.out) / "report.html"
+    with pytest.raises(OSError, match=r"report\.html"):
+        finetune(config, on_step=lambda _: page.mkdir(exist_ok=True))
+    page.rmdir()
+    steps: list[TrainingStep] = []
+    assert finetune(config, resume=True, on_step=steps.append).steps == config.steps
+    assert steps == []
+    assert page.is_file()
 
 
 def test_another_optimizer_of_transformers_resumes_too(config: FinetuneConfig) -> None:
@@ -239,6 +253,15 @@ def test_a_run_without_a_whole_checkpoint_starts_again_with_other_options(
     assert FinetuneConfig.build({}, file=Path(lower.out) / "finetune.yaml") == lower
     checkpoints = (Path(lower.out) / "checkpoints").glob("checkpoint-*")
     assert [path.name for path in checkpoints] == ["checkpoint-1"]
+
+
+def test_it_says_once_that_it_starts_again(
+    config: FinetuneConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupt(config, 1)
+    with caplog.at_level("INFO", logger="modulora_core"):
+        interrupt(config, 1)
+    assert caplog.text.count("starting again") == 1
 
 
 def test_a_run_does_not_start_again_among_other_files(config: FinetuneConfig) -> None:

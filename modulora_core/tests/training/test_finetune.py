@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
@@ -32,6 +35,9 @@ from modulora_core.errors import (
     OutputError,
     WorkError,
 )
+from modulora_core.models.installed_formats import file_format
+from modulora_core.quantization.quantize import quantize
+from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
@@ -215,6 +221,19 @@ def test_an_adapter_can_be_continued(
         assert not torch.equal(delta.B, before[path].B)
 
 
+def test_a_continued_adapter_keeps_its_dropout_unless_the_run_has_one(
+    configure: Configure, tunable: Path, tmp_path: Path
+) -> None:
+    settings = LoRASettings(rank=2, dropout=0.3)
+    save_adapter(trained(load_model(tunable), settings), tmp_path / "start")
+    start = {"adapter": str(tmp_path / "start"), "steps": 1}
+    for given, expected in (({}, 0.3), ({"dropout": 0.2}, 0.2)):
+        out = tmp_path / f"dropout {expected}"
+        finetune(configure(**start, **given, out=str(out)))
+        assert read_adapter(out).dropout == expected
+        assert FinetuneConfig.build({}, file=out / "finetune.yaml").dropout == expected
+
+
 def test_the_model_card_describes_the_run(configure: Configure, text: Path, tmp_path: Path) -> None:
     result = finetune(configure(eval_data=str(text)))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -334,6 +353,19 @@ def test_a_bad_request_is_refused_and_nothing_is_written(
     assert set(tmp_path.rglob("*")) == before
 
 
+def test_targets_select_as_on_the_loaded_model(
+    configure: Configure, tunable: Path, tmp_path: Path
+) -> None:
+    """all-linear has no head; and a model that will be packed is refused before that."""
+    dense = tunable.parent / "dense"
+    quantize(str(dense), tmp_path / "head", "toy", exclude=["model.*"], head=Choice("toy"))
+    with pytest.raises(AdapterError, match="'all-linear': expected a packed linear layer besides"):
+        finetune(configure(model=str(tmp_path / "head")))
+    with pytest.raises(AdapterError, match=r"'lm_head': .* and lm_head is none"):
+        finetune(configure(model=str(dense), quantizer="toy", targets="lm_head"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do these")
 @pytest.mark.parametrize("option", [{"dtype": "float16"}, {"offload_activations": True}])
 def test_options_for_a_gpu_are_refused_on_a_cpu(configure: Configure, option: Any) -> None:
@@ -359,6 +391,35 @@ def test_a_finished_run_says_so_when_it_is_resumed(
     assert (again.steps, again.losses) == (0, [])
     assert "it is finished; nothing is left to resume" in caplog.text
     assert before == {p: p.read_bytes() for p in Path(first.out).rglob("*") if p.is_file()}
+
+
+def test_a_run_that_wrote_its_file_is_finished_too(configure: Configure, tmp_path: Path) -> None:
+    """The file exists then, which is refused before any other run."""
+    from modulora_toy.single import SingleWriter
+
+    model, lora = tmp_path / "model.single", tmp_path / "lora.single"
+    writer = SingleWriter(file_format(model).spec)  # type: ignore[union-attr]
+    config = configure(steps=1, lora_file=str(lora))
+    writer.merge(config.model, model, progress=False)
+    config = config.model_copy(update={"model": str(model)})
+    assert finetune(config).files == (str(lora),)
+    assert load_file(lora).keys() >= {"model.layers.0.mlp.up_proj.A"}
+    assert finetune(config, resume=True).steps == 0
+    with pytest.raises(OutputError, match=r"expected a new file called .*, got a file that"):
+        finetune(config.model_copy(update={"out": str(tmp_path / "other")}))
+
+
+def test_a_dense_model_is_quantized_into_the_cache_which_commands_name(
+    configure: Configure, tunable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
+    dense = tunable.parent / "dense"
+    config = configure(model=str(dense), quantizer="toy", steps=1, report=True)
+    found = finetune(config)
+    assert Path(found.model).parent == tmp_path / "cache"
+    page = html.unescape((tmp_path / "out" / "report.html").read_text("utf-8"))
+    assert f"modulora chat {shlex.quote(found.model)} --adapter" in page
+    assert finetune(config, resume=True).model == found.model
 
 
 def test_a_folder_that_is_removed_during_the_run_is_an_error_at_its_end(

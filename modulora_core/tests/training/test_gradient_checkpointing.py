@@ -119,7 +119,7 @@ def test_blocks_below_the_first_that_trains_are_not_recomputed(
 def test_a_compiled_model_checkpoints_too(keep_products: bool, pack: Pack) -> None:
     model = adapted(pack("llama", "toy")[1])
     for _, layer in adapter_layers(model):
-        layer.dropout.p = 0.0
+        layer.dropout["default"].p = 0.0
     loss, expected = step(model)
     checkpoint_activations(model, keep_products=keep_products)
     compiled = torch.compile(model, backend="eager")

@@ -14,11 +14,15 @@ from safetensors.torch import load_file
 
 from modulora_core import distributed
 from modulora_core.cli import main
+from modulora_core.cli.failures import report_failure
+from modulora_core.cli.terminal import Terminal
 from modulora_core.data.sources import pydoc_text
-from modulora_core.errors import OptionError, RequestError
+from modulora_core.errors import OptionError, OutputError, RequestError
+from modulora_core.models.installed_formats import file_format
 from modulora_core.tests.processes import finetuned, run_in_processes, trained_by_hand
 from modulora_core.training.arguments import total_steps
 from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.finetune import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,6 +140,44 @@ def _one_fails() -> None:
     with distributed.together():
         if distributed.rank() == 1:
             raise OptionError("expected another disk, got a full one")
+
+
+def test_a_process_that_fails_alone_does_not_wait_for_the_others() -> None:
+    """They are at work: their next message would be no answer to its own."""
+    first, second = run_in_processes(2, _first_fails)
+    assert first == (2, "error: expected a new file, got one that exists\n")
+    assert second.startswith("RuntimeError"), "its connection is closed"
+
+
+def _first_fails() -> tuple[int, str]:
+    distributed.join()
+    if not distributed.is_first():
+        distributed.barrier()
+    terminal = Terminal(stderr=io.StringIO())
+    code = report_failure(OutputError("expected a new file, got one that exists"), terminal)
+    return code, terminal.stderr.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_a_file_that_the_first_process_may_not_write_ends_all(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """The file of the adapter appears during the run."""
+    from modulora_toy.single import SingleWriter
+
+    writer = SingleWriter(file_format("a.single").spec)  # type: ignore[union-attr]
+    writer.merge(options["model"], tmp_path / "model.single", progress=False)
+    lora = tmp_path / "lora.single"
+    more = {"model": str(tmp_path / "model.single"), "lora_file": str(lora), "batch_size": 2}
+    first, second = run_in_processes(2, _overtaken, {**options, **more, "out": str(tmp_path / "o")})
+    assert first.startswith(f"OutputError: {lora}: expected a new file")
+    assert second == f"RequestError: process 0 of 2: {first.removeprefix('OutputError: ')}"
+    assert not (tmp_path / "o" / "adapter_config.json").exists(), "it can be resumed"
+
+
+def _overtaken(options: dict[str, Any]) -> None:
+    lora = Path(options["lora_file"])
+    finetune(FinetuneConfig.build(options), on_step=lambda _: lora.touch())
 
 
 def test_one_process_is_no_distributed_run() -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from modulora_core.adapters.lora import add_lora
+from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.data import load_examples
@@ -144,6 +146,24 @@ def test_a_resumed_run_has_all_curves_and_one_first_evaluation(
     assert page.count('<circle class="second"') == 2
 
 
+def test_no_later_evaluation_is_called_the_first(
+    configure: Configure, text: Path, tmp_path: Path
+) -> None:
+    """The run began without a report, and so without an evaluation before its first step."""
+    config = configure(steps=4, save_every=2, eval_data=str(text), eval_every=2)
+
+    def stop(step: object) -> None:
+        if step.step == 3:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, on_step=stop)
+    result = finetune(config.model_copy(update={"report": True}), resume=True)
+    assert result.eval_loss_before is None
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert f"→ {result.eval_loss:.3f}" not in page
+
+
 def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, text: Path) -> None:
     base: Any = load_model(tunable)
     adapted: Any = trained(load_model(tunable))
@@ -244,10 +264,13 @@ def _logits_without(model: torch.nn.Module) -> torch.Tensor:
         return logits(model)
 
 
-def test_an_adapter_is_active_again_afterwards(tunable: Path) -> None:
-    model = trained(load_model(tunable))
-    before = logits(model)
-    assert not torch.equal(_logits_without(model), before)
+def test_adapters_are_active_again_afterwards(tunable: Path) -> None:
+    model = load_model(tunable)
+    base = logits(model)
+    add_lora(model, LoRASettings(rank=2), "other")
+    before = logits(trained(model))
+    assert not torch.equal(before, base)
+    assert torch.equal(_logits_without(model), base)
     assert torch.equal(logits(model), before)
 
 

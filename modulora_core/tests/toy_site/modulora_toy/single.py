@@ -6,6 +6,7 @@ A packed weight ``NAME`` is ``NAME.codes`` and ``NAME.scale``; other tensors are
 import json
 import time
 from functools import partial
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -98,7 +99,7 @@ class SingleWriter(FileWriter):
 
     def write_adapter(self, adapter, out, *, model=None):
         saved = read_adapter(adapter)
-        with new_file(out, self.spec.file_suffix) as path:
+        with new_file(Path(out), self.spec.file_suffix) as path:
             factors = {
                 f"{module}.{factor}": getattr(delta, factor).contiguous()
                 for module, delta in saved.deltas.items()
