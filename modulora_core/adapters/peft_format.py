@@ -43,7 +43,6 @@ from modulora_core.models.locate import HUB_ID, download, without_revision
 from modulora_core.models.safetensors_store import read_header
 from modulora_core.models.store import is_finite
 
-CONFIG_FILE = ADAPTER_CONFIG
 WEIGHTS_FILE = "adapter_model.safetensors"
 SCALES_FILE = "modulora_scales.safetensors"
 SCALES_KEY = "modulora_channel_scales"
@@ -160,8 +159,8 @@ def read_adapter(
         AdapterError: the folder is missing or malformed, or has more than A, B and channel scales.
     """
     folder = _find(path)
-    config_file, weights_file = str(folder / CONFIG_FILE), folder / WEIGHTS_FILE
-    config = read_json(folder / CONFIG_FILE, dict[str, Any], error=AdapterError)
+    config_file, weights_file = str(folder / ADAPTER_CONFIG), folder / WEIGHTS_FILE
+    config = read_json(folder / ADAPTER_CONFIG, dict[str, Any], error=AdapterError)
     check_json(config, _Fields, config_file, error=AdapterError)
     check_config(config, f"adapter {folder}", heads=heads)
     record = None
@@ -238,13 +237,13 @@ def _find(path: str | Path) -> Path:
         name, revision = without_revision(str(path))
         if "/" not in name or not HUB_ID.fullmatch(name) or Path(name).exists():
             raise AdapterError(f"adapter {path}: expected a folder or a Hub id (org/name)")
-        files = [CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, SCALES_FILE]
+        files = [ADAPTER_CONFIG, WEIGHTS_FILE, RECORD_FILE, SCALES_FILE]
         folder = download(name, revision, files, subject="adapter", error=AdapterError)
     check_links(folder, AdapterError)
-    if not (folder / CONFIG_FILE).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise AdapterError(
-            f"adapter {path}: expected {CONFIG_FILE} in it, found none; an unfinished run has its "
-            "adapters in checkpoints/checkpoint-N"
+            f"adapter {path}: expected {ADAPTER_CONFIG} in it, found none; an unfinished run has "
+            "its adapters in checkpoints/checkpoint-N"
         )
     if not (folder / WEIGHTS_FILE).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -294,7 +293,7 @@ def write_adapter(adapter: SavedAdapter, stacks: Mapping[str, Stack]) -> None:
             scales[f"{module}.output_scale"] = delta.channel_scales.output.to(torch.float32)
     config, folder = dict(adapter.config), adapter.folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    (folder / ADAPTER_CONFIG).unlink(missing_ok=True)
     _write_tensors(folder / WEIGHTS_FILE, factors)
     if scales:
         config[SCALES_KEY] = SCALES_FILE
@@ -303,7 +302,7 @@ def write_adapter(adapter: SavedAdapter, stacks: Mapping[str, Stack]) -> None:
         (folder / SCALES_FILE).unlink(missing_ok=True)
     if adapter.record is not None:
         write_file(folder / RECORD_FILE, adapter.record.model_dump_json(indent=2))
-    write_file(folder / CONFIG_FILE, json.dumps(config, indent=2))
+    write_file(folder / ADAPTER_CONFIG, json.dumps(config, indent=2))
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

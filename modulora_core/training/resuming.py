@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modulora_core.adapters.peft_format import CONFIG_FILE
 from modulora_core.checkpoints.written.outputs import check_output, partial_name, write_file
 from modulora_core.data.examples import Examples
 from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, OutputError
-from modulora_core.models.folders import RUN_FILE
+from modulora_core.models.folders import ADAPTER_CONFIG, RUN_FILE
 from modulora_core.models.json_files import read_json
 from modulora_core.training.checkpoints import latest_checkpoint, processes_of
 from modulora_core.training.config import FinetuneConfig
@@ -48,7 +47,7 @@ def check_new(out: Path) -> None:
         OutputError: the folder holds a finished adapter, an unfinished run with a whole checkpoint,
             or other files.
     """
-    if (out / CONFIG_FILE).is_file():
+    if (out / ADAPTER_CONFIG).is_file():
         raise OutputError(f"{_finished(out)}; choose another name or remove it")
     if _last_checkpoint(out, resume=False) is not None:
         raise OutputError(
@@ -64,7 +63,7 @@ def begun(out: Path, config: FinetuneConfig) -> Begun:
         OutputError: the folder holds a finished adapter of another run, or other files.
         OptionError: the run to resume has another config.
     """
-    if (out / CONFIG_FILE).is_file():
+    if (out / ADAPTER_CONFIG).is_file():
         changed = ["another tool wrote it"]
         if (out / RUN_FILE).is_file():
             changed = config.differences(FinetuneConfig.build({}, file=out / RUN_FILE))
