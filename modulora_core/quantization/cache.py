@@ -69,15 +69,15 @@ class CachedModel:
         quality: Quality = "balanced",
         cache: Path | None = None,
     ) -> None:
-        choice = choice_of(choice, quality)
-        self._calibration = calibration_of(calibration, quality, [choice])
-        self._choice, self._source = choice, open_dense(model)
+        # what was asked for, as quantize takes it: it resolves the quality by itself
+        self._choice, self._calibration, self._quality = choice, calibration, quality
         self._embeddings, self._cache = embeddings, cache
-        text = None
-        if self._calibration is not None:
-            text = calibration_text(self._source, self._calibration, seed=0)
+        resolved = choice_of(choice, quality)
+        config = calibration_of(calibration, quality, [resolved])
+        self._source = open_dense(model)
+        text = None if config is None else calibration_text(self._source, config, seed=0)
         layout = choose_layout(
-            self._source, [choice], (), Selection(embeddings=embeddings), calibration=text, seed=0
+            self._source, [resolved], (), Selection(embeddings=embeddings), calibration=text, seed=0
         )
         self.record: QuantizationRecord = layout.record
         self.parameters: dict[str, ParameterInfo] = dict(self._source.parameters)
@@ -129,7 +129,7 @@ class CachedModel:
             logger.info("%s: quantizing %s into the cache", self.folder, model)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         return quantize(
-            model, self.folder, self._choice.quantizer,
-            self._choice.options, embeddings=self._embeddings, calibration=self._calibration,
+            model, self.folder, self._choice.quantizer, self._choice.options,
+            quality=self._quality, embeddings=self._embeddings, calibration=self._calibration,
             resume=True, progress=progress,
         )  # fmt: skip
