@@ -93,17 +93,13 @@ class CachedModel:
     @cached_property
     def folder(self) -> Path:
         """The packed model's folder in the cache; it need not exist."""
-        location = self._source.location
-        names = sorted({tensor.file for tensor in self._source.store.tensors.values()})
-        stats = {name: (location.folder / name).stat() for name in names}
         described = {
-            "folder": str(location.folder.resolve()),
-            "files": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
+            **self._source.file_stats(),
             "plugin": registry.find(self._choice.quantizer).version,
             "record": self.record.to_json(),
         }
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-        name = location.name.replace("/", "--").replace(":", "-")
+        name = self._source.location.name.replace("/", "--").replace(":", "-")
         return (self._cache or cache_folder()) / f"{name}-{self._choice.quantizer}-{digest}"
 
     def packed(self, progress: Progress = no_progress) -> PackedCheckpoint:
