@@ -51,7 +51,7 @@ class CachedModel:
         cache: the folder of cached models; by default :func:`cache_folder`.
 
     Attributes:
-        record: the ``quantization_config`` that the packed model will have.
+        record: the ``quantization_config`` that the packed model will have, without ``contents``.
         parameters: the dense model's parameters by name.
 
     Raises:

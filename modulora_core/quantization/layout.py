@@ -87,8 +87,12 @@ class Layout:
         return self.record.to_json()
 
     def made(self, record: QuantizationRecord) -> bool:
-        """Whether this request made a checkpoint, perhaps with another version of this package."""
-        return record.to_json() | {"core_version": VERSION} == self.request
+        """Whether this request made a checkpoint, perhaps with another version of this package.
+
+        The values of the weights are not compared.
+        """
+        changed = {"core_version": VERSION, "contents": None}
+        return record.model_copy(update=changed).to_json() == self.request
 
 
 @dataclass(frozen=True, slots=True)
