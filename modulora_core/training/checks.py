@@ -13,7 +13,6 @@ from modulora_core.adapters.targets import select_layers
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.loading import check_mapped, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.distributed import world_size
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.quantization.cache import CachedModel
@@ -69,8 +68,9 @@ def _check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | Cach
     """Refuse ``lora_file`` where the file couldn't be used."""
     if config.lora_file is None:
         return
-    spec = file_writer(config.lora_file).spec
-    check_new_file(Path(config.lora_file), spec.file_suffix)
+    writer = file_writer(config.lora_file)
+    writer.check_adapter_file(Path(config.lora_file))
+    spec = writer.spec
     continued = None if config.adapter is None else read_adapter(config.adapter)
     if config.train_scales or (continued is not None and continued.has_channel_scales):
         raise OptionError("lora_file: it holds no channel scales; train without them")
