@@ -73,9 +73,13 @@ class Layout:
     def quantizer(self, site: PackedSite) -> Quantizer:
         return self.quantizers[site.recipe]
 
+    def quantizer_of(self, name: str) -> Quantizer:
+        """The quantizer that packs a parameter."""
+        return self.quantizer(self.record.site(name))
+
     def candidates(self, name: str) -> Sequence[Quantizer]:
         """The quantizers that may pack a parameter."""
-        return [self.quantizer(self.record.site(name))]
+        return [self.quantizer_of(name)]
 
     @property
     def nbytes(self) -> int:
