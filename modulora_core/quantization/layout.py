@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any
 
 from modulora_core.arguments import check_fields
 from modulora_core.calibration import CalibrationText, block_prefixes
@@ -64,11 +64,6 @@ class Layout:
     linears: tuple[LinearSite, ...]
     calibration: CalibrationText | None
     table: dict[str, Any] | None = None
-    measured_tokens: ClassVar[int] = 0  # none, unlike a Mixture
-
-    def choose(self, *_: object, **__: object) -> Layout:
-        """The layout as it is. A budget's ``Mixture`` measures here, and makes one."""
-        return self
 
     def quantizer(self, site: PackedSite) -> Quantizer:
         return self.quantizers[site.recipe]

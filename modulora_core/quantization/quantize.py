@@ -206,7 +206,11 @@ def quantize(
         nbytes = _disk_bytes(source, chosen, where)
         run = unfinished(source, out, request, nbytes, resume, progress)
         with run as (folder, resumes, contents):
-            layout = chosen.choose(where, folder, resume=resumes, progress=progress)
+            layout = (
+                chosen.choose(where, folder, resume=resumes, progress=progress)
+                if isinstance(chosen, Mixture)
+                else chosen
+            )
             record = layout.record.model_copy(update={"contents": contents})
             layout = replace(layout, record=record)
             outcome = _write_packed(
@@ -259,7 +263,8 @@ def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.dev
     files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
     nbytes += files * spilled_bytes(text.ids.numel(), source.config, device, spill)
     weighs = text.config.weighting == "loss"
-    for tokens in (text.ids.numel() if weighs else 0, chosen.measured_tokens):
+    measured = chosen.measured_tokens if isinstance(chosen, Mixture) else 0
+    for tokens in (text.ids.numel() if weighs else 0, measured):
         nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
     if weighs:
         nbytes += sum(
