@@ -48,9 +48,12 @@ SUPPORTED_PROTOCOLS = range(1, 2)
 QUANTIZER_NAME = "[a-z][a-z0-9]*(-[a-z0-9]+)*"
 """The pattern of a quantizer's name."""
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""The keys in config.json that say how a model is quantized; the second is an older one."""
+
 
 def _free(name: str) -> str:
-    if name in ("quantization_config", "compression_config", "text_config", "config.json"):
+    if name in (*QUANTIZATION_KEYS, "text_config", "config.json"):
         raise ValueError("expected a name that transformers does not use")
     return name
 

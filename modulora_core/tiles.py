@@ -128,7 +128,7 @@ def _transposed(y: Tensor, tile: TileFunction, shape: tuple[int, int]) -> Tensor
     dtype, ranges = _tiles(y, shape)
     if len(ranges) == 1:
         return dense_products.product(y.to(dtype), tile(*ranges[0], dtype)).to(y.dtype)
-    # summed in fp32 or wider, and rounded once
+    # each tile's product is in dtype; they are summed in fp32 or wider
     x = y.new_zeros(len(y), shape[1], dtype=torch.promote_types(dtype, torch.float32))
     for start, stop in ranges:
         dense_products.add_product(x, y[:, start:stop].to(dtype), tile(start, stop, dtype))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import OptionError
 from modulora_core.models.installed_formats import (
     InstalledFormat,
@@ -103,6 +104,10 @@ class FileWriter(ABC):
             AdapterError: it does not fit the model, or has channel scales.
             RequestError: the model isn't a file of this format, or can't be read.
         """
+
+    def check_adapter_file(self, out: Path) -> None:
+        """Raise OutputError if :meth:`write_adapter` can't write ``out``, before any work."""
+        check_new_file(out, self.spec.file_suffix)
 
     @abstractmethod
     def merge(

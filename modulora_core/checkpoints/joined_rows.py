@@ -94,6 +94,7 @@ class JoinedRows(Quantizer):
         if not transpose:
             products = [q.matmul(x, part) for q, part, _ in self._parts_of(packed)]
             return torch.cat(products, dim=-1)
+        # summed in x's dtype, to which each part's product is rounded
         products = [
             q.matmul(x[..., first : first + part.shape[0]].contiguous(), part, transpose=True)
             for q, part, first in self._parts_of(packed)

@@ -22,7 +22,7 @@ from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.models.skeleton import build_skeleton
 from modulora_core.models.store import StoredTensor, check_finite
 from modulora_core.progress import quiet
-from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
+from modulora_core.spec import QUANTIZATION_KEYS, PackedWeight, Quantizer, TensorLayout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -151,7 +151,7 @@ class PackedCheckpoint:
 
     def write_dense_config(self, out: Path, dtype: str) -> None:
         """Write config.json of the dense model."""
-        dropped = ("quantization_config", "torch_dtype")
+        dropped = (*QUANTIZATION_KEYS, "torch_dtype")
         config = {key: value for key, value in self.config.items() if key not in dropped}
         (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 

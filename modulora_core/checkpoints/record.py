@@ -168,6 +168,10 @@ class QuantizationRecord(_Frozen):
     """The seed of the run that made it."""
     source: Mapping[str, Any] = {}
     """The model that it was made from."""
+    contents: str | None = None
+    """The SHA-256 of that model's values; None in a checkpoint that was not quantized from one, or
+    by an older version.
+    """
     calibration: Mapping[str, Any] | None = None
     """The text of its calibration (:meth:`modulora_core.calibration.CalibrationText.to_json`)."""
     recipes: tuple[Recipe, ...]
@@ -236,7 +240,7 @@ class QuantizationRecord(_Frozen):
         return 8 * self.nbytes / max(1, sum(site.numel for _, site in self.items()))
 
     def to_json(self) -> dict[str, Any]:
-        left_out = {"allocation"} if self.allocation is None else None
+        left_out = {name for name in ("allocation", "contents") if getattr(self, name) is None}
         return self.model_dump(exclude=left_out, mode="json")
 
     @classmethod

@@ -30,6 +30,7 @@ from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import segment_losses
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
+from modulora_core.models import open_dense
 from modulora_core.models.config import vocabulary_of
 from modulora_core.models.sampling import Sampling
 from modulora_core.progress import Display, shown
@@ -150,14 +151,14 @@ def measure(request: Request, folder: Path, words: str | None, progress: Display
         request.train, samples=request.samples, seq_len=request.sample_len or request.seq_len,
         weighting=request.weighting,
     )  # fmt: skip
-    settings = [request.model, request.train, calibration.samples, calibration.seq_len]
-    settings += [request.embeddings] if request.embeddings else []
     stem = name.translate(str.maketrans(":,/", "---", "= "))
-    packed = folder / f"{stem}-{_digest(*settings, request.quality, request.weighting)}"
-    model, facts = request.model, {}
-    if words is not None:
+    if words is None:
+        model, facts = request.model, {}
+        packed = folder / f"{stem}-{_digest(open_dense(model).file_stats())}"
+    else:
         source = _source(request, words, calibration)
-        model = str(source.folder)
+        model = str(source.folder)  # its name tells the weights, plugin and settings
+        packed = folder / f"{stem}-{_digest(source.folder.name)}"
         facts = _kept(packed, lambda: _quantized(source, name, progress))
         if not is_packed(source.folder):  # somebody emptied the cache
             _quantized(source, name, progress)
@@ -170,8 +171,10 @@ def measure(request: Request, folder: Path, words: str | None, progress: Display
     )
     after: Measured | None = None
     if request.steps and isinstance(opened, PackedCheckpoint):
-        trained = request.steps, request.batch_size, request.seq_len, request.seed
-        digest = _digest(*trained, request.matmul_precision)
+        digest = _digest(
+            request.train, request.steps, request.batch_size, request.seq_len, request.seed,
+            request.matmul_precision,
+        )  # fmt: skip
         adapter = packed.with_name(f"{packed.name}-adapter-{digest}")
         facts |= _kept(adapter, lambda: _trained(request, model, adapter, progress))
         found = _kept(

@@ -14,6 +14,7 @@ from modulora_core.models.folders import no_config
 from modulora_core.models.formats import FormatSpec
 from modulora_core.models.installed_formats import method_of, recognise, unread_method
 from modulora_core.models.json_files import read_json
+from modulora_core.spec import QUANTIZATION_KEYS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -87,7 +88,7 @@ def read_config(
     config = transformers_config(folder)
     if foreign is not None:
         for part in (config, config.get_text_config()):
-            for key in ("quantization_config", *foreign.config_keys):
+            for key in (*QUANTIZATION_KEYS, *foreign.config_keys):
                 if hasattr(part, key):
                     delattr(part, key)
     return config, values

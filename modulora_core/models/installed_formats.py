@@ -16,7 +16,7 @@ from modulora_core.errors import DuplicatePluginError, ModelError, OptionError, 
 from modulora_core.hookspecs import PROJECT
 from modulora_core.models.formats import CheckpointFormat, FormatReader
 from modulora_core.models.json_files import read_json
-from modulora_core.spec import FormatSpec
+from modulora_core.spec import QUANTIZATION_KEYS, FormatSpec
 
 Class = TypeVar("Class")
 
@@ -190,7 +190,7 @@ def _quantization(config: Mapping[str, Any]) -> tuple[str | None, Mapping[str, A
     """Method and quantization config of a model, or of the language part of a larger one."""
     text = config.get("text_config")
     for part in (config, text if isinstance(text, Mapping) else {}):
-        found = part.get("quantization_config") or part.get("compression_config")
+        found = next(filter(None, map(part.get, QUANTIZATION_KEYS)), None)
         if found:
             known = found if isinstance(found, Mapping) else {"quant_method": found}
             return str(known.get("quant_method", "an unnamed method")), known

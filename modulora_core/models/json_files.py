@@ -80,17 +80,22 @@ def read_yaml(path: Path, error: type[RequestError]) -> Any:
     raise error(f"{path}: expected {reason.removeprefix('expected ')}")
 
 
-def read_journal(path: Path, kind: type[T]) -> dict[str, T]:
-    """Read a file of lines ``[key, value]``, up to a line that a kill has broken.
+def repair_journal(path: Path, kind: type[T]) -> dict[str, T]:
+    """Remove the line that a kill has broken, and all after it, from a file; read the others.
 
-    That line and all after it are removed from the file: their work is done again.
+    The work of the removed lines is done again.
 
     Args:
-        path: the file; it may be missing.
+        path: a file of lines ``[key, value]``; it may be missing.
         kind: the type of a value.
+
+    Returns:
+        key → value of the lines that are left.
     """
+    if not path.is_file():
+        return {}
     entries, whole = [], []
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             key, value = check_json(line, tuple, "line")
             entry = str(key), check_json(value, kind, "value")

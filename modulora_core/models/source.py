@@ -101,6 +101,16 @@ class ModelSource(Weights):
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         }
 
+    def file_stats(self) -> dict[str, Any]:
+        """The folder, and size and time of change of each file of weights, as JSON.
+
+        They distinguish the contents on this machine, and no values are read.
+        """
+        folder, names = self.location.folder, {each.file for each in self.store.tensors.values()}
+        files = {name: (folder / name).stat() for name in sorted(names)}
+        found = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in files.items()}
+        return {"folder": str(folder.resolve()), "files": found}
+
 
 def open_dense(model: str | Location, *, revision: str | None = None) -> ModelSource:
     """Open MODEL as floats: a folder of safetensors, a file, ``package:NAME`` or a Hub id.

@@ -51,7 +51,7 @@ class CachedModel:
         cache: the folder of cached models; by default :func:`cache_folder`.
 
     Attributes:
-        record: the ``quantization_config`` that the packed model will have.
+        record: the ``quantization_config`` that the packed model will have, without ``contents``.
 
     Raises:
         ModelError, CheckpointError: the model cannot be read, or it is packed already.
@@ -68,15 +68,15 @@ class CachedModel:
         quality: Quality = "balanced",
         cache: Path | None = None,
     ) -> None:
-        choice = choice_of(choice, quality)
-        self._calibration = calibration_of(calibration, quality, [choice])
-        self._choice, self._source = choice, open_dense(model)
+        # what was asked for, as quantize takes it: it resolves the quality by itself
+        self._choice, self._calibration, self._quality = choice, calibration, quality
         self._embeddings, self._cache = embeddings, cache
-        text = None
-        if self._calibration is not None:
-            text = calibration_text(self._source, self._calibration, seed=0)
+        resolved = choice_of(choice, quality)
+        config = calibration_of(calibration, quality, [resolved])
+        self._source = open_dense(model)
+        text = None if config is None else calibration_text(self._source, config, seed=0)
         layout = choose_layout(
-            self._source, [choice], (), Selection(embeddings=embeddings), calibration=text, seed=0
+            self._source, [resolved], (), Selection(embeddings=embeddings), calibration=text, seed=0
         )
         self.record: QuantizationRecord = layout.record
 
@@ -103,17 +103,13 @@ class CachedModel:
     @cached_property
     def folder(self) -> Path:
         """The packed model's folder in the cache; it need not exist."""
-        location = self._source.location
-        names = sorted({tensor.file for tensor in self._source.store.tensors.values()})
-        stats = {name: (location.folder / name).stat() for name in names}
         described = {
-            "folder": str(location.folder.resolve()),
-            "files": {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()},
+            **self._source.file_stats(),
             "plugin": registry.find(self._choice.quantizer).version,
             "record": self.record.to_json(),
         }
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
-        name = location.name.replace("/", "--").replace(":", "-")
+        name = self._source.location.name.replace("/", "--").replace(":", "-")
         return (self._cache or cache_folder()) / f"{name}-{self._choice.quantizer}-{digest}"
 
     def packed(self, progress: Progress = no_progress) -> PackedCheckpoint:
@@ -139,7 +135,7 @@ class CachedModel:
             logger.info("%s: quantizing %s into the cache", self.folder, model)
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         return quantize(
-            model, self.folder, self._choice.quantizer,
-            self._choice.options, embeddings=self._embeddings, calibration=self._calibration,
+            model, self.folder, self._choice.quantizer, self._choice.options,
+            quality=self._quality, embeddings=self._embeddings, calibration=self._calibration,
             resume=True, progress=progress,
         )  # fmt: skip

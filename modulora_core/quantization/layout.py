@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar
+from typing import Any
 
 from modulora_core.arguments import check_fields
 from modulora_core.calibration import CalibrationText, block_prefixes
@@ -64,18 +64,17 @@ class Layout:
     linears: tuple[LinearSite, ...]
     calibration: CalibrationText | None
     table: dict[str, Any] | None = None
-    measured_tokens: ClassVar[int] = 0  # none, unlike a Mixture
-
-    def choose(self, *_: object, **__: object) -> Layout:
-        """The layout as it is. A budget's ``Mixture`` measures here, and makes one."""
-        return self
 
     def quantizer(self, site: PackedSite) -> Quantizer:
         return self.quantizers[site.recipe]
 
+    def quantizer_of(self, name: str) -> Quantizer:
+        """The quantizer that packs a parameter."""
+        return self.quantizer(self.record.site(name))
+
     def candidates(self, name: str) -> Sequence[Quantizer]:
         """The quantizers that may pack a parameter."""
-        return [self.quantizer(self.record.site(name))]
+        return [self.quantizer_of(name)]
 
     @property
     def nbytes(self) -> int:
@@ -87,8 +86,12 @@ class Layout:
         return self.record.to_json()
 
     def made(self, record: QuantizationRecord) -> bool:
-        """Whether this request made a checkpoint, perhaps with another version of this package."""
-        return record.to_json() | {"core_version": VERSION} == self.request
+        """Whether this request made a checkpoint, perhaps with another version of this package.
+
+        The values of the weights are not compared.
+        """
+        changed = {"core_version": VERSION, "contents": None}
+        return record.model_copy(update=changed).to_json() == self.request
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from modulora_core import distributed
 from modulora_core.calibration import (
     BlockVisitor,
     BlockWalk,
-    CalibrationText,
     PackedMatrices,
     Tuner,
     block_prefixes,
@@ -29,7 +29,7 @@ from modulora_core.dense_products import has_bfloat16_units, matmul_precision
 from modulora_core.models import ModelSource
 from modulora_core.progress import Progress
 from modulora_core.quantization.layout import Layout, uses_output_moment
-from modulora_core.spec import Calibration, PackedWeight, Quantizer
+from modulora_core.spec import Calibration, PackedWeight
 
 WEIGHTING = "weighting"
 """The folder of token weights and second moments of gradients, in an unfinished folder."""
@@ -65,7 +65,8 @@ def pack_all(
         WorkError: a layer's inputs are NaN or Inf, or a quantizer broke the promise of its layout.
     """
     text, tuner = layout.calibration, None
-    packer = _Packer(source, layout, writer, device, progress)
+    weights, moments = _weigh(source, layout, writer.folder, device, progress)
+    packer = _Packer(source, layout, writer, device, progress, moments)
     inside = () if text is None else block_prefixes(source)
     outside = {name for name in source.parameters if not name.startswith(inside)}
     if distributed.is_first():  # reading takes most of the time
@@ -76,12 +77,48 @@ def pack_all(
     if text.config.tuning is not None:
         progress = partial(packer.tell, "tuning")
         tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
-    weights = packer.weigh(text, inside) if text.config.weighting == "loss" else {}
     walk = BlockWalk(
         source, text, layout.linears, packer, device, writer.folder, tuner, token_weights=weights
     )
     walk.run()
     return PackingOutcome(walk.unreached, None if tuner is None else tuner.errors)
+
+
+def _weigh(
+    source: ModelSource, layout: Layout, folder: Path, device: torch.device, progress: Progress
+) -> tuple[TokenWeights, OutputMoments]:
+    """Weight the tokens of the calibration by the loss, if it asks for that.
+
+    Args:
+        folder: the unfinished folder; the results are kept below it for a resumed run.
+
+    Returns:
+        the weights, and H_O of the parameters whose quantizers use it; both empty without.
+    """
+    text, folder = layout.calibration, folder / WEIGHTING
+    if text is None or text.config.weighting != "loss":
+        return {}, OutputMoments(folder, frozenset())
+    inside = block_prefixes(source)
+    # without experts: quantized layers route other tokens to them than dense layers do
+    linears = [
+        linear for linear in layout.linears
+        if linear.experts is None and linear.name.startswith(inside)
+        and layout.quantizer_of(linear.name).wants_calibration
+    ]  # fmt: skip
+    moments = OutputMoments(folder, frozenset(
+        linear.name for linear in linears
+        if uses_output_moment(linear, layout.quantizer_of(linear.name))
+    ))  # fmt: skip
+    if not linears:
+        return {}, moments
+    measure = partial(
+        loss_sensitivities, source, text.ids, linears, device=device, folder=folder,
+        seed=layout.record.seed, spill=text.config.spill, progress=progress, moments=moments,
+    )  # fmt: skip
+    # an error of bf16 is less than that of drawing tokens
+    fast = device.type != "cpu" or has_bfloat16_units()
+    with matmul_precision("medium" if fast else None):
+        return token_weights(text.ids, folder, measure), moments
 
 
 @dataclass
@@ -93,7 +130,7 @@ class _Packer(BlockVisitor):
     writer: ShardWriter
     device: torch.device
     progress: Progress
-    moments: OutputMoments | None = None
+    moments: OutputMoments
     done_bytes: int = 0
 
     def take(self, name: str, tensor: Tensor) -> None:
@@ -106,35 +143,6 @@ class _Packer(BlockVisitor):
             matrices = self._site(name).matrices(tensor)
             self.write(self.pack(name, matrices, [None] * len(matrices)))
 
-    def weigh(self, text: CalibrationText, inside: tuple[str, ...]) -> TokenWeights:
-        """The weights of tokens by the loss. Keeps H_O of the parameters whose quantizers use it.
-
-        Args:
-            inside: the prefixes of names in the decoder blocks.
-        """
-        folder = self.writer.folder / WEIGHTING
-        # quantized layers before them route tokens to other experts than dense layers do
-        linears = [
-            linear for linear in self.layout.linears
-            if linear.experts is None and linear.name.startswith(inside)
-            and self.wants_calibration(linear.name)
-        ]  # fmt: skip
-        if not linears:
-            return {}
-        self.moments = OutputMoments(folder, frozenset(
-            linear.name for linear in linears
-            if uses_output_moment(linear, self._quantizer(linear.name))
-        ))  # fmt: skip
-        measure = partial(
-            loss_sensitivities, self.source, text.ids, linears, device=self.device, folder=folder,
-            seed=self.layout.record.seed, spill=text.config.spill, progress=self.progress,
-            moments=self.moments,
-        )  # fmt: skip
-        # an error of bf16 is less than that of drawing tokens
-        fast = self.device.type != "cpu" or has_bfloat16_units()
-        with matmul_precision("medium" if fast else None):
-            return token_weights(text.ids, folder, measure)
-
     def is_written(self, name: str) -> bool:
         return name in self.writer.done
 
@@ -144,13 +152,13 @@ class _Packer(BlockVisitor):
         self._count(name)
 
     def wants_calibration(self, name: str) -> bool:
-        return self._quantizer(name).wants_calibration
+        return self.layout.quantizer_of(name).wants_calibration
 
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> PackedMatrices:
         site, seed = self._site(name), self.layout.record.seed
-        quantizer = self._quantizer(name)
+        quantizer = self.layout.quantizer_of(name)
         on_device = (matrix.to(self.device) for matrix in matrices)
         given = self._completed(name, calibrations, len(matrices))
         packed = pack_matrices(name, site, quantizer, on_device, given, seed=seed)
@@ -162,7 +170,7 @@ class _Packer(BlockVisitor):
     ) -> Iterator[Calibration | None]:
         """The calibrations of a parameter's matrices, with H_O and a function for progress."""
         nbytes = self.source.parameters[name].nbytes // number
-        moment = None if self.moments is None else self.moments.read(name)
+        moment = self.moments.read(name)
         for i, calibration in enumerate(calibrations):
             if calibration is None:
                 yield None
@@ -172,7 +180,7 @@ class _Packer(BlockVisitor):
             yield replace(calibration, output_hessian=H_O, progress=tell)
 
     def received(self, name: str, matrices: Sequence[PackedWeight]) -> PackedMatrices:
-        quantizer = self._quantizer(name)
+        quantizer = self.layout.quantizer_of(name)
         self._count(name)
         return PackedMatrices(name, quantizer, [matrix.to(self.device) for matrix in matrices])
 
@@ -200,9 +208,6 @@ class _Packer(BlockVisitor):
 
     def _site(self, name: str) -> PackedSite:
         return self.layout.record.site(name)
-
-    def _quantizer(self, name: str) -> Quantizer:
-        return self.layout.quantizer(self._site(name))
 
     def _count(self, name: str) -> None:
         self.done_bytes += self.source.parameters[name].nbytes

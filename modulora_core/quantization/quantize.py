@@ -52,9 +52,10 @@ from modulora_core.quantization.layout import (
 )
 from modulora_core.quantization.mixed.errors import ERRORS_FILE
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
+from modulora_core.quantization.mixed.recorded import recorded_allocation
 from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
-from modulora_core.quantization.resuming import finished, unfinished
+from modulora_core.quantization.resuming import check_contents, finished, unfinished
 from modulora_core.registry import Choice
 
 __all__ = ["Budget", "Choice", "Override", "QuantizeResult", "quantize"]
@@ -82,7 +83,9 @@ class QuantizeResult:
         tuning_errors: by decoder block tuned in this run, its error on held-out samples before
             and after; None without tuning.
         allocation: the choice of each layer, if a budget decided
-            (:meth:`modulora_core.quantization.mixed.mixture.Mixture.table`).
+            (:meth:`modulora_core.quantization.mixed.mixture.Mixture.table`). A run that was
+            finished before has no errors in it
+            (:func:`modulora_core.quantization.mixed.recorded.recorded_allocation`).
     """
 
     out: str
@@ -159,7 +162,8 @@ def quantize(
         max_shard_bytes: the size of a file of the checkpoint.
         resume: continue the same request in ``out.partial`` after a killed run. Parameters that
             were written (with tuning: whole blocks) are kept. Without ``resume`` such a folder is
-            refused. An ``out`` that the same request finished is left as it is, in 0 seconds.
+            refused. An ``out`` that the same request finished is left as it is, after the values
+            of the weights were compared.
         revision: a branch, tag or commit of a Hub repository.
         progress: called with a phase, bytes done and all bytes of the phase; by default a bar on a
             terminal, and False shows none.
@@ -194,19 +198,27 @@ def quantize(
             if done is not None:
                 if not chosen.made(done.record):
                     check_output(out, resume=resume)  # it is of another request
+                check_contents(done, source, progress)
                 logger.info("%s: it is finished; nothing is left to resume", out)
                 return _result(source, done.record, done.nbytes, PackingOutcome(), out)
             _warn_without_tokenizer(source)
         request = {**chosen.request, "max_shard_bytes": max_shard_bytes}
         nbytes = _disk_bytes(source, chosen, where)
-        with unfinished(source, out, request, nbytes, resume, progress) as (folder, resumes):
-            layout = chosen.choose(where, folder, resume=resumes, progress=progress)
+        run = unfinished(source, out, request, nbytes, resume, progress)
+        with run as (folder, resumes, contents):
+            layout = (
+                chosen.choose(where, folder, resume=resumes, progress=progress)
+                if isinstance(chosen, Mixture)
+                else chosen
+            )
+            record = layout.record.model_copy(update={"contents": contents})
+            layout = replace(layout, record=record)
             outcome = _write_packed(
                 source, layout, folder, where, max_shard_bytes, resume=resumes, progress=progress
             )
     seconds = time.perf_counter() - started
     result = _result(source, layout.record, layout.nbytes, outcome, out, seconds, peak.nbytes)
-    return replace(result, allocation=layout.table)
+    return result if layout.table is None else replace(result, allocation=layout.table)
 
 
 def _choices(
@@ -251,7 +263,8 @@ def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.dev
     files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
     nbytes += files * spilled_bytes(text.ids.numel(), source.config, device, spill)
     weighs = text.config.weighting == "loss"
-    for tokens in (text.ids.numel() if weighs else 0, chosen.measured_tokens):
+    measured = chosen.measured_tokens if isinstance(chosen, Mixture) else 0
+    for tokens in (text.ids.numel() if weighs else 0, measured):
         nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
     if weighs:
         nbytes += sum(
@@ -331,4 +344,5 @@ def _result(
         calibration=None if record.calibration is None else dict(record.calibration),
         unreached=list(outcome.unreached),
         tuning_errors=outcome.tuning_errors,
+        allocation=recorded_allocation(record, nbytes - record.nbytes),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from modulora_core.models.folders import REQUEST
 from modulora_core.models.json_files import read_json
 from modulora_core.progress import Progress
 
+logger = logging.getLogger(__name__)
+
 
 class _Begun(BaseModel):
     """``request.json`` of an unfinished run; ``contents`` is the digest of the model's values."""
@@ -46,6 +49,28 @@ def finished(out: Path) -> PackedCheckpoint | None:
     return found
 
 
+def check_contents(done: PackedCheckpoint, source: ModelSource, progress: Progress) -> None:
+    """Refuse a finished checkpoint of other weights. All values of ``source`` are read.
+
+    A checkpoint without a digest is accepted with a warning: older versions wrote none.
+
+    Raises:
+        CheckpointError: the values differ.
+        WeightError: a weight is NaN or Inf.
+    """
+    if done.record.contents is None:
+        logger.warning(
+            "%s: an older version wrote it, without a digest of the model's values; they aren't "
+            "compared",
+            done.path,
+        )
+    elif done.record.contents != source.checked_digest(progress):
+        raise CheckpointError(
+            f"{done.path}: expected a checkpoint of {source.location.model}, got one of other "
+            "weights; choose another name, or remove it"
+        )
+
+
 @contextmanager
 def unfinished(
     source: ModelSource,
@@ -54,7 +79,7 @@ def unfinished(
     nbytes: int,
     resume: bool,
     progress: Progress,
-) -> Iterator[tuple[Path, bool]]:
+) -> Iterator[tuple[Path, bool, str | None]]:
     """Open the folder of an unfinished run, which becomes ``out`` at the end.
 
     In a distributed run the first process makes it, and the others wait.
@@ -65,7 +90,7 @@ def unfinished(
         resume: whether to continue a run that is there.
 
     Yields:
-        the folder, and whether a run is continued.
+        the folder, whether a run is continued, and in the first process the digest of the values.
 
     Raises:
         CheckpointError: the unfinished run has another request or other weights; a weight is
@@ -74,7 +99,7 @@ def unfinished(
         WeightError: a weight is NaN or Inf.
     """
     with ExitStack() as stack:
-        resumes = False
+        resumes, contents = False, None
         with together():
             if is_first():
                 before = _begun(partial_name(out), request) if resume else None
@@ -88,7 +113,7 @@ def unfinished(
                 source.copy_tokenizer(folder)  # one that can't be copied is refused before the work
                 begun = json.dumps({"record": request, "contents": contents})
                 write_file(folder / REQUEST, begun)
-        yield partial_name(out), from_first(resumes)
+        yield partial_name(out), from_first(resumes), contents
     barrier()  # out is whole
 
 

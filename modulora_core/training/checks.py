@@ -13,7 +13,6 @@ from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.loading import check_mapped, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.distributed import world_size
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.quantization.cache import CachedModel
@@ -74,8 +73,9 @@ def check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | Cache
     """
     if config.lora_file is None:
         return
-    spec = file_writer(config.lora_file).spec
-    check_new_file(Path(config.lora_file), spec.file_suffix)
+    writer = file_writer(config.lora_file)
+    writer.check_adapter_file(Path(config.lora_file))
+    spec = writer.spec
     continued = None if config.adapter is None else read_adapter(config.adapter)
     if config.train_scales or (continued is not None and continued.has_channel_scales):
         raise OptionError("lora_file: it holds no channel scales; train without them")

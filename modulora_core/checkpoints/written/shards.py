@@ -23,7 +23,7 @@ from torch import Tensor
 
 from modulora_core.distributed import from_first, is_first
 from modulora_core.errors import CheckpointError, WorkError
-from modulora_core.models.json_files import read_journal
+from modulora_core.models.json_files import repair_journal
 from modulora_core.models.safetensors_store import DTYPE_CODES, INDEX, MOST_TENSORS
 from modulora_core.spec import TensorLayout
 
@@ -109,7 +109,7 @@ class ShardWriter:
         self._journal = folder / JOURNAL
         self._writes = is_first()
         # the digests of the tensors of each parameter
-        journal = read_journal(self._journal, dict[str, str]) if resume and self._writes else {}
+        journal = repair_journal(self._journal, dict[str, str]) if resume and self._writes else {}
         for name, shard in zip(shard_names(len(shards)), shards, strict=True):
             self._open(folder / name, shard, resume=bool(journal))
         self.done = from_first({name for name, sums in journal.items() if self._are_there(sums)})

@@ -31,7 +31,7 @@ from modulora_core.calibration.sensitivity import loss_sensitivities
 from modulora_core.checkpoints.matrices import pack_matrix, random_stream
 from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
-from modulora_core.models.json_files import read_journal
+from modulora_core.models.json_files import repair_journal
 from modulora_core.models.sites import LinearSite
 from modulora_core.progress import Progress
 from modulora_core.spec import Calibration, PackedWeight, Quantizer, titled
@@ -76,7 +76,7 @@ def measure_errors(
     journal = folder / ERRORS_FILE
     if not resume:
         journal.unlink(missing_ok=True)
-    measured = read_journal(journal, list[float])
+    measured = repair_journal(journal, list[float])
     if all(linear.name in measured for linear in linears):
         return measured
     held_out = held_out_ids(calibration)

@@ -105,7 +105,7 @@ class Mixture:
         }
 
     def made(self, record: QuantizationRecord) -> bool:
-        """Whether this request made a checkpoint, perhaps with another version of this package."""
+        """As :meth:`Layout.made`."""
         packed = {*self.sizes, *(end.site.name for end in self.ends)}
         return (record.source, record.seed, record.allocation, {*record.weights}) == (
             self.source.identity(), self.seed, self._entry(), packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ def test_a_foreign_folder_is_packed_wherever_its_config_is(
     rewrite = rf"already quantized with {told}\).*modulora convert .*/m OUT --to modulora"
     with pytest.raises(ModelError, match=rewrite):
         open_dense(str(tmp_path / "m"))
+
+
+def test_a_config_under_the_older_key_is_left_out_of_the_dense_folder(tmp_path: Path) -> None:
+    save_crude(tmp_path / "m")
+    values = json.loads((tmp_path / "m" / "config.json").read_text())
+    values["compression_config"] = values.pop("quantization_config")
+    (tmp_path / "m" / "config.json").write_text(json.dumps(values))
+    merge(str(tmp_path / "m"), tmp_path / "out")
+    open_dense(str(tmp_path / "out"))
 
 
 def test_a_conv1d_is_read_as_out_by_in(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from modulora_core.comparison import measure as comparison
 from modulora_core.comparison.measure import Request, compare, difference
@@ -99,3 +100,21 @@ def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(
     shutil.rmtree(packed)
     assert compare(request, out, False)[1] == found
     assert (Path(packed) / "config.json").is_file()
+
+
+def test_other_weights_in_the_same_folder_are_measured_again(
+    request_: Request, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    request = replace(request_, prompts=0)
+    before = compare(request, out, False)
+    weights = load_file(tmp_path / "dense" / "model.safetensors")
+    changed = {name: tensor * 1.5 for name, tensor in weights.items()}
+    save_file(changed, tmp_path / "dense" / "model.safetensors", {"format": "pt"})
+    after = compare(request, out, False)
+    for old, new in zip(before, after, strict=True):
+        assert new.before.losses != old.before.losses
+    assert before[1].after is not None
+    assert after[1].after is not None
+    assert after[1].after.losses != before[1].after.losses

@@ -16,7 +16,7 @@ from modulora_core.errors import (
     said_by_system,
     usable_path,
 )
-from modulora_core.models.json_files import parse_json, read_journal, read_json, read_yaml
+from modulora_core.models.json_files import parse_json, read_json, read_yaml, repair_journal
 from modulora_core.models.patterns import matches
 
 DEEP = 10_000
@@ -103,8 +103,10 @@ def test_broken_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: P
 def test_a_journal_ends_at_its_first_broken_line(broken: bytes, tmp_path: Path) -> None:
     whole = b'["a", {"x": "1"}]\n["b", {}]\n'
     (tmp_path / "x").write_bytes(whole + broken + (whole if broken.endswith(b"\n") else b""))
-    assert read_journal(tmp_path / "x", dict[str, str]) == {"a": {"x": "1"}, "b": {}}
+    assert repair_journal(tmp_path / "x", dict[str, str]) == {"a": {"x": "1"}, "b": {}}
     assert (tmp_path / "x").read_bytes() == whole
+    assert repair_journal(tmp_path / "missing", dict[str, str]) == {}
+    assert not (tmp_path / "missing").exists()
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "a\0b", "~nobody-of-this-name/x"])

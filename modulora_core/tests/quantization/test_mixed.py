@@ -326,7 +326,9 @@ def test_a_run_killed_while_measuring_and_while_packing_ends_with_the_same_bytes
     assert "measuring" not in phases
     assert stored(out) == stored(whole)
     assert result.allocation == table
-    assert go_on().seconds == 0  # it is finished
+    finished, record = go_on(), open_packed(out).record
+    assert finished.seconds == 0
+    assert finished.allocation == recorded_allocation(record, result.bytes - record.nbytes)
     for _, change in (*others, ("weights", {"exclude": ["*.0.self_attn.k_proj"]})):
         with pytest.raises(OutputError, match="expected it new or empty"):
             go_on(**change)

@@ -253,6 +253,26 @@ def test_a_finished_run_says_so_when_it_is_resumed(
         quantize(source, out, "toy", resume=True)
 
 
+def test_a_finished_run_of_other_weights_is_not_taken_for_this_one(
+    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two runs whose last folders have one name, as Trainer's have."""
+    other = tmp_path / "other" / "source"
+    shutil.copytree(source, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "out"
+    quantize(source, out, "toy")
+    with pytest.raises(CheckpointError, match=r"out: expected .* got one of other weights"):
+        quantize(str(other), out, "toy", resume=True)
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]["contents"]  # as an older version wrote it
+    (out / "config.json").write_text(json.dumps(config))
+    assert quantize(str(other), out, "toy", resume=True).seconds == 0
+    assert "without a digest of the model's values" in caplog.text
+
+
 def test_a_folder_that_is_removed_during_the_run_is_an_error(source: str, tmp_path: Path) -> None:
     partial = partial_name(tmp_path / "out")
     with pytest.raises(

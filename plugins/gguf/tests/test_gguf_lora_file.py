@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +74,18 @@ def test_experts_have_stacks_of_factors(tmp_path: Path, adapted: Adapted) -> Non
     assert torch.equal(found["blk.1.ffn_down_exps.weight.lora_b"], down["lora_B"])
 
 
+def test_an_alpha_of_zero_gives_zeros(tmp_path: Path, adapted: Adapted) -> None:
+    """llama.cpp would take the alpha 0 for none, and scale by 1."""
+    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
+    adapted(path, tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 0}))
+    write_lora_file(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
+    reader = gguf.GGUFReader(tmp_path / "lora.gguf")
+    assert reader.fields["adapter.lora.alpha"].contents() == 1
+    assert not any(t.data.any() for t in reader.tensors if t.name.endswith("lora_b"))
+
+
 def test_requests_are_refused(tmp_path: Path, adapted: Adapted) -> None:
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     other = write_tiny_gguf("gpt2", tmp_path / "other.gguf", "Q8_0")
@@ -86,6 +99,10 @@ def test_requests_are_refused(tmp_path: Path, adapted: Adapted) -> None:
     with pytest.raises(AdapterError, match=r"base /.*base\.gguf, got no such .*--model FOLDER"):
         write_lora_file(adapter, out)
     moved.rename(path)
+    (tmp_path / "lora.Modelfile").write_text("SYSTEM mine")
+    with pytest.raises(OutputError, match=r"lora\.Modelfile: expected a new file beside lora\.g"):
+        write_lora_file(adapter, out, model=str(path))
+    (tmp_path / "lora.Modelfile").unlink()
     with pytest.raises(AdapterError, match=r"expected a GGUF file as the base"):
         write_lora_file(adapter, out, model=str(tmp_path))
     with pytest.raises(OutputError, match="expected a new file"):
@@ -105,6 +122,9 @@ def test_finetune_writes_the_file_at_the_end(
     words = ["finetune", path, str(tmp_path / "adapter"), "--data", str(data), "--steps", "2"]
     words += ["--batch-size", "1", "--grad-accum", "1", "--seq-len", "16", "--no-report"]
     assert main([*words, "--lora-file", str(tmp_path / "lora.bin")]) == 2
+    (tmp_path / "lora.Modelfile").touch()
+    assert main([*words, "--lora-file", str(out)]) == 2
+    (tmp_path / "lora.Modelfile").unlink()
     assert main([*words, "--lora-file", str(out), "--train-scales"]) == 2
     assert "it holds no channel scales" in capsys.readouterr().err
     assert not (tmp_path / "adapter").exists()

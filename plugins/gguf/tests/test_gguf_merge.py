@@ -74,6 +74,21 @@ def test_merging_into_the_own_file_parses_its_header_once(
     assert files == ["parsed"]
 
 
+def test_a_base_that_is_the_model_by_another_path_keeps_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q4_0")
+    monkeypatch.chdir(tmp_path)
+    assert write_merged("base.gguf", "merged.gguf", base=str(path)).types == {"Q4_0": 16, "F32": 5}
+
+
+def test_linear_layers_that_stayed_dense_get_the_type_too(tmp_path: Path) -> None:
+    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
+    quantize(str(path), tmp_path / "packed", "gguf", {"type": "Q8_0"}, exclude=["*.q_proj"])
+    merged = write_merged(str(tmp_path / "packed"), tmp_path / "merged.gguf", base=str(path))
+    assert merged.types == {"Q8_0": 16, "F32": 5}  # norms
+
+
 def test_a_folder_takes_metadata_from_a_file_of_the_same_model(
     tmp_path: Path, adapted: Adapted
 ) -> None:

@@ -27,7 +27,7 @@ from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
 from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
 from modulora_core.checkpoints.loading import open_model
 from modulora_core.checkpoints.written.outputs import new_file, write_file
-from modulora_core.errors import AdapterError, ModelError
+from modulora_core.errors import AdapterError, ModelError, OutputError
 from modulora_core.models.locate import names_file
 from modulora_core.models.source import ModelSource
 from modulora_gguf.file.rows import Place, places, store_of
@@ -40,10 +40,21 @@ def write_lora_file(adapter: str, out: str | Path, *, model: str | None = None) 
     and errors are those of :meth:`~modulora_core.adapters.files.FileWriter.write_adapter`.
     """
     out = Path(out)
+    check_modelfile(out)
     with new_file(out, ".gguf") as path:
         written, base = _export(adapter, out, path, model)
     write_file(out.with_suffix(".Modelfile"), _modelfile(out, base))
     return written
+
+
+def check_modelfile(out: Path) -> None:
+    """Raise OutputError if the file for Ollama beside ``out`` exists."""
+    modelfile = out.with_suffix(".Modelfile")
+    if modelfile.exists():
+        raise OutputError(
+            f"{modelfile}: expected a new file beside {out.name}, got a file that exists; choose "
+            "another name or remove it"
+        )
 
 
 def _modelfile(out: Path, base: Path) -> str:
@@ -82,8 +93,8 @@ def _export(adapter: str, out: Path, path: Path, model: str | None) -> tuple[Ada
     assert isinstance(source, ModelSource)  # a file is no folder of ours
     stacks = stacks_of(found.outline) if isinstance(found, ForeignCheckpoint) else {}
     saved = read_adapter(adapter, stacks)  # again: A and B of experts, now that they are known
-    first = next(iter(saved.deltas.values()))
-    alpha = first.scale * first.rank
+    alphas = (delta.scale * delta.rank for delta in saved.deltas.values())
+    alpha = next(filter(None, alphas), 1.0)  # llama.cpp scales by 1 if it is 0; B is then 0
     tensors = {
         f"{name}.{factor}": tensor
         for module, delta in saved.deltas.items()

@@ -32,12 +32,13 @@ from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import SMALL_FILES, check_disk_space, new_file
 from modulora_core.errors import ModelError, OptionError, WeightError
 from modulora_core.models.locate import locate
+from modulora_core.models.sites import find_sites
 from modulora_core.models.source import ModelSource, open_dense
 from modulora_core.progress import Display, shown
 from modulora_core.spec import TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 from modulora_gguf.file.header import Header, TensorInfo
-from modulora_gguf.file.lora_file import write_lora_file
+from modulora_gguf.file.lora_file import check_modelfile, write_lora_file
 from modulora_gguf.file.rows import Place, places, store_of
 from modulora_gguf.file.tensors import scale_of
 from modulora_gguf.file.types import pack_rows, type_of, unpack_rows
@@ -57,6 +58,10 @@ class LlamaCppWriter(FileWriter):
         self, adapter: str, out: str | Path, *, model: str | None = None
     ) -> AdapterFile:
         return write_lora_file(adapter, out, model=model)
+
+    def check_adapter_file(self, out: Path) -> None:
+        super().check_adapter_file(out)
+        check_modelfile(out)
 
     def merge(
         self,
@@ -170,12 +175,13 @@ def _changes(
     Raises:
         ModelError: the file has other tensors, or its conversion can't be undone.
     """
-    is_own = checkpoint.path == header.path
+    is_own = checkpoint.path.samefile(header.path)
+    linears = {linear.name for linear in find_sites(source.outline).linears}
     found: dict[str, _Change] = {}
     for name, stored in checkpoint.parameters.items():
         if is_own and delta_of(checkpoint, name, deltas) is None:
             continue
-        packed = isinstance(stored, PackedSite)
+        is_linear = isinstance(stored, PackedSite) or name in linears
         shape = _shape(stored)
         in_file = places(source, name)
         if math.prod(shape) != sum(math.prod(place.shape) for place in in_file):
@@ -184,7 +190,7 @@ def _changes(
                 f"its shape isn't {list(shape)}"
             )
         for place in in_file:
-            found[place.name] = _Change(name, place, packed or place.name in _TABLES)
+            found[place.name] = _Change(name, place, is_linear or place.name in _TABLES)
     return found
 
 
