@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from modulora_core.calibration import (
 from modulora_core.calibration.output_moments import moment_bytes
 from modulora_core.calibration.states import spilled_bytes
 from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.written.model_card import FILE as CARD
 from modulora_core.checkpoints.written.model_card import model_card
 from modulora_core.checkpoints.written.outputs import (
@@ -52,60 +51,15 @@ from modulora_core.quantization.layout import (
 )
 from modulora_core.quantization.mixed.errors import ERRORS_FILE
 from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
-from modulora_core.quantization.mixed.recorded import recorded_allocation
 from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
+from modulora_core.quantization.result import QuantizeResult, result_of
 from modulora_core.quantization.resuming import check_contents, finished, unfinished
 from modulora_core.registry import Choice
 
 __all__ = ["Budget", "Choice", "Override", "QuantizeResult", "quantize"]
 
-MIXED = "mixed"
-"""The name that a result gives to the quantizer of a budget."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeResult:
-    """A packed checkpoint that was written.
-
-    Attributes:
-        quantizer, options: the choice for all layers without an override; ``"mixed"`` with a
-            budget.
-        bits_per_weight: the packed bits per packed weight, scales included.
-        bytes: the size of all tensors; source_bytes: their size in the dense model.
-        seconds: the duration; peak_memory_bytes: the peak memory of the process.
-        weights: the number of packed weights; packed_by: the same by quantizer.
-        kept: reason → names of the parameters that stayed dense.
-        calibration: the samples; None without calibration.
-        unreached: experts without a calibration token. They were packed with H = I.
-        tuning_errors: by decoder block tuned in this run, its error on held-out samples before
-            and after; None without tuning.
-        allocation: the choice of each layer, if a budget decided
-            (:meth:`modulora_core.quantization.mixed.mixture.Mixture.table`). A run that was
-            finished before has no errors in it
-            (:func:`modulora_core.quantization.mixed.recorded.recorded_allocation`).
-    """
-
-    out: str
-    quantizer: str
-    options: dict[str, Any]
-    bits_per_weight: float
-    bytes: int
-    seconds: float
-    peak_memory_bytes: int
-    weights: int
-    source_bytes: int
-    kept: dict[str, list[str]]
-    packed_by: dict[str, int]
-    calibration: dict[str, Any] | None = None
-    unreached: list[str] = field(default_factory=list)
-    tuning_errors: dict[str, tuple[float, float]] | None = None
-    allocation: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @checked
@@ -200,7 +154,7 @@ def quantize(
                     check_output(out, resume=resume)  # it is of another request
                 check_contents(done, source, progress)
                 logger.info("%s: it is finished; nothing is left to resume", out)
-                return _result(source, done.record, done.nbytes, PackingOutcome(), out)
+                return result_of(source, done.record, done.nbytes, PackingOutcome(), out)
             _warn_without_tokenizer(source)
         request = {**chosen.request, "max_shard_bytes": max_shard_bytes}
         nbytes = _disk_bytes(source, chosen, where)
@@ -217,7 +171,7 @@ def quantize(
                 source, layout, folder, where, max_shard_bytes, resume=resumes, progress=progress
             )
     seconds = time.perf_counter() - started
-    result = _result(source, layout.record, layout.nbytes, outcome, out, seconds, peak.nbytes)
+    result = result_of(source, layout.record, layout.nbytes, outcome, out, seconds, peak.nbytes)
     return result if layout.table is None else replace(result, allocation=layout.table)
 
 
@@ -313,36 +267,3 @@ def _write_packed(
     write_digests(folder)
     write_file(folder / CARD, model_card(layout.record))  # without a digest: people edit it
     return outcome
-
-
-def _result(
-    source: ModelSource,
-    record: QuantizationRecord,
-    nbytes: int,
-    outcome: PackingOutcome,
-    out: Path,
-    seconds: float = 0.0,
-    peak: int = 0,
-) -> QuantizeResult:
-    is_mixed = record.allocation is not None
-    packed_by: dict[str, int] = {}
-    for _, site in record.items():
-        name = record.recipes[site.recipe].quantizer
-        packed_by[name] = packed_by.get(name, 0) + site.numel
-    return QuantizeResult(
-        out=str(out),
-        quantizer=MIXED if is_mixed else record.recipes[0].quantizer,
-        options={} if is_mixed else dict(record.recipes[0].options),
-        bits_per_weight=record.bits_per_weight,
-        bytes=nbytes,
-        seconds=seconds,
-        peak_memory_bytes=peak,
-        weights=sum(packed_by.values()),
-        source_bytes=sum(info.nbytes for info in source.parameters.values()),
-        kept=dict(record.kept),
-        packed_by=packed_by,
-        calibration=None if record.calibration is None else dict(record.calibration),
-        unreached=list(outcome.unreached),
-        tuning_errors=outcome.tuning_errors,
-        allocation=recorded_allocation(record, nbytes - record.nbytes),
-    )
