@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -23,6 +25,9 @@ from modulora_core.training.model_card import model_card
 from modulora_core.training.report import REPORT_FILE, report
 from modulora_core.training.resuming import CHECKPOINTS
 from modulora_core.training.samples import LEAST, answers
+
+_ADAPTER = Path(CHECKPOINTS) / "adapter"
+"""The adapter while the ``lora_file`` is made of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +64,15 @@ def write_outputs(
     out = run.out
     files: tuple[str, ...] = ()
     page = _report(run, checkpoint, trained, progress) if run.config.report else None
+    if run.config.lora_file is not None:
+        with together():  # a file is made of a saved adapter, and OUT's comes last
+            save_adapter(trained.model, out / _ADAPTER, settings=trained.settings)
     with together():
         if is_first():
             write_file(out / "README.md", _card(run, checkpoint, trained))
             if page is not None:
                 write_file(out / REPORT_FILE, page)
-            files = _write_lora_file(run, checkpoint, trained)
+            files = _write_lora_file(run, checkpoint)
     with together():
         save_adapter(trained.model, out, settings=trained.settings)
         if run.predictions is not None and is_first():
@@ -85,15 +93,13 @@ def _card(run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained) -> st
     )  # fmt: skip
 
 
-def _write_lora_file(
-    run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained
-) -> tuple[str, ...]:
+def _write_lora_file(run: CheckedRun, checkpoint: PackedCheckpoint) -> tuple[str, ...]:
     lora_file = run.config.lora_file
     if lora_file is None:
         return ()
-    last = run.out / CHECKPOINTS / f"checkpoint-{trained.trainer.state.global_step}"
-    base = base_file(checkpoint, run.config.model)
-    written = file_writer(lora_file).write_adapter(str(last), lora_file, model=base)
+    adapter, base = run.out / _ADAPTER, base_file(checkpoint, run.config.model)
+    written = file_writer(lora_file).write_adapter(str(adapter), lora_file, model=base)
+    shutil.rmtree(adapter)
     return (written.out, *written.beside)
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 
 from modulora_core.adapters.load import load_adapter
 from modulora_core.adapters.peft_format import read_adapter
@@ -393,6 +393,11 @@ def test_a_finished_run_says_so_when_it_is_resumed(
     assert before == {p: p.read_bytes() for p in Path(first.out).rglob("*") if p.is_file()}
 
 
+class _Stop(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = True
+
+
 def test_a_run_that_wrote_its_file_is_finished_too(configure: Configure, tmp_path: Path) -> None:
     """The file exists then, which is refused before any other run."""
     from modulora_toy.single import SingleWriter
@@ -405,6 +410,12 @@ def test_a_run_that_wrote_its_file_is_finished_too(configure: Configure, tmp_pat
     assert finetune(config).files == (str(lora),)
     assert load_file(lora).keys() >= {"model.layers.0.mlp.up_proj.A"}
     assert finetune(config, resume=True).steps == 0
+    stopped, file = tmp_path / "stopped", tmp_path / "stopped.single"
+    changed = {"out": str(stopped), "lora_file": str(file), "steps": 3}
+    stop = _Stop()  # transformers saves no checkpoint where a callback stops the training
+    result = finetune(config.model_copy(update=changed), callbacks=[stop])
+    assert (result.steps, result.files) == (1, (str(file),))
+    assert not list((stopped / "checkpoints").glob("*/*.safetensors"))
     with pytest.raises(OutputError, match=r"expected a new file called .*, got a file that"):
         finetune(config.model_copy(update={"out": str(tmp_path / "other")}))
 
