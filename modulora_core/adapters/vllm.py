@@ -10,11 +10,13 @@ The rules are in vLLM's ``vllm/lora/lora_model.py`` and ``peft_helper.py``:
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from modulora_core.adapters.expert_format import Stack, stacks_of
 from modulora_core.adapters.load import adapter_for
@@ -55,7 +57,8 @@ def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResul
         model: the packed model of the adapter, a folder or Hub id.
 
     Raises:
-        AdapterError: it does not fit the model, or has channel scales, which vLLM doesn't know.
+        AdapterError: it does not fit the model, or has channel scales, which vLLM doesn't know; or
+            the model's checkpoint stores an adapted layer together with others.
         RequestError: the model can't be read, or ``out`` holds something else.
     """
     check_output(Path(out))
@@ -68,12 +71,22 @@ def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResul
             f"adapter {adapter}: expected A and B only, got channel scales, which vLLM doesn't "
             "know; write the dense model with both by `modulora merge`"
         )
+    names = _stored_names(outline)
+    shared = Counter(names.values())
     deltas: dict[str, AdapterDelta] = {}
     fused: dict[str, Stack] = {}
     for path, delta in saved.deltas.items():
         scaled = AdapterDelta(delta.A, delta.B * delta.scale, 1.0)
-        experts = {} if path not in stacks else _experts(outline, path, scaled)
-        if path in stacks and not experts:
+        if path not in stacks:
+            if shared[names[path]] > 1:
+                raise AdapterError(
+                    f"{path}: expected a weight of its own in the model's checkpoint, and "
+                    f"{names[path]} holds other layers too; merge the adapter instead"
+                )
+            deltas[names[path]] = scaled
+            continue
+        experts = _experts(outline, path, scaled)
+        if not experts:
             fused[path] = stacks[path]
         deltas |= experts or {path: scaled}
     rank = max(delta.rank for delta in deltas.values())
@@ -92,6 +105,17 @@ def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResul
     with whole_or_nothing(Path(out)) as folder:
         write_adapter(SavedAdapter(folder, config, None, deltas), fused)
     return ExportResult(str(out), len(deltas), rank)
+
+
+def _stored_names(model: Any) -> dict[str, str]:
+    """The name of each linear layer in the model's checkpoint. Layers stored as one share it."""
+    names = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            shape = torch.empty(layer.out_features, layer.in_features, device="meta")
+            first = next(iter(stored_parts(model, f"{path}.weight", shape)))
+            names[path] = first.removesuffix(".weight")
+    return names
 
 
 def _experts(model: Any, path: str, delta: AdapterDelta) -> dict[str, AdapterDelta]:

@@ -163,12 +163,16 @@ def _check_values(checkpoint: PackedCheckpoint, name: str) -> None:
 def _stored_weight(
     checkpoint: PackedCheckpoint, name: str, site: PackedSite, writer: CheckpointFormat
 ) -> StoredWeight:
-    if site.kind == "embedding" or (site.kind == "experts" and not writer.stacks):
-        stack = f"a stack of {site.experts} experts in one parameter"
-        got = stack if site.kind == "experts" else "a packed input embedding"
+    refused = {
+        "embedding": "a packed input embedding",
+        "experts": None if writer.stacks else f"a stack of {site.experts} experts in one parameter",
+        "conv1d": None if writer.conv1d else "a Conv1D layer",
+    }
+    got = refused.get(site.kind)
+    if got is not None:
         raise ModelError(
-            f"{name}: {got}; the format {writer.spec.name} holds linear layers only, so this model "
-            "can't be written in it"
+            f"{name}: {got}, which the format {writer.spec.name} doesn't hold, so this model can't "
+            "be written in it"
         )
     module = name.removesuffix(".weight")
     bias = checkpoint.parameters.get(f"{module}.bias")

@@ -53,7 +53,10 @@ def command(
     """
     from modulora_core.adapters.files import writer_called
 
-    if (writer := writer_called(to)) is not None:
+    writer = writer_called(to)
+    if (writer is not None or to == VLLM) and max_shard_size != 5 * 10**9:
+        raise OptionError(f"--max-shard-size: expected a --to that writes a model, got --to {to}")
+    if writer is not None:
         written = writer.write_adapter(source, out, model=model).to_json()
         return Report(written, facts(written))
     if (to == VLLM) != (model is not None):

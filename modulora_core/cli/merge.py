@@ -12,6 +12,9 @@ from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
 
+SEQ_LEN = 256
+"""Tokens of a segment, if the model takes so many."""
+
 Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file.")]
 Dtype = Annotated[
     str | None,
@@ -41,7 +44,7 @@ Segments = Annotated[
     int | None,
     option(
         "--segments N",
-        "Segments of 256 tokens to compare; 0 compares nothing.",
+        f"Segments of {SEQ_LEN} tokens to compare; 0 compares nothing.",
         min=0,
         default="8",
     ),
@@ -105,26 +108,22 @@ def _to_file(
     segments: int | None,
 ) -> dict[str, Any]:
     from modulora_core.adapters.files import file_writer
-    from modulora_core.data.sources import load_records
+    from modulora_core.data import token_segments
     from modulora_core.inference.divergence import divergence
     from modulora_core.inference.opened import open_to_run
 
     writer = file_writer(out)
     segments = 8 if segments is None else segments
-    if segments:
-        load_records(data)  # bad data is refused before the work
+    if segments:  # bad data is refused before the work
+        before = open_to_run(model, adapter=adapter)
+        seq_len = min(SEQ_LEN, before.window or SEQ_LEN)
+        ids = token_segments(data, before.tokenizer, seq_len, segments)
     with terminal().progress("merging", "tensors") as show:
         merged = writer.merge(model, out, adapter=adapter, type=type, base=base, progress=show)
     found = merged.to_json()
     if segments:
         with terminal().progress("comparing", "segments") as show:
-            compared = divergence(
-                open_to_run(model, adapter=adapter),
-                open_to_run(str(out)),
-                data,
-                segments=segments,
-                progress=show,
-            )
+            compared = divergence(before, open_to_run(str(out)), ids, progress=show)
         if compared.is_lost:
             logging.getLogger(__name__).warning(
                 "%s: its KL divergence to the adapter's predictions, %.3g, is more than half of "

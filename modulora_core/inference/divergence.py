@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from modulora_core.adapters.switching import without_adapter
-from modulora_core.data import token_segments
-from modulora_core.data.sources import Source
 from modulora_core.errors import WorkError
+from modulora_core.inference.evaluate import perplexity_of
 from modulora_core.inference.opened import Opened
 from modulora_core.inference.passes import batches, evaluating
-from modulora_core.models.config import window_of
 from modulora_core.progress import Progress, no_progress
 
 _ROWS = 64
@@ -56,26 +54,21 @@ class Divergence:
 def divergence(
     before: Opened,
     other: Opened,
-    data: Source = "pydoc",
+    ids: Tensor,
     *,
-    segments: int = 8,
-    seq_len: int = 256,
     progress: Progress = no_progress,
 ) -> Divergence:
     """Measure how far ``other`` is from ``before``, which may have an adapter.
 
     Args:
         before, other: results of :func:`modulora_core.open_to_run`; both are loaded at once.
-        data: text; ``segments`` of it with ``seq_len`` tokens, or the model's window, are taken.
+        ids: segments of text, int64 ``[n, seq_len]`` (:func:`modulora_core.data.token_segments`).
         progress: called after each segment.
 
     Raises:
-        DataError: the data is missing, or too short.
         WorkError: logits are NaN or infinite.
     """
     P, Q = before.load(), other.load()
-    seq_len = min(seq_len, *(window_of(model.config) or seq_len for model in (P, Q)))
-    ids = token_segments(data, before.tokenizer, seq_len, segments)
     sums = torch.zeros(4, dtype=torch.float64)  # KL to Q, KL to the base, -log Q, -log P
     with evaluating(P), evaluating(Q):
         for _, batch in batches(ids, 1, progress):
@@ -90,7 +83,11 @@ def divergence(
     if not math.isfinite(kl + effect + nll):
         raise WorkError("divergence: expected finite logits, got NaN or Inf")
     return Divergence(
-        kl, None if before.adapter is None else effect, math.exp(nll), math.exp(nll_before), tokens
+        kl,
+        None if before.adapter is None else effect,
+        perplexity_of(nll),
+        perplexity_of(nll_before),
+        tokens,
     )
 
 

@@ -161,7 +161,12 @@ def perplexity(
     losses = segment_losses(model, segments, batch_size=batch_size, progress=progress)
     nll = math.fsum(losses) / len(losses)
     tokens = segments.shape[0] * (segments.shape[1] - 1)
-    return Perplexity(math.exp(nll) if nll < 700 else math.inf, nll, tokens, segments.shape[0])
+    return Perplexity(perplexity_of(nll), nll, tokens, segments.shape[0])
+
+
+def perplexity_of(nll: float) -> float:
+    """``exp(nll)``; infinite where it is too large for a number."""
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def segment_losses(
@@ -230,8 +235,9 @@ def accuracy(
         OptionError: ``batch_size`` is below 1.
         WorkError: the model's logits are NaN or infinite.
     """
-    if asked[0].plain is None:
-        raise DataError(f"{asked[0].place}: accuracy: expected a prompt and a label, got a chat")
+    chat = next((each for each in asked if each.plain is None), None)
+    if chat is not None:
+        raise DataError(f"{chat.place}: accuracy: expected a prompt and a label, got a chat")
     examples = {each.answer: each for each in asked}  # an example of each answer
     labels = tuple(sorted(examples))
     if not 2 <= len(labels) <= MAX_LABELS:
@@ -270,8 +276,8 @@ def accuracy(
 
 def _answered(asked: Conversation, other: Conversation) -> Conversation:
     """``asked`` with the answer of ``other``."""
-    assert asked.plain is not None
-    assert other.plain is not None  # both come from one file, which is no chat
+    assert asked.plain is not None  # accuracy refuses chats
+    assert other.plain is not None
     return replace(
         asked,
         messages=(*asked.messages[:-1], other.messages[-1]),

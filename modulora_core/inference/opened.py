@@ -29,6 +29,7 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import pick_device
 from modulora_core.errors import AdapterError, ModelError, OptionError
 from modulora_core.models import ModelSource
+from modulora_core.models.config import window_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Opened:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer. Raises ModelError if it is missing or broken."""
         return self.origin.tokenizer()
+
+    @property
+    def window(self) -> int | None:
+        """The longest sequence that the model takes; None where its config says nothing."""
+        origin = self.origin
+        config = origin.config if isinstance(origin, ModelSource) else origin.transformers_config()
+        return window_of(config)
 
     def load(self) -> PreTrainedModel:
         """Load the model in evaluation mode, with its adapter. Raises CheckpointError."""

@@ -133,11 +133,13 @@ class CheckpointFormat(FormatReader):
 
     Attributes:
         stacks: whether it holds stacks of experts.
+        conv1d: whether its readers know GPT-2's ``Conv1D``, whose parameter is ``[in, out]``.
         dtype: the dtype in which other tools dequantize its weights, for config.json. None: the
             model's own.
     """
 
     stacks: ClassVar[bool] = False
+    conv1d: ClassVar[bool] = True
     dtype: ClassVar[str | None] = None
 
     def check_packed_by(self, quantizer: str, weight: StoredWeight) -> None:

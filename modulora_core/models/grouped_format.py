@@ -19,6 +19,8 @@ ALL_LINEAR = ("Linear",)
 class GroupedFormat(CheckpointFormat):
     """A format that is read and written, with a config of groups of layers."""
 
+    conv1d = False  # the groups' targets are instances of nn.Linear
+
     def check(self, config: Mapping[str, Any]) -> None:
         sparse = config.get("sparsity_config") or {"format": "dense"}
         form = sparse.get("format") if isinstance(sparse, Mapping) else sparse

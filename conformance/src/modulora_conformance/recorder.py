@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -61,7 +61,7 @@ class Recorder:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._subjects: dict[tuple[str, str], Subject] = {}
-        self._all_levels = True
+        self._partial: set[type] = set()
 
     def runs(self) -> Iterator[Run]:
         """One for each quantizer, in the order of their first checks."""
@@ -80,7 +80,7 @@ class Recorder:
             version=of_version,
             devices=spec.devices,
             certified=False,
-            complete=self._all_levels and _is_complete(subjects),
+            complete=cls not in self._partial and _is_complete(subjects),
             checks=tuple(outcome for subject in subjects for outcome in subject.outcomes),
             seed=str(self._config.getoption("hypothesis_seed", "")),
             environment=environment(),
@@ -111,9 +111,14 @@ class Recorder:
 
     def _is_left_out(self, item: pytest.Item) -> bool:
         if int(_level(item)[1:]) > self._config.getoption("--conformance-level"):
-            self._all_levels = False
             return True
         return _name(item).endswith(GOLDEN) and golden_of(item) is None
+
+    def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
+        """Note the classes without a check, or without a case of one: they are incomplete."""
+        self._partial |= {
+            _class(item) for item in items if _is_check(item) and not _name(item).endswith(GOLDEN)
+        }
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Start what checks of other processes need, beside the checks before them."""

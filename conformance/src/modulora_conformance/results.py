@@ -137,7 +137,8 @@ class Run(_Value):
     certified: bool
     """Whether ``--certified`` was given, and the run is sound."""
     complete: bool
-    """Whether every check ran for every configuration that the spec makes promises for."""
+    """Whether every check ran for every configuration that the spec makes promises for, and no case
+    of one was deselected."""
     checks: tuple[Outcome, ...]
     seed: str
     environment: Mapping[str, Any]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.merge import merge
@@ -20,6 +21,7 @@ from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.vllm import export_for_vllm
 from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError
+from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.adapted_models import logits, randomize, trained
 
 Pack = Callable[..., tuple[Path, Path]]
@@ -96,6 +98,32 @@ def test_linear_layers_of_one_rank_need_no_export(pack: Pack, tmp_path: Path) ->
     for name, product in found[0].items():
         torch.testing.assert_close(found[1][name], product)
     assert found[0].keys() == found[1].keys()
+
+
+def test_layers_have_the_names_of_the_checkpoint(pack: Pack, tmp_path: Path) -> None:
+    """Transformers stores a Gemma 3 with images under other names than it has in memory."""
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}  # fmt: skip
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:
+        stored = {*file.keys()}
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "toy")
+    adapter_of(tmp_path / "packed", tmp_path / "adapter")
+    export_for_vllm(str(tmp_path / "adapter"), tmp_path / "vllm", model=str(tmp_path / "packed"))
+    tensors = load_file(tmp_path / "vllm" / "adapter_model.safetensors")
+    found = {name.removeprefix(PREFIX).replace(".lora_A", "") for name in tensors if "_A" in name}
+    assert found < stored
+    assert any(name.startswith("language_model.model.layers.0.") for name in found)
+
+
+def test_layers_that_are_stored_as_one_are_refused(pack: Pack, tmp_path: Path) -> None:
+    packed = pack("sarvam_moe", "toy")[1]
+    adapter_of(packed, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"query_key_value holds other layers too; merge"):
+        export_for_vllm(str(tmp_path / "adapter"), tmp_path / "vllm", model=str(packed))
 
 
 def test_channel_scales_are_refused(pack: Pack, tmp_path: Path) -> None:

@@ -272,6 +272,9 @@ WRONG = {
     "convert {packed} {new} --to tyo": "tyo",
     "convert {packed} {new} --to vllm": "--to vllm: expected --model MODEL beside it",
     "convert {packed} {new} --to toy --model {packed}": "a file format beside it, got toy",
+    "convert {packed} {new} --to vllm --model {packed} --max-shard-size 1GB": (
+        "--max-shard-size: expected a --to that writes a model"
+    ),
     "convert {packed} {new} --to vllm --model {packed}": "expected adapter_config.json in it",
 }
 

@@ -29,6 +29,7 @@ from modulora_core.inference.evaluate import (
     accuracy,
     evaluate,
     perplexity,
+    perplexity_of,
     rouge,
 )
 from modulora_core.inference.opened import open_to_run
@@ -185,6 +186,13 @@ def test_a_model_trained_on_the_examples_is_right(llama: Any, plain: Any, asked:
     [
         ([{"text": "a"}], "line 1: expected prompts and answers, got text"),
         ([{"messages": [{"role": "assistant", "content": "a"}]}], "accuracy: .* got a chat"),
+        (
+            [
+                {"prompt": "a", "completion": " b"},
+                {"prompt": [{"role": "user", "content": "a"}], "completion": " c"},
+            ],
+            "line 2: accuracy: .* got a chat",
+        ),
         ([{"text": "a", "label": 1}], "expected 2 to 64 distinct labels .*, got 1"),
         ([{"text": "a", "label": i} for i in range(65)], "2 to 64 distinct labels .*, got 65"),
         (
@@ -192,13 +200,18 @@ def test_a_model_trained_on_the_examples_is_right(llama: Any, plain: Any, asked:
             "line 2: .* window of 128 tokens, got",
         ),
     ],
-    ids=["text", "chat", "one", "many", "long"],
+    ids=["text", "chat", "mixed", "one", "many", "long"],
 )
 def test_data_without_labels_is_refused(
     llama: Any, plain: Any, tmp_path: Path, rows: list[dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(DataError, match=message):
         accuracy(llama, plain, asked_in(write_jsonl(tmp_path / "d.jsonl", *rows)))
+
+
+def test_a_very_bad_model_has_an_infinite_perplexity() -> None:
+    assert perplexity_of(4643.0) == math.inf
+    assert perplexity_of(2.0) == math.exp(2.0)
 
 
 # ROUGE

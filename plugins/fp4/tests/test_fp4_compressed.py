@@ -21,6 +21,7 @@ from modulora_core.spec import PackedWeight
 from modulora_core.tests.compressed_folders import load_dequantized, save_compressed
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
 from modulora_core.tests.other_tools import _SIZES, assert_used, logits
+from modulora_core.tests.tiny_models import save_tiny_model
 
 pytest.importorskip("compressed_tensors")
 # transformers says which of two configs it takes
@@ -98,6 +99,14 @@ def test_experts_that_are_layers_in_the_files_become_stacks(tmp_path: Path) -> N
             packed = PackedWeight("fp4", fp4.format, (64, 64), parts, {"type": "nvfp4"})
             W = fp4.dequantize_tile(packed, (0, 64), torch.float32)
             torch.testing.assert_close(rows, W, rtol=1e-6, atol=0)
+
+
+def test_conv1d_which_transformers_would_fill_with_noise_is_refused(tmp_path: Path) -> None:
+    save_tiny_model("gpt2", tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "fp4", {"type": "mxfp4"})
+    with pytest.raises(ModelError, match=r"c_attn\.weight: a Conv1D layer, which the format mxfp4"):
+        convert(str(tmp_path / "packed"), tmp_path / "theirs", "mxfp4-pack-quantized")
+    assert not (tmp_path / "theirs").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

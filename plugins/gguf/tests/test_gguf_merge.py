@@ -168,6 +168,9 @@ def test_the_command_compares_the_file_with_the_adapter(
     assert run([*words[:2], str(tmp_path / "folder"), *words[3:], "--type", "Q8_0"]) == 2
     assert "--type: expected OUT to be a file *.gguf" in capsys.readouterr().out
     words[2] = str(tmp_path / "merged.gguf")
+    (tmp_path / "short.txt").write_text("too short")
+    assert run([*words, "--data", str(tmp_path / "short.txt")]) == 2
+    assert not (tmp_path / "merged.gguf").exists()
     assert run([*words, "--data", str(data), "--segments", "1", "--dtype", "float32"]) == 2
     capsys.readouterr()
     assert run([*words, "--data", str(data), "--segments", "1"]) == 0
@@ -178,9 +181,7 @@ def test_the_command_compares_the_file_with_the_adapter(
 
 def test_divergence_of_a_model_and_itself_is_zero(tmp_path: Path) -> None:
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
-    data = tmp_path / "notes.txt"
-    data.write_text("the ship sailed north and the crew sang " * 40)
     one = open_to_run(str(path))
-    found = divergence(one, one, str(data), segments=1, seq_len=32)
+    found = divergence(one, one, torch.arange(3, 35)[None])
     assert (found.kl_divergence, found.kl_of_adapter) == (0, None)
     assert found.perplexity == found.perplexity_before

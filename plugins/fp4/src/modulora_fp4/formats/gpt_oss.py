@@ -48,8 +48,8 @@ class GptOss(CheckpointFormat):
     ) -> dict[str, ForeignWeight]:
         quantizer, found = FP4(Options(type="mxfp4")), dict[str, ForeignWeight]()
         for name, stored in tensors.items():
-            parameter, mark, _ = name.partition("_blocks")
-            if name != f"{parameter}_blocks" or not mark:
+            parameter = name.removesuffix("_blocks")
+            if parameter == name:
                 continue
             experts, shape = _shape(name, stored)
             scales = f"{parameter}_scales"
