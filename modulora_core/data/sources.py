@@ -40,8 +40,9 @@ _LIKE_A_FILE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
-_SAVED = ("state.json", "dataset_dict.json")
-"""Files of a folder that the library datasets saved: a split, or several."""
+_SAVED_ALONE = "state.json"
+_SAVED = (_SAVED_ALONE, "dataset_dict.json")
+"""Files of a folder that the library datasets saved: a dataset alone, or several splits."""
 
 _MOST_FILES = 10_000
 """In a folder of a dataset: the library datasets would look at all files of a disk."""
@@ -239,6 +240,11 @@ def _dataset(name: str, part: Slice, expected: str, form: str) -> list[Record]:
         ) from None
     dataset_id, *rest = os.path.expanduser(name).split(":")  # noqa: PTH111  a Hub id isn't a path
     config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
+    if rest and (Path(dataset_id) / _SAVED_ALONE).is_file():
+        raise DataError(
+            f"{name}: expected {dataset_id}, a dataset without splits, got the split {split!r}; "
+            f"{dataset_id}[90%:] is a part of it"
+        )
     try:
         if any((Path(dataset_id) / file).is_file() for file in _SAVED):
             saved = datasets.load_from_disk(dataset_id)

@@ -294,6 +294,8 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
         assert [r.fields for r in load_records(f"{tmp_path}/{name}")] == expected, name
     with pytest.raises(DataError, match="with the split 'dev'"):
         load_records(f"{tmp_path}/several:dev")
+    with pytest.raises(DataError, match=r"one:test: expected .*/one, a dataset without splits, "):
+        load_records(f"{tmp_path}/one:test")
 
 
 def test_tokens_are_no_text(tokenizer: Any) -> None:
