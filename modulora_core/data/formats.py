@@ -48,7 +48,7 @@ _SHAPES: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("chat", ("conversations",)),
     ("tokens", ("input_ids",)),
 )
-MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+_ANSWER_MASKS = ("completion_mask", "assistant_masks")
 FIELDS = frozenset(
     (
         "input",
@@ -56,7 +56,8 @@ FIELDS = frozenset(
         "rejected",
         "tools",
         "labels",
-        *MASKS,
+        "attention_mask",
+        *_ANSWER_MASKS,
         *(name for _, fields in _SHAPES for name in fields),
     )
 )
@@ -290,8 +291,13 @@ def tokens(record: Record) -> tuple[list[int], list[int]]:
                 f"{record.place}: {name}: expected as many as input_ids, {len(ids)}, got "
                 f"{len(column)}"
             )
-    masks = [columns[name] for name in ("completion_mask", "assistant_masks") if name in columns]
-    labels = read.labels or [i if all(on) else -100 for i, *on in zip(ids, *masks, strict=True)]
+    masks = {name: columns[name] for name in _ANSWER_MASKS if name in columns}
+    if masks and read.labels is not None:
+        raise DataError(
+            f"{record.place}: expected labels or {next(iter(masks))}, got both; leave one out"
+        )
+    marked = [i if all(on) else -100 for i, *on in zip(ids, *masks.values(), strict=True)]
+    labels = marked if read.labels is None else read.labels
     wrong = next((n for n, (i, label) in enumerate(zip(ids, labels, strict=True))
                   if label not in (i, -100)), None)  # fmt: skip
     if wrong is not None:

@@ -184,6 +184,18 @@ def test_tokens_are_trained_as_they_are(tokenizer: Any, record: dict[str, Any]) 
     assert cut == {name: column[:4] for name, column in TOKENS.items()}
 
 
+def test_examples_without_a_trained_token_are_counted_apart(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [TOKENS, {"input_ids": []}, {"input_ids": [5, 6], "labels": [5, -100]}]
+    report = load_examples(rows, tokenizer, seq_len=16).report
+    assert (report.examples, report.dropped, report.untrained) == (1, 0, 2)
+    assert "2 of 3 examples have no token to train and are left out" in caplog.text
+    assert "longer" not in caplog.text
+    with pytest.raises(DataError, match="starts within seq_len 2, got none of 1; raise seq_len"):
+        load_examples(rows, tokenizer, seq_len=2)
+
+
 def test_tokens_without_labels_are_all_trained(tokenizer: Any) -> None:
     (found,) = load_examples([{"input_ids": [5, 6]}], tokenizer, seq_len=16)
     assert found["labels"] == [5, 6]
@@ -194,9 +206,11 @@ def test_tokens_without_labels_are_all_trained(tokenizer: Any) -> None:
     [
         ({"input_ids": [5, 6], "labels": [6, 7]}, r"labels: expected -100 or the token .* got 6"),
         ({"input_ids": [5, 6], "labels": [5]}, "labels: expected as many as input_ids, 2, got 1"),
+        ({"input_ids": [5, 6], "labels": [-100, 6], "completion_mask": [0, 1]},
+         "expected labels or completion_mask, got both; leave one out"),
         ({"input_ids": [5, -6]}, "input_ids: 1: expected greater than or equal to 0, got -6"),
         ({"input_ids": "5 6"}, "input_ids: expected a valid list, got '5 6'"),
-        ({"input_ids": [5, 6], "labels": [-100, -100]}, "expected examples whose answer starts"),
+        ({"input_ids": [5, 6], "labels": [-100, -100]}, "expected a token to train .* none in 1"),
         ({"messages": [ASKED, {"role": "assistant", "content": None}]},
          "messages: 1: content: expected a valid string, got None"),
         ({"messages": [ASKED, {**calling({}), "tool_calls": [{"name": "rain"}]}]},
