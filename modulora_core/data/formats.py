@@ -85,6 +85,11 @@ class _Instruct(BaseModel):
 
 
 def _label(value: object) -> str:
+    if value is None:
+        raise ValueError(
+            "expected a label in every row (leave out rows without one, or finetune with "
+            "--format text)"
+        )
     if not isinstance(value, str | int):
         raise ValueError("expected a string or a whole number")  # noqa: TRY004  pydantic wants it
     return str(value)
@@ -240,7 +245,7 @@ def _instruct(record: Record) -> Conversation:
 
 
 def _completion(record: Record) -> Conversation:
-    if "label" in _present(record) and "prompt" not in record.fields:
+    if "label" in record.fields and "prompt" not in record.fields:
         read = checked(record, _Labelled)
         plain = (f"{read.text}\nLabel:", f" {read.label}")
         return _exchange(read.text, read.label, plain, record.place)
