@@ -6,20 +6,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, table
 from modulora_core.errors import OptionError
+from modulora_core.inference.metrics import METRICS
 from modulora_core.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
-    from modulora_core.inference.evaluate import Metric as KnownMetric
     from modulora_core.inference.tasks import TaskResult
-
-METRICS = ("perplexity", "accuracy", "rouge", "exact-match")
 
 PANEL = "Tasks of lm-evaluation-harness"
 
@@ -167,7 +165,7 @@ def command(
         measured = evaluate(
             opened,
             source,
-            metric=cast("KnownMetric", metric or "perplexity"),  # typer gives a str
+            metric=metric or "perplexity",
             seq_len=seq_len,
             segments=segments,
             batch_size=batch_size,

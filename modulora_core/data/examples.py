@@ -42,6 +42,7 @@ class DataReport:
         trained_tokens: the tokens that count in the loss.
         truncated: the examples that lost their end to the window.
         dropped: the examples that lost their whole answer to the window.
+        untrained: the examples without a token to train, which are left out.
         blank: the records without text or answer, which are left out.
     """
 
@@ -53,6 +54,7 @@ class DataReport:
     trained_tokens: int
     truncated: int = 0
     dropped: int = 0
+    untrained: int = 0
     blank: int
 
 
@@ -172,13 +174,13 @@ def load_examples(
     records, chosen = read(load_records(source, read, read_columns))
     name = source_name(source)
     if chosen == "text":
-        return _packed(records, tokenizer, seq_len, name)
+        return _windows(records, tokenizer, seq_len, name)
     if chosen == "tokens":
         return _tokenized(records, seq_len, name)
     return _answers(records, chosen, tokenizer, seq_len, name)
 
 
-def _packed(records: Sequence[Record], tokenizer: Any, seq_len: int, name: str) -> Examples:
+def _windows(records: Sequence[Record], tokenizer: Any, seq_len: int, name: str) -> Examples:
     documents = [text for text in texts(records) if text.strip()]
     eos = tokenizer.eos_token_id
     joint = token_ids(tokenizer, ["\n\n"])[0] if eos is None else [eos]
@@ -222,14 +224,17 @@ def _tokenized(records: Sequence[Record], seq_len: int, name: str) -> Examples:
 def _cut(
     encoded: Iterable[Encoded], seq_len: int, name: str, counts: Mapping[str, Any]
 ) -> Examples:
-    """Cut examples to the window, and leave out those without an answer in it."""
+    """Cut examples to the window, and leave out those without a trained token in it."""
     pairs: list[tuple[array[int], array[int]]] = []
-    truncated = trained = all_of_them = given = kept = 0
+    truncated = trained = dropped = untrained = given = kept = 0
     for ids, labels in encoded:
-        all_of_them += 1
-        given += len(ids)
         # the first token is never predicted
+        if all(label == IGNORED for label in labels[1:]):
+            untrained += 1
+            continue
+        given += len(ids)
         answer = sum(label != IGNORED for label in labels[1:seq_len])
+        dropped += not answer
         if answer:
             truncated += len(ids) > seq_len
             trained += answer
@@ -237,12 +242,17 @@ def _cut(
             pairs.append((array("i", ids[:seq_len]), array("i", labels[:seq_len])))
     report = DataReport(
         **counts, examples=len(pairs), tokens=kept,
-        trained_tokens=trained, truncated=truncated, dropped=all_of_them - len(pairs),
+        trained_tokens=trained, truncated=truncated, dropped=dropped, untrained=untrained,
     )  # fmt: skip
+    if not pairs and not dropped:
+        raise DataError(
+            f"{name}: expected a token to train after an example's first one, got none in "
+            f"{untrained} examples; check their labels or masks"
+        )
     if not pairs:
         raise DataError(
             f"{name}: expected examples whose answer starts within seq_len {seq_len}, got none of "
-            f"{all_of_them}; raise seq_len"
+            f"{dropped}; raise seq_len"
         )
     _warn(report, seq_len, name, 1 - kept / given)
     return Examples(pairs, report)
@@ -261,6 +271,11 @@ def _warn(report: DataReport, seq_len: int, name: str, lost_share: float) -> Non
             f"{longer} of {report.examples + report.dropped} examples are longer than seq_len "
             f"{seq_len}: {report.truncated} truncated, {report.dropped} dropped because no token "
             f"of their answer fits; {lost_share:.1%} of all tokens are lost"
+        )
+    if report.untrained:
+        lost.append(
+            f"{report.untrained} of {report.examples + report.dropped + report.untrained} examples "
+            "have no token to train and are left out"
         )
     if report.blank:
         lost.append(

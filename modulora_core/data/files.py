@@ -150,6 +150,8 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[Any, str]]:
     limit = csv.field_size_limit(2**31 - 1)  # a cell may be longer than the default of 128 KiB
     try:
         header = [name.strip() for name in next(rows)]
+        if not any(header):
+            raise DataError(f"{path}, line 1: expected column names, got a blank line; remove it")
         if not len(set(header)) == len(header) <= _MOST_COLUMNS:
             raise DataError(
                 f"{path}, line 1: expected distinct column names, at most {_MOST_COLUMNS}, got "

@@ -48,7 +48,7 @@ _SHAPES: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("chat", ("conversations",)),
     ("tokens", ("input_ids",)),
 )
-MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+_ANSWER_MASKS = ("completion_mask", "assistant_masks")
 FIELDS = frozenset(
     (
         "input",
@@ -56,7 +56,8 @@ FIELDS = frozenset(
         "rejected",
         "tools",
         "labels",
-        *MASKS,
+        "attention_mask",
+        *_ANSWER_MASKS,
         *(name for _, fields in _SHAPES for name in fields),
     )
 )
@@ -84,6 +85,11 @@ class _Instruct(BaseModel):
 
 
 def _label(value: object) -> str:
+    if value is None:
+        raise ValueError(
+            "expected a label in every row (leave out rows without one, or finetune with "
+            "--format text)"
+        )
     if not isinstance(value, str | int):
         raise ValueError("expected a string or a whole number")  # noqa: TRY004  pydantic wants it
     return str(value)
@@ -239,7 +245,7 @@ def _instruct(record: Record) -> Conversation:
 
 
 def _completion(record: Record) -> Conversation:
-    if "label" in _present(record) and "prompt" not in record.fields:
+    if "label" in record.fields and "prompt" not in record.fields:
         read = checked(record, _Labelled)
         plain = (f"{read.text}\nLabel:", f" {read.label}")
         return _exchange(read.text, read.label, plain, record.place)
@@ -290,8 +296,13 @@ def tokens(record: Record) -> tuple[list[int], list[int]]:
                 f"{record.place}: {name}: expected as many as input_ids, {len(ids)}, got "
                 f"{len(column)}"
             )
-    masks = [columns[name] for name in ("completion_mask", "assistant_masks") if name in columns]
-    labels = read.labels or [i if all(on) else -100 for i, *on in zip(ids, *masks, strict=True)]
+    masks = {name: columns[name] for name in _ANSWER_MASKS if name in columns}
+    if masks and read.labels is not None:
+        raise DataError(
+            f"{record.place}: expected labels or {next(iter(masks))}, got both; leave one out"
+        )
+    marked = [i if all(on) else -100 for i, *on in zip(ids, *masks.values(), strict=True)]
+    labels = marked if read.labels is None else read.labels
     wrong = next((n for n, (i, label) in enumerate(zip(ids, labels, strict=True))
                   if label not in (i, -100)), None)  # fmt: skip
     if wrong is not None:

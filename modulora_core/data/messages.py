@@ -66,18 +66,10 @@ def _call(call: Any) -> Any:
         raise ValueError(  # noqa: TRY004  pydantic wants it
             f"tool_calls: expected a function with name and arguments, got {call!r:.50}"
         )
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
+    if isinstance(arguments := function.get("arguments"), str):
         with contextlib.suppress(ValueError):
-            arguments = parse_json(arguments)
-    return _without_nulls({**call, "function": {**function, "arguments": arguments}})
-
-
-def _without_nulls(value: Any) -> Any:
-    """Leave out keys that a table added, since each of its rows has all keys of all."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+            return {**call, "function": {**function, "arguments": parse_json(arguments)}}
+    return call
 
 
 def _said(value: Any) -> str | list[Turn]:
@@ -97,7 +89,7 @@ Said = Annotated[str | list[Turn], PlainValidator(_said)]
 
 
 def _listed(tools: Any) -> Any:
-    return _without_nulls(parse_json(tools) if isinstance(tools, str) else tools)
+    return parse_json(tools) if isinstance(tools, str) else tools
 
 
 class Tools(BaseModel):

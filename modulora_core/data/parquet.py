@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from modulora_core.data.tables import table_row
 from modulora_core.errors import DataError, MissingExtraError
 from modulora_core.models.workers import ask, worker
 
@@ -57,7 +58,7 @@ def parquet_rows(
                 raise DataError(f"{path}: expected text in UTF-8, got {error}") from None
             for row in rows:
                 number += 1
-                yield row, f"row {number}"
+                yield table_row(row), f"row {number}"
         end = process.stdout.readline()
         if not end:  # the kernel ended it, or it ended itself
             raise _too_much(path, f"{MEMORY // 2**20} MiB of memory to decode it")

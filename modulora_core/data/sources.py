@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from modulora_core.data.files import TEXT_SUFFIXES, Check, Record, read_records, read_text
+from modulora_core.data.tables import dataset_rows, table_rows
 from modulora_core.errors import DataError, MissingExtraError
 
 Source = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[str, Any]]
@@ -39,8 +40,9 @@ _LIKE_A_FILE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
-_SAVED = ("state.json", "dataset_dict.json")
-"""Files of a folder that the library datasets saved: a split, or several."""
+_SAVED_ALONE = "state.json"
+_SAVED = (_SAVED_ALONE, "dataset_dict.json")
+"""Files of a folder that the library datasets saved: a dataset alone, or several splits."""
 
 _MOST_FILES = 10_000
 """In a folder of a dataset: the library datasets would look at all files of a disk."""
@@ -135,13 +137,12 @@ def load_records(
     parts = _parts(source)
     if not parts:
         raise DataError("data: expected a file, a Hub dataset id or pydoc, got nothing")
-    class_names = _class_names(source)
     records: list[Record] = []
     for number, part in enumerate(parts, 1):
         if isinstance(part, str):
             records += _load(part, check, columns)
         else:
-            records.append(Record(_with_class_name(part, class_names), f"record {number}"))
+            records.append(Record(part, f"record {number}"))
     return records
 
 
@@ -151,7 +152,7 @@ def _parts(source: Source) -> list[str | dict[str, Any]]:
             f"data: expected one split, such as data[{next(iter(source), 'train')!r}], or a list "
             f"of records, got a mapping with {', '.join(map(repr, source)) or 'nothing'}"
         )
-    source = _rows_of_table(source)
+    source = table_rows(source)
     parts = [source] if isinstance(source, str | os.PathLike) else source
     try:
         return [dict(part) if isinstance(part, Mapping) else os.fsdecode(part) for part in parts]
@@ -159,30 +160,6 @@ def _parts(source: Source) -> list[str | dict[str, Any]]:
         raise DataError(
             f"data: expected a file, a Hub dataset id, pydoc, or records, got {source!r:.80}"
         ) from None
-
-
-def _rows_of_table(source: Any) -> Any:
-    """The rows of a table of pandas, polars or pyarrow as dicts; other sources as they are."""
-    if hasattr(source, "iterrows"):  # pandas, where a missing value is NaN
-        filled = source.astype(object).where(source.notna(), None)
-        return [_without_arrays(row) for row in filled.to_dict("records")]
-    for method in ("to_dicts", "to_pylist"):  # polars; pyarrow
-        if hasattr(source, method):
-            return getattr(source, method)()
-    return source
-
-
-def _without_arrays(value: Any) -> Any:
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {name: _without_arrays(each) for name, each in value.items()}
-    return list(map(_without_arrays, value)) if isinstance(value, list) else value
-
-
-def _class_names(rows: Any) -> list[str] | None:
-    features = getattr(rows, "features", None) or {}
-    return getattr(features.get("label"), "names", None)
 
 
 def _load(text: str, check: Check | None, columns: Collection[str]) -> list[Record]:
@@ -263,6 +240,11 @@ def _dataset(name: str, part: Slice, expected: str, form: str) -> list[Record]:
         ) from None
     dataset_id, *rest = os.path.expanduser(name).split(":")  # noqa: PTH111  a Hub id isn't a path
     config, split = rest[0] if len(rest) == 2 else None, rest[-1] if rest else "train"
+    if rest and (Path(dataset_id) / _SAVED_ALONE).is_file():
+        raise DataError(
+            f"{name}: expected {dataset_id}, a dataset without splits, got the split {split!r}; "
+            f"{dataset_id}[90%:] is a part of it"
+        )
     try:
         if any((Path(dataset_id) / file).is_file() for file in _SAVED):
             saved = datasets.load_from_disk(dataset_id)
@@ -275,15 +257,7 @@ def _dataset(name: str, part: Slice, expected: str, form: str) -> list[Record]:
             f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     chosen = part.of_records(len(rows), name)
-    class_names = _class_names(rows)
     return [
-        Record(_with_class_name(row, class_names), f"{name}, row {number}")
-        for number, row in zip((n + 1 for n in chosen), rows.select(chosen), strict=True)
+        Record(row, f"{name}, row {n + 1}")
+        for n, row in zip(chosen, dataset_rows(rows.select(chosen)), strict=True)
     ]
-
-
-def _with_class_name(row: dict[str, Any], names: list[str] | None) -> dict[str, Any]:
-    if names is None or row.get("label") is None:
-        return row
-    # datasets mark a row without a label by -1
-    return {**row, "label": names[row["label"]] if row["label"] >= 0 else None}

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
@@ -26,14 +26,12 @@ from modulora_core.data.sources import Source
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
+from modulora_core.inference.metrics import Metric
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.progress import Display, Progress, no_progress, shown
 from modulora_core.training.chunked_loss import deferred_logits, token_losses
-
-Metric = Literal["perplexity", "accuracy", "rouge", "exact-match"]
-METRICS: tuple[Metric, ...] = get_args(Metric)
 
 MAX_LABELS = 64
 """Accuracy scores every label for every example, so it refuses more distinct answers than this."""
@@ -133,8 +131,6 @@ def evaluate(
         RequestError: the model cannot be opened.
         WorkError: the model's logits are NaN or infinite.
     """
-    if metric not in METRICS:
-        raise OptionError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     template = Template.of(prompt, completion)
     if template is not None and metric == "perplexity":
         raise OptionError("prompt: expected another metric than perplexity, which measures text")

@@ -98,6 +98,10 @@ UNUSABLE = [
         "line 1: input: expected a valid string, got 1",
     ),
     ([{"text": "a", "label": 0.5}], "expected a string or a whole number, got 0.5"),
+    (
+        [{"text": "a", "label": 1}, {"text": "b", "label": None}],
+        r"line 2: label: expected a label in every row \(.*\), got None",
+    ),
     ([{"messages": []}], r"line 1: messages: .*at least 1 item"),
     ([{"messages": ["hi"]}], "messages: 0: expected a valid dictionary, got 'hi'"),
     (

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
+import pyarrow.parquet
 import pytest
 
 from modulora_core.data import load_examples, load_text
@@ -77,6 +77,30 @@ def test_tool_calls_are_trained_as_the_template_writes_them(tokenizer: Any) -> N
         assert trained(tokenizer, same) == (text, answers)
 
 
+NULLS = {"city": None, "n": [1, None], "o": {"k": None}}
+
+
+def test_nulls_that_the_user_wrote_are_trained(tokenizer: Any, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "rain", "default": None}}]
+    chats = [
+        {"messages": [ASKED, calling(NULLS)], "tools": tools},
+        {"messages": [ASKED, calling(json.dumps(NULLS))], "tools": json.dumps(tools)},
+    ]
+    parquet = tmp_path / "chats.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats[1:]), parquet)
+    jsonl = write_jsonl(tmp_path / "chats.jsonl", chats[0])
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", chats[0] | {"messages": [ASKED, calling(0)]},
+                        chats[0])  # fmt: skip
+    loaded = datasets.Dataset.from_json(str(mixed), cache_dir=str(tmp_path / "cache")).select([1])
+    for source in (chats[:1], chats[1:], jsonl, parquet):
+        text, (answer,) = trained(tokenizer, source)
+        assert answer == f"<call>rain{json.dumps(NULLS)}</s>"
+        assert '"default": null' in text
+    loaded.save_to_disk(tmp_path / "saved")
+    for source in (loaded, tmp_path / "saved"):  # arguments of several types have the type Json
+        assert trained(tokenizer, source)[1] == [f"<call>rain{json.dumps(NULLS)}</s>"]
+
+
 def test_nulls_that_a_table_adds_are_left_out(tokenizer: Any, tmp_path: Path) -> None:
     two = [{**call, "function": {"name": "snow", "arguments": {"month": 1}}}
            for call in calling(0)["tool_calls"]]  # fmt: skip
@@ -84,10 +108,13 @@ def test_nulls_that_a_table_adds_are_left_out(tokenizer: Any, tmp_path: Path) ->
     table = pyarrow.Table.from_pylist(rows)
     added = table["messages"][0][1]["tool_calls"][0]["function"]["arguments"]["month"]
     assert added.as_py() is None
-    found = load_examples(table, tokenizer, seq_len=512)
-    assert [x["input_ids"] for x in found] == [
-        x["input_ids"] for x in load_examples(rows, tokenizer, seq_len=512)
-    ]
+    expected = [dict(x) for x in load_examples(rows, tokenizer, seq_len=512)]
+    pyarrow.parquet.write_table(table, tmp_path / "chats.parquet")
+    dataset = datasets.Dataset(table)
+    dataset.save_to_disk(tmp_path / "saved")
+    for source in (table, dataset, tmp_path / "chats.parquet", tmp_path / "saved"):
+        found = load_examples(source, tokenizer, seq_len=512)
+        assert [dict(x) for x in found] == expected, source
 
 
 def test_parts_of_text_are_the_text(tokenizer: Any) -> None:
@@ -157,6 +184,18 @@ def test_tokens_are_trained_as_they_are(tokenizer: Any, record: dict[str, Any]) 
     assert cut == {name: column[:4] for name, column in TOKENS.items()}
 
 
+def test_examples_without_a_trained_token_are_counted_apart(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [TOKENS, {"input_ids": []}, {"input_ids": [5, 6], "labels": [5, -100]}]
+    report = load_examples(rows, tokenizer, seq_len=16).report
+    assert (report.examples, report.dropped, report.untrained) == (1, 0, 2)
+    assert "2 of 3 examples have no token to train and are left out" in caplog.text
+    assert "longer" not in caplog.text
+    with pytest.raises(DataError, match="starts within seq_len 2, got none of 1; raise seq_len"):
+        load_examples(rows, tokenizer, seq_len=2)
+
+
 def test_tokens_without_labels_are_all_trained(tokenizer: Any) -> None:
     (found,) = load_examples([{"input_ids": [5, 6]}], tokenizer, seq_len=16)
     assert found["labels"] == [5, 6]
@@ -167,9 +206,11 @@ def test_tokens_without_labels_are_all_trained(tokenizer: Any) -> None:
     [
         ({"input_ids": [5, 6], "labels": [6, 7]}, r"labels: expected -100 or the token .* got 6"),
         ({"input_ids": [5, 6], "labels": [5]}, "labels: expected as many as input_ids, 2, got 1"),
+        ({"input_ids": [5, 6], "labels": [-100, 6], "completion_mask": [0, 1]},
+         "expected labels or completion_mask, got both; leave one out"),
         ({"input_ids": [5, -6]}, "input_ids: 1: expected greater than or equal to 0, got -6"),
         ({"input_ids": "5 6"}, "input_ids: expected a valid list, got '5 6'"),
-        ({"input_ids": [5, 6], "labels": [-100, -100]}, "expected examples whose answer starts"),
+        ({"input_ids": [5, 6], "labels": [-100, -100]}, "expected a token to train .* none in 1"),
         ({"messages": [ASKED, {"role": "assistant", "content": None}]},
          "messages: 1: content: expected a valid string, got None"),
         ({"messages": [ASKED, {**calling({}), "tool_calls": [{"name": "rain"}]}]},
@@ -267,6 +308,8 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
         assert [r.fields for r in load_records(f"{tmp_path}/{name}")] == expected, name
     with pytest.raises(DataError, match="with the split 'dev'"):
         load_records(f"{tmp_path}/several:dev")
+    with pytest.raises(DataError, match=r"one:test: expected .*/one, a dataset without splits, "):
+        load_records(f"{tmp_path}/one:test")
 
 
 def test_tokens_are_no_text(tokenizer: Any) -> None:

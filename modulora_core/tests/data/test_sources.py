@@ -99,6 +99,8 @@ MALFORMED = {
     "none.json": (b"[]", "line 1: expected one or more records, got none"),
     "header.csv": (b"prompt,completion\n", "line 1: expected one or more records, got none"),
     "twice.csv": (b"text,text\na,b\n", "line 1: expected distinct column names"),
+    "blank.csv": (b"\nprompt,completion\na,b\n", "line 1: expected column names, got a blank line"),
+    "commas.tsv": (b" \t\na\tb\n", "line 1: expected column names, got a blank line"),
     "short.csv": (b'a,b\n"a\nb",c\n\nonly\n', r"line 5: expected 2 columns \(a, b\), got 1"),
     "quote.csv": (
         b'text\nfine\n"open\n',
