@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.data import load_examples
+from modulora_core.data.rendering import IGNORED
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.progress import no_progress
 from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
+from modulora_core.training.chunked_loss import token_losses
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.curves import Curve, curves
 from modulora_core.training.finetune import finetune
@@ -116,6 +119,34 @@ def test_the_held_out_loss_is_on_examples_that_no_step_read(
     silent = config.model_copy(update={"out": str(tmp_path / "silent"), "report": False})
     without = finetune(silent)
     assert (without.losses, without.held_out) == (result.losses, None)
+
+
+def test_the_held_out_loss_of_joined_examples_is_the_loss_of_each_alone(
+    configure: Configure, tunable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", *rows))
+    batches: list[dict[str, Any]] = []
+    forward = AdapterTrainer.prediction_step
+
+    def noted(self: Any, model: Any, inputs: Any, *more: Any, **options: Any) -> Any:
+        batches.append({**inputs})
+        return forward(self, model, inputs, *more, **options)
+
+    monkeypatch.setattr(AdapterTrainer, "prediction_step", noted)
+    result = finetune(configure(data=data, steps=10, report=True, packing=True))
+    model, losses = load_model(tunable).eval(), []
+    for batch in batches:
+        for ids, labels, positions in zip(
+            batch["input_ids"], batch["labels"], batch["position_ids"], strict=True
+        ):
+            starts = (positions == 0).nonzero().flatten().tolist()
+            for start, end in itertools.pairwise([*starts, len(ids)]):
+                part, goals = ids[None, start:end], labels[None, start:end]
+                losses += token_losses(model(part).logits, goals)[goals[:, 1:] != IGNORED].tolist()
+    assert len(losses) > 2 * 8, "rows have several parts"
+    assert result.held_out is not None
+    assert result.held_out.before == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_after_an_epoch_the_page_says_how_to_hold_data_out(
