@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.progress import no_progress
 from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
+from modulora_core.training import outputs
 from modulora_core.training.chunked_loss import token_losses
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.curves import Curve, curves
@@ -253,6 +256,37 @@ def test_infinite_logits_end_no_run_at_its_report(tunable: Path, text: Path) -> 
     )
     assert "infinite" in sample.before
     assert "infinite" in sample.after
+
+
+@pytest.mark.parametrize("window", [32, 49])
+def test_a_run_in_a_short_window_has_its_adapter(
+    configure: Configure, tunable: Path, tmp_path: Path, window: int
+) -> None:
+    """An answer has up to 48 tokens: the first window has no room for it, the second one just."""
+    model = tmp_path / "short"
+    shutil.copytree(tunable, model)
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "max_position_embeddings": window}))
+    finetune(configure(model=str(model), steps=1, report=True))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert ("Sample answers" in page) == (window == 49)
+
+
+def test_a_failure_of_the_answers_leaves_the_adapter(
+    configure: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def failing(*_: Any, **__: Any) -> list[Sample]:
+        raise torch.OutOfMemoryError("no room for a cache")
+
+    monkeypatch.setattr(outputs, "answers", failing)
+    finetune(configure(steps=1, report=True))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert "Sample answers" not in (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "OutOfMemoryError: no room for a cache" in caplog.text
 
 
 def test_answers_of_a_slow_model_take_the_time_that_they_are_given(
