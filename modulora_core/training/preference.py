@@ -97,8 +97,12 @@ def preference_trainer(
 
 
 def _dataset(rows: Sequence[dict[str, Any]], folder: Path) -> datasets.Dataset:
-    """The rows as a dataset; of several processes in a folder, where TRL shares its results."""
-    dataset = datasets.Dataset.from_list([*rows])
+    """The rows as a dataset; of several processes in a folder, where TRL shares its results.
+
+    Its columns are JSON: others would give each message the fields of all, and templates see them.
+    """
+    columns = datasets.Features({name: datasets.Json() for name in rows[0]})
+    dataset = datasets.Dataset.from_list([*rows], features=columns)
     if world_size() == 1:
         return dataset
     if is_first():
