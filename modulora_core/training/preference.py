@@ -20,14 +20,13 @@ from trl import DPOConfig, DPOTrainer
 
 from modulora_core.distributed import barrier, is_first, world_size
 from modulora_core.errors import OptionError
-from modulora_core.training.arguments import argument_values, check_values
+from modulora_core.training.arguments import OneGPU, argument_values, check_values
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.trainer import AdapterRun
 from modulora_core.training.trainer_options import trainer_options
 
 
-class _Arguments(DPOConfig):
-    n_gpu = 1  # with more, Trainer copies the model to each GPU that it sees (DataParallel)
+class _Arguments(OneGPU, DPOConfig): ...
 
 
 class PreferenceTrainer(AdapterRun, DPOTrainer):
