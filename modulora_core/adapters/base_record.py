@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import TypedDict
 
+from modulora_core.adapters.adapted import head_parameters
 from modulora_core.checkpoints.joined_rows import JoinedRows
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.distributed import whole
@@ -51,7 +52,8 @@ class BaseRecord(BaseModel):
         name: the model before quantization, a Hub id or a path.
         quantizers: each quantizer of the base: ``{"quantizer": name, "options": {...}}``.
         architecture: digest of the names and shapes of all linear layers, packed or not.
-        dense_weights: digest of the one-dimensional parameters, rounded to bfloat16.
+        dense_weights: digest of the one-dimensional parameters, rounded to bfloat16, without the
+            head of a task.
         tuned: quantization tuned the one-dimensional parameters.
     """
 
@@ -159,6 +161,7 @@ def _dense_values(model: nn.Module, read: Callable[[str], Tensor] | None) -> Ite
     others = {
         *(scale for m in adapted for scale in (*m.input_scale.values(), *m.output_scale.values())),
         *(tensor for module in packed for tensor in module.parameters()),
+        *head_parameters(model).values(),  # they train, and belong to the adapter
     }
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and parameter not in others:

@@ -29,8 +29,13 @@ _SAVED_CHECKPOINTS = 2
 """The Trainer deletes the oldest before we seal the newest: with one, none would be whole then."""
 
 
-class _Arguments(TrainingArguments):
+class OneGPU:
+    """Arguments of a Trainer that uses the GPU of its process alone."""
+
     n_gpu = 1  # with more, Trainer copies the model to each GPU that it sees (DataParallel)
+
+
+class _Arguments(OneGPU, TrainingArguments): ...
 
 
 def training_arguments(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,15 @@ class SimilarLengths(Sampler[int]):
         for number in torch.randperm(len(steps), generator=generator).tolist():
             yield from steps[number]
         yield from sorted(drawn[whole:], key=self._lengths.__getitem__)
+
+
+def attending_within_parts(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a batch, without ``attention_mask`` if its rows are joined examples.
+
+    A mask would hide their ``position_ids`` from transformers' attention, and mix the parts.
+    """
+    dropped = "attention_mask" if "position_ids" in inputs else None
+    return {name: value for name, value in inputs.items() if name != dropped}
 
 
 def check_joined(model: PreTrainedModel, batch_size: int) -> None:

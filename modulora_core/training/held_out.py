@@ -38,7 +38,8 @@ def held_out(trainer: AdapterTrainer) -> HeldOut | None:
     The result is None after a whole epoch, in several processes, and for short runs. It reads at
     most a fifth as many examples as the run, twice. A forward pass makes a third of a training
     step's products, or half without gradient checkpointing. So it takes at most 2/15 of the run's
-    time, or a fifth.
+    time, or a fifth. The parts of joined examples don't see each other, as in training
+    (:func:`modulora_core.training.batches.attending_within_parts`).
     """
     if world_size() > 1:
         return None

@@ -248,8 +248,9 @@ class _Correcting(BlockVisitor):
             B, A = best_correction(
                 weight, quantizer, packed[0], calibration.hessian, rank=len(values["lora_A"])
             )
-        values["lora_B"].data.copy_(B / scale)
-        values["lora_A"].data.copy_(A / scale)
+        # a layer narrower than the adapter's rank needs fewer columns of B; the others stay zero
+        values["lora_B"].data[:, : len(A)] = B / scale
+        values["lora_A"].data[: len(A)] = A / scale
         self.done.append(name)
         self.progress("correcting", len(self.done), len(self.layers))
         return _Corrected(name, quantizer, packed, B @ A)
@@ -259,6 +260,8 @@ def best_correction(
     weight: Tensor, quantizer: Quantizer, packed: PackedWeight, hessian: Tensor, *, rank: int
 ) -> tuple[Tensor, Tensor]:
     """B ``[out, r]`` and A ``[r, in]`` with the smallest E ‖(W - Ŵ - B A) x‖², nearly.
+
+    r is ``rank``, or the smaller side of W if that is less.
 
     Args:
         weight: W, ``[out, in]``; packed: Ŵ; hessian: H, ``[in, in]``, fp32 or wider.

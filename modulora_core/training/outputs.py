@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from modulora_core.training.held_out import HeldOut
 from modulora_core.training.model_card import model_card
 from modulora_core.training.report import REPORT_FILE, report
 from modulora_core.training.resuming import CHECKPOINTS
-from modulora_core.training.samples import LEAST, answers
+from modulora_core.training.samples import LEAST, Sample, answers
+
+logger = logging.getLogger(__name__)
 
 _ADAPTER = Path(CHECKPOINTS) / "adapter"
 """The adapter while the ``lora_file`` is made of it."""
@@ -106,16 +109,30 @@ def _write_lora_file(run: CheckedRun, checkpoint: PackedCheckpoint) -> tuple[str
 def _report(
     run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained, progress: Display
 ) -> str:
-    trainer, seconds = trained.trainer, trained.seconds
-    with shown(progress, f"answering prompts for {REPORT_FILE}", "tokens") as show:
-        samples = answers(
-            trained.model, run.tokenizer, trainer.eval_dataset or trainer.train_dataset,
-            seconds=max(LEAST, seconds / 10), tokens_per_second=trained.tokens / seconds,
-            show=show,
-        )  # fmt: skip
     return report(
-        run.config, checkpoint, trainer.state.log_history, samples, model=run.model,
-        seconds=seconds, peak_memory_bytes=trained.peak_bytes,
+        run.config, checkpoint, trained.trainer.state.log_history,
+        _answers(run, trained, progress), model=run.model,
+        seconds=trained.seconds, peak_memory_bytes=trained.peak_bytes,
         sampled="evaluation" if "eval" in run.examples else "training",
         held_out=trained.held_out,
     )  # fmt: skip
+
+
+def _answers(run: CheckedRun, trained: Trained, progress: Display) -> list[Sample]:
+    """The report's answers, or none if they fail: the adapter is not written yet."""
+    trainer, seconds = trained.trainer, trained.seconds
+    try:
+        with shown(progress, f"answering prompts for {REPORT_FILE}", "tokens") as show:
+            return answers(
+                trained.model, run.tokenizer, trainer.eval_dataset or trainer.train_dataset,
+                seconds=max(LEAST, seconds / 10), tokens_per_second=trained.tokens / seconds,
+                show=show,
+            )  # fmt: skip
+    except Exception as error:  # generation may fail in any way
+        if trainer.is_fsdp_enabled:  # other processes may wait for this one in a layer
+            raise
+        logger.warning(
+            "%s: it has no sample answers, since they failed with %s: %s",
+            REPORT_FILE, type(error).__name__, " ".join(str(error).split()),
+        )  # fmt: skip
+        return []

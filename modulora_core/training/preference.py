@@ -20,14 +20,13 @@ from trl import DPOConfig, DPOTrainer
 
 from modulora_core.distributed import barrier, is_first, world_size
 from modulora_core.errors import OptionError
-from modulora_core.training.arguments import argument_values, check_values
+from modulora_core.training.arguments import OneGPU, argument_values, check_values
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.trainer import AdapterRun
 from modulora_core.training.trainer_options import trainer_options
 
 
-class _Arguments(DPOConfig):
-    n_gpu = 1  # with more, Trainer copies the model to each GPU that it sees (DataParallel)
+class _Arguments(OneGPU, DPOConfig): ...
 
 
 class PreferenceTrainer(AdapterRun, DPOTrainer):
@@ -97,8 +96,12 @@ def preference_trainer(
 
 
 def _dataset(rows: Sequence[dict[str, Any]], folder: Path) -> datasets.Dataset:
-    """The rows as a dataset; of several processes in a folder, where TRL shares its results."""
-    dataset = datasets.Dataset.from_list([*rows])
+    """The rows as a dataset; of several processes in a folder, where TRL shares its results.
+
+    Its columns are JSON: others would give each message the fields of all, and templates see them.
+    """
+    columns = datasets.Features({name: datasets.Json() for name in rows[0]})
+    dataset = datasets.Dataset.from_list([*rows], features=columns)
     if world_size() == 1:
         return dataset
     if is_first():

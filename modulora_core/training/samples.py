@@ -50,7 +50,8 @@ def answers(
 ) -> list[Sample]:
     """Answer the prompts of some examples greedily, in one batch without and one with the adapter.
 
-    Fewer prompts are asked, the shortest, and answers end early, if more would take too long.
+    Fewer prompts are asked, the shortest, and answers end early, if more would take too long. A
+    model whose window has no room for a prompt and an answer gets none.
 
     Args:
         model: a model with an active adapter; it is in evaluation mode afterwards.
@@ -62,13 +63,15 @@ def answers(
             of its products, or half without gradient checkpointing.
         show: the bar.
     """
+    window = window_of(model.config) or 2**20
+    if window <= LONGEST:
+        return []
     affordable = max(PROMPT, int(seconds / 4 * 3 * tokens_per_second))  # half the time: two passes
     most = min(COUNT, len(examples))
     chosen = [_split(examples[i * len(examples) // most]) for i in range(most)]
     chosen.sort(key=lambda pair: len(pair[0]))  # so that as many as can be are asked whole
     totals = itertools.accumulate(len(prompt) for prompt, _ in chosen)
     pairs = chosen[: max(1, sum(total <= affordable for total in totals))]
-    window = window_of(model.config) or 2**20
     longest = min(window - LONGEST, affordable)
     prompts = [prompt[-longest:] for prompt, _ in pairs]
 

@@ -39,7 +39,7 @@ from modulora_core.data.rendering import IGNORED
 from modulora_core.distributed import barrier, world_size
 from modulora_core.errors import WorkError
 from modulora_core.progress import Progress
-from modulora_core.training.batches import SimilarLengths
+from modulora_core.training.batches import SimilarLengths, attending_within_parts
 from modulora_core.training.checkpoints import seal, trainer_state
 from modulora_core.training.chunked_loss import (
     Teacher,
@@ -227,8 +227,7 @@ class AdapterTrainer(AdapterRun):
             mask = inputs["attention_mask"]
             self._positions += mask.numel()
             self._padding += int((mask == 0).sum())
-        if "position_ids" in inputs:  # a mask would hide them from transformers' attention
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        inputs = attending_within_parts(inputs)
         offload, teacher = self._offload and model.training, None
         if "teacher_tokens" in inputs:
             rows = [inputs[name] for name in TEACHER]
@@ -252,7 +251,7 @@ class AdapterTrainer(AdapterRun):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
+        inputs = attending_within_parts(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
         with torch.no_grad(), deferred_logits(self.model), self.compute_loss_context_manager():
             losses = token_losses(model(**inputs).logits, labels).sum(1, dtype=torch.float64)

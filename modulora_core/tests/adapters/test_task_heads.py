@@ -67,7 +67,12 @@ def head_of(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("task", HEADS)
 @pytest.mark.parametrize("architecture", ["mistral", "gpt2", "mixtral"])
 def test_a_new_head_trains_and_is_saved(
-    pack: Pack, tmp_path: Path, architecture: str, task: str, way: str
+    pack: Pack,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    architecture: str,
+    task: str,
+    way: str,
 ) -> None:
     kind, labels, options = HEADS[task]
     folders = pack(architecture, "verbatim")
@@ -92,6 +97,7 @@ def test_a_new_head_trains_and_is_saved(
 
     again = load()
     load_adapter(again, tmp_path, trainable=True)
+    assert "other weights" not in caplog.text, "a head's trained bias is none of the base"
     assert torch.equal(scores(again), scores(model))
     assert {n for n, p in again.named_parameters() if p.requires_grad} >= {*before}
     frozen = load()

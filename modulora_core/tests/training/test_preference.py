@@ -138,6 +138,22 @@ def _finetuned(options: dict[str, Any]) -> list[float]:
     return finetuned(**options)
 
 
+def test_each_message_has_its_own_fields_alone(tmp_path: Path) -> None:
+    """A table would add ``name`` to all, and refuse a field of two types."""
+    pytest.importorskip("trl", reason="pip install trl")
+    from modulora_core.training.preference import _dataset
+
+    rows = [
+        {"prompt": [{"role": "user", "content": "Who?", **more}],
+         "chosen": [{"role": "assistant", "content": "me"}],
+         "rejected": [{"role": "assistant", "content": "nobody"}]}
+        for more in ({"name": "Ada"}, {}, {"name": 3})
+    ]  # fmt: skip
+    assert list(_dataset(rows, tmp_path)) == rows
+    strings = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS]
+    assert list(_dataset(strings, tmp_path)) == strings
+
+
 @pytest.mark.slow
 def test_a_packed_head_is_refused(dpo: Configure, tunable: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="pip install trl")

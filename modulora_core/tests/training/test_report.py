@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +19,13 @@ from modulora_core.adapters.settings import LoRASettings
 from modulora_core.adapters.switching import without_adapter
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.data import load_examples
+from modulora_core.data.rendering import IGNORED
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.progress import no_progress
 from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
+from modulora_core.training import outputs
+from modulora_core.training.chunked_loss import token_losses
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.curves import Curve, curves
 from modulora_core.training.finetune import finetune
@@ -116,6 +122,34 @@ def test_the_held_out_loss_is_on_examples_that_no_step_read(
     silent = config.model_copy(update={"out": str(tmp_path / "silent"), "report": False})
     without = finetune(silent)
     assert (without.losses, without.held_out) == (result.losses, None)
+
+
+def test_the_held_out_loss_of_joined_examples_is_the_loss_of_each_alone(
+    configure: Configure, tunable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", *rows))
+    batches: list[dict[str, Any]] = []
+    forward = AdapterTrainer.prediction_step
+
+    def noted(self: Any, model: Any, inputs: Any, *more: Any, **options: Any) -> Any:
+        batches.append({**inputs})
+        return forward(self, model, inputs, *more, **options)
+
+    monkeypatch.setattr(AdapterTrainer, "prediction_step", noted)
+    result = finetune(configure(data=data, steps=10, report=True, packing=True))
+    model, losses = load_model(tunable).eval(), []
+    for batch in batches:
+        for ids, labels, positions in zip(
+            batch["input_ids"], batch["labels"], batch["position_ids"], strict=True
+        ):
+            starts = (positions == 0).nonzero().flatten().tolist()
+            for start, end in itertools.pairwise([*starts, len(ids)]):
+                part, goals = ids[None, start:end], labels[None, start:end]
+                losses += token_losses(model(part).logits, goals)[goals[:, 1:] != IGNORED].tolist()
+    assert len(losses) > 2 * 8, "rows have several parts"
+    assert result.held_out is not None
+    assert result.held_out.before == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_after_an_epoch_the_page_says_how_to_hold_data_out(
@@ -222,6 +256,37 @@ def test_infinite_logits_end_no_run_at_its_report(tunable: Path, text: Path) -> 
     )
     assert "infinite" in sample.before
     assert "infinite" in sample.after
+
+
+@pytest.mark.parametrize("window", [32, 49])
+def test_a_run_in_a_short_window_has_its_adapter(
+    configure: Configure, tunable: Path, tmp_path: Path, window: int
+) -> None:
+    """An answer has up to 48 tokens: the first window has no room for it, the second one just."""
+    model = tmp_path / "short"
+    shutil.copytree(tunable, model)
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "max_position_embeddings": window}))
+    finetune(configure(model=str(model), steps=1, report=True))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert ("Sample answers" in page) == (window == 49)
+
+
+def test_a_failure_of_the_answers_leaves_the_adapter(
+    configure: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def failing(*_: Any, **__: Any) -> list[Sample]:
+        raise torch.OutOfMemoryError("no room for a cache")
+
+    monkeypatch.setattr(outputs, "answers", failing)
+    finetune(configure(steps=1, report=True))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert "Sample answers" not in (tmp_path / "out" / "report.html").read_text("utf-8")
+    assert "OutOfMemoryError: no room for a cache" in caplog.text
 
 
 def test_answers_of_a_slow_model_take_the_time_that_they_are_given(
