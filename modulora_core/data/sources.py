@@ -245,8 +245,14 @@ def _dataset(name: str, part: Slice, expected: str, form: str) -> list[Record]:
             f"{name}: expected {dataset_id}, a dataset without splits, got the split {split!r}; "
             f"{dataset_id}[90%:] is a part of it"
         )
+    is_saved = any((Path(dataset_id) / file).is_file() for file in _SAVED)
+    if is_saved and config is not None:
+        raise DataError(
+            f"{name}: expected {dataset_id}:{split}, since a saved dataset has no configurations, "
+            f"got {config!r} too"
+        )
     try:
-        if any((Path(dataset_id) / file).is_file() for file in _SAVED):
+        if is_saved:
             saved = datasets.load_from_disk(dataset_id)
             rows = saved[split] if isinstance(saved, dict) else saved
         else:

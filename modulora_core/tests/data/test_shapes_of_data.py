@@ -310,6 +310,8 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
         load_records(f"{tmp_path}/several:dev")
     with pytest.raises(DataError, match=r"one:test: expected .*/one, a dataset without splits, "):
         load_records(f"{tmp_path}/one:test")
+    with pytest.raises(DataError, match=r"has no configurations, got 'config' too"):
+        load_records(f"{tmp_path}/several:config:test")
 
 
 def test_tokens_are_no_text(tokenizer: Any) -> None:
