@@ -17,7 +17,7 @@ from modulora_core.planner.request import SAMPLES, SEQ_LEN, UNPLANNED, PlanReque
 from modulora_core.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
     from rich.text import Text
@@ -28,6 +28,12 @@ MOST_CHANGES = 5
 """Settings that are printed; --json has all."""
 
 _FIRST = ("batch_size", "seq_len", "rank")
+
+_OWN = {
+    "device": "device", "processes": "processes", "padded": "padded", "budget": "budget",
+    "calibration_samples": "samples", "calibration_seq_len": "calibration_seq_len",
+}  # fmt: skip
+"""Fields of a request with an option of their own, and the option."""
 
 PANELS = {
     "Options": ("quantizer", "option", "budget", "device", "processes", *_FIRST, "plot"),
@@ -165,15 +171,22 @@ def _following(plan: MemoryPlan) -> list[Text]:
     """The command for the planned job, unless it does not fit."""
     from modulora_core.planner.dense_weights import NONE
 
-    model, asked = shlex.quote(plan.request.model), plan.request.quantizer
-    if plan.fits is False or asked == NONE:
+    request = plan.request
+    model = shlex.quote(request.model)
+    if plan.fits is False or request.quantizer == NONE:
         return []
-    if asked is None:
-        return [next_commands(f"modulora finetune {model} ADAPTER --data SOURCE")]
-    options = "".join(f" -o {name}={value}" for name, value in asked.options.items())
-    if asked.create().spec.calibration != "none":
-        options += " --calibration SOURCE"
-    return [next_commands(f"modulora quantize {model} PACKED -q {asked.quantizer}{options}")]
+    if request.quantizer is None:
+        words = [f"modulora finetune {model} ADAPTER --data SOURCE", *_finetuning(request)]
+        return [next_commands(" ".join(words))]
+    words = [f"modulora quantize {model} PACKED", *_quantizers(request)]
+    chosen = (request.quantizer, request.head, request.embeddings)
+    if any(each and each.create().spec.calibration != "none" for each in chosen):
+        words.append("--calibration SOURCE")
+        if request.calibration_samples != SAMPLES:
+            words.append(f"--samples {request.calibration_samples}")
+        if request.calibration_seq_len != SEQ_LEN:
+            words.append(f"--seq-len {request.calibration_seq_len}")
+    return [next_commands(" ".join(words))]
 
 
 def _verdict(plan: MemoryPlan) -> list[str]:
@@ -199,24 +212,53 @@ def _verdict(plan: MemoryPlan) -> list[str]:
         lines.append(f"  {change.change}: saves {saved}, {total} in all")
     if plan.together is not None:
         total = format_size(plan.together.nbytes)
-        lines += ["", f"Fits, with {total} in all:", f"  {_again(plan, plan.together.change)}"]
+        lines += ["", f"Fits, with {total} in all:", f"  {_again(plan.together.request)}"]
     elif plan.fits is False:
         lines += ["", "No few settings together fit. Choose a smaller model or a larger budget."]
     return lines
 
 
-def _again(plan: MemoryPlan, settings: str) -> str:
-    """The command that plans the run with other ``settings``."""
-    request, given = plan.request, plan.request.config.model_fields_set
-    words = ["modulora plan", shlex.quote(request.model), f"--device {request.device}"]
-    if request.quantizer is not None and "-q " not in settings:
-        options = request.quantizer.options.items()
-        words += [f"-q {request.quantizer.quantizer}", *(f"-o {k}={v}" for k, v in options)]
-    for name in _FIRST:
-        flag = f"--{name.replace('_', '-')} "
-        if name in given and flag not in settings:
-            words.append(f"{flag}{getattr(request.config, name)}")
-    return " ".join([*words, settings])
+def _again(request: PlanRequest) -> str:
+    """The command that plans the request."""
+    standard = PlanRequest(model=request.model)
+    own = {
+        flag: getattr(request, name)
+        for name, flag in _OWN.items()
+        if getattr(request, name) != getattr(standard, name)
+    }
+    words = [*_quantizers(request), *_flags(own), *_finetuning(request)]
+    return " ".join(["modulora plan", shlex.quote(request.model), *words])
+
+
+def _quantizers(request: PlanRequest) -> list[str]:
+    """The options that name the request's quantizers; `modulora quantize` has them too."""
+    words = []
+    if (asked := request.quantizer) is not None:
+        options = [shlex.quote(f"{name}={value}") for name, value in asked.options.items()]
+        words = [f"-q {shlex.quote(asked.quantizer)}", *(f"-o {option}" for option in options)]
+    ends = {"quantize_head": request.head, "quantize_embeddings": request.embeddings}
+    return words + _flags({name: end.label for name, end in ends.items() if end is not None})
+
+
+def _finetuning(request: PlanRequest) -> list[str]:
+    """The options of the finetuning run that were given; `modulora finetune` has them too."""
+    given = request.config.model_fields_set - UNPLANNED
+    return _flags({name: value for name, value in request.config if name in given})
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict):  # repeated
+            pairs = [shlex.quote(f"{key}={of_key}") for key, of_key in value.items()]
+            words += [f"--{flag} {pair}" for pair in pairs]
+        elif value is not None:
+            text = ",".join(value) if isinstance(value, tuple) else str(value)
+            words.append(f"--{flag} {shlex.quote(text)}")
+    return words
 
 
 def _all(plans: Sequence[MemoryPlan]) -> RenderableType:

@@ -36,12 +36,14 @@ class Change:
         nbytes: bytes of training with it.
         saves: bytes less than without it.
         fits: training fits the budget with it.
+        request: the plan's request with it.
     """
 
     change: str
     nbytes: int
     saves: int
     fits: bool
+    request: PlanRequest
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -134,7 +136,7 @@ class Remedies:
         rehearsal = self._rehearsal if same else rehearse_training(packed, asked)
         nbytes = memory.training(packed, asked, rehearsal).nbytes
         words = " ".join(setting.words for setting in group)
-        return Change(words, nbytes, self._before - nbytes, nbytes <= self._budget)
+        return Change(words, nbytes, self._before - nbytes, nbytes <= self._budget, asked)
 
 
 def installed_choices() -> Iterator[Choice]:

@@ -36,25 +36,28 @@ def test_plan_prints_an_object(run: Run, source: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_settings_that_fit_together_fit_when_they_are_planned(run: Run, tmp_path: Path) -> None:
-    """If this fails: the command that plan ends with does not do what it says."""
+@pytest.mark.parametrize(
+    "given",
+    [
+        "-q toy -o levels=63 --device cuda --rank 64",
+        "-q toy --rank 64 --targets q_proj,k_proj --padded --processes 2 --shard --dtype bfloat16 "
+        "--quantize-head verbatim --samples 8 --no-gradient-checkpointing --trainer tf32=false",
+    ],
+)
+def test_the_command_that_plan_ends_with_fits_as_it_says(
+    given: str, run: Run, text_of: Callable[..., str], tmp_path: Path
+) -> None:
     LlamaConfig(
         hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
         vocab_size=32000,
     ).save_pretrained(tmp_path)  # fmt: skip
-    words = ["plan", tmp_path, "-q", "toy", "--device", "cuda", "--seq-len", 1024, "--rank", 64]
+    words = ["plan", tmp_path, "--seq-len", 1024, *given.split()]
     alone = run(*words)[1]
     least = min(alone["items"]["runtime"], alone["training_bytes"])  # no setting changes it
-    budget = (least + alone["training_bytes"]) // 2
-    _, found, _ = run(*words, "--budget", budget)
-    together = found["together"]
-    assert together["fits"], found
-    assert (together["training_bytes"] > budget) is False
-    flags = shlex.split(together["change"])
-    for flag in ("--seq-len", "--rank", "-q"):  # the later one counts
-        if flag in flags:
-            del words[words.index(flag) : words.index(flag) + 2]
-    _, again, _ = run(*words, *flags, "--budget", budget)
+    words += ["--budget", (least + alone["training_bytes"]) // 2]
+    together = run(*words)[1]["together"]
+    _, _, command = text_of(*words).partition(" in all: modulora ")
+    _, again, _ = run(*shlex.split(command))
     assert again["fits"]
     assert again["training_bytes"] == pytest.approx(together["training_bytes"], rel=0.02)
 
@@ -68,6 +71,23 @@ def test_plan_prints_a_table(
     assert "training on 4 × 32 tokens, rank 8, float32, on cpu training decoding packed" in text
     assert "Training does not fit into 1.00 KiB. Settings that save most memory, each alone" in text
     assert "--rank" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "following"),
+    [
+        ("{source} -q toy -o levels=63 --quantize-head toy:levels=7 --quantize-embeddings verbatim",
+         "quantize {source} PACKED -q toy -o levels=63 --quantize-head toy:levels=7 "
+         "--quantize-embeddings verbatim"),
+        ("{packed} --rank 4 --optim adafactor",
+         "finetune {packed} ADAPTER --data SOURCE --rank 4 --seq-len 32 --optim adafactor"),
+    ],
+)  # fmt: skip
+def test_the_next_command_does_what_was_planned(
+    words: str, following: str, text_of: Callable[..., str], source: Path, packed: Path
+) -> None:
+    text = text_of("plan", *words.format(source=source, packed=packed).split(), "--seq-len", 32)
+    assert text.endswith(f"Next: modulora {following.format(source=source, packed=packed)}")
 
 
 def test_without_a_quantizer_plan_has_a_line_for_each(
