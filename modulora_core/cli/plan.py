@@ -12,7 +12,7 @@ from modulora_core.cli.arguments import option, parse_choice
 from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
 from modulora_core.cli.finetune import field_parameter
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import format_size, next_commands, table
+from modulora_core.cli.text import format_size, next_commands, table, to_paste
 from modulora_core.planner.request import SAMPLES, SEQ_LEN, UNPLANNED, PlanRequest, finetuning
 from modulora_core.training.config import FinetuneConfig
 
@@ -189,11 +189,12 @@ def _following(plan: MemoryPlan) -> list[Text]:
     return [next_commands(" ".join(words))]
 
 
-def _verdict(plan: MemoryPlan) -> list[str]:
+def _verdict(plan: MemoryPlan) -> list[str | Text]:
     if plan.fits is None:
         return []
     config, budget = plan.request.config, format_size(plan.request.budget or 0)
-    lines = ["", f"Training {'fits' if plan.fits else 'does not fit'} into {budget}."]
+    does = "fits" if plan.fits else "does not fit"
+    lines: list[str | Text] = ["", f"Training {does} into {budget}."]
     if plan.longest_seq_len:
         lines.append(
             f"Longest sequence that fits, {config.batch_size} at a time: "
@@ -212,7 +213,7 @@ def _verdict(plan: MemoryPlan) -> list[str]:
         lines.append(f"  {change.change}: saves {saved}, {total} in all")
     if plan.together is not None:
         total = format_size(plan.together.nbytes)
-        lines += ["", f"Fits, with {total} in all:", f"  {_again(plan.together.request)}"]
+        lines += ["", f"Fits, with {total} in all:", to_paste(f"  {_again(plan.together.request)}")]
     elif plan.fits is False:
         lines += ["", "No few settings together fit. Choose a smaller model or a larger budget."]
     return lines

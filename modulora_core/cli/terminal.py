@@ -182,7 +182,7 @@ class Terminal:
 
         console = Console(file=self.stdout, width=width, highlight=False, emoji=False)
         with console.capture() as captured:
-            console.print(renderable)
+            console.print(renderable, crop=False)  # a command may be long
         self._write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
 
     def write_object(self, value: Mapping[str, Any]) -> None:

@@ -119,9 +119,14 @@ def _names(found: Sequence[str]) -> str:
 
 def next_commands(*commands: str) -> Text:
     """The lines that end a report: the commands that a user may type now, each on a line."""
+    return to_paste("\nNext: " + "\n  or: ".join(commands))
+
+
+def to_paste(text: str) -> Text:
+    """Text with commands: a terminal may break its lines, but a pasted line stays whole."""
     from rich.text import Text
 
-    return Text(visible("\nNext: " + "\n  or: ".join(commands)))
+    return Text(visible(text), no_wrap=True, overflow="ignore")
 
 
 def table(

@@ -3,9 +3,10 @@ from __future__ import annotations
 import io
 
 import pytest
+from rich.console import Group
 
 from modulora_core.cli.terminal import Report, Terminal
-from modulora_core.cli.text import WordWrap, facts, format_size, parse_size
+from modulora_core.cli.text import WordWrap, facts, format_size, next_commands, parse_size
 
 
 def test_sizes_are_read_in_binary_and_decimal_units() -> None:
@@ -28,6 +29,12 @@ def test_sizes_are_written_with_a_few_digits() -> None:
         1.25 * 2**30: "1.25 GiB", 300 * 2**30: "300 GiB", 2**42: "4.00 TiB",
     }  # fmt: skip
     assert {number: format_size(number) for number in sizes} == sizes
+
+
+def test_a_long_command_stays_on_its_line_so_that_it_can_be_pasted() -> None:
+    command, stdout = f"modulora plan {'--flag value ' * 30}end", io.StringIO()
+    Terminal(stdout=stdout).show(Report({}, Group("done", next_commands(command, command))))
+    assert stdout.getvalue() == f"done\n\nNext: {command}\n  or: {command}\n"
 
 
 def test_facts_have_a_line_for_each_entry(capsys: pytest.CaptureFixture[str]) -> None:
