@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import format_size
-from modulora_core.errors import RequestError
+from modulora_core.errors import OptionError, RequestError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -89,6 +89,8 @@ def command(device: Devices = [], gpu: GPU = False) -> Report:
     found = list(_machine())
     import torch  # after the checks that name it if it is missing
 
+    from modulora_core.distributed import pick_device
+
     cards = ["cuda"] if torch.cuda.is_available() else []
     if gpu and not (device or cards):
         raise RequestError(
@@ -96,6 +98,9 @@ def command(device: Devices = [], gpu: GPU = False) -> Report:
             "torch for your card, or give --device cpu to try the CPU's kernels"
         )
     devices = device or (cards if gpu else ["cpu", *cards])
+    for name in devices:
+        if pick_device(name).type not in ("cuda", "cpu") and gpu:
+            raise OptionError(f"--gpu: expected --device cuda or cpu, got {name}")
     found += _compilers(torch)
     if gpu:
         from modulora_core.cli.gpu_report import bandwidth

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from modulora_core import distributed
 from modulora_core.cli import doctor
 from modulora_core.tests.cli.conftest import Run
 from modulora_core.tests.fake_site import FakeSite, failing
@@ -89,6 +90,29 @@ def test_gpu_without_a_card_is_refused(run: Run) -> None:
     code, refused, _ = run("doctor", "--gpu")
     assert code == 2
     assert "expected a GPU" in refused["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--device", "foo"], "device 'foo': expected one that torch can use here"),
+        (["--device", "cpu", "--device", "cuda:99"], "device 'cuda:99': expected one that torch"),
+        (["--gpu", "--device", "cuda:99"], "device 'cuda:99': expected one that torch can use"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_the_quantizers(
+    run: Run, words: list[str], message: str
+) -> None:
+    code, refused, _ = run("doctor", *words)
+    assert code == 2
+    assert message in refused["error"]["message"]
+
+
+def test_gpu_measures_no_other_kind_of_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "pick_device", torch.device)  # a machine that has one
+    code, refused, _ = run("doctor", "--gpu", "--device", "mps")
+    assert code == 2
+    assert refused["error"]["message"] == "--gpu: expected --device cuda or cpu, got mps"
 
 
 @pytest.mark.slow
