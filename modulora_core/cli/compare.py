@@ -92,6 +92,7 @@ def command(
     words = ["modulora", "compare", model, "--data", data]
     words += [word for name in quantizers for word in ("-q", name)]
     words += [] if eval_data is None else ["--eval-data", eval_data]
+    words += [] if device is None else ["--device", device]
     words += ["--quantize-embeddings", packs or "none"]
     numbers = {"finetune-steps": finetune_steps, "batch-size": batch_size, "seq-len": seq_len,
                "segments": segments, "samples": samples, "out": out}  # fmt: skip

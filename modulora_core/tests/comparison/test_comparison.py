@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from modulora_core.cli import main
+from modulora_core.cli.compare import PAGE
 from modulora_core.comparison import measure as comparison
 from modulora_core.comparison.measure import Request, compare, difference
 from modulora_core.comparison.page import page
@@ -82,6 +85,16 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     for part in ("toy, finetuned", "modulora compare MODEL", "<svg", f"{toy.after.perplexity:.2f}"):
         assert part in text
     assert "<script" not in text
+
+
+def test_the_command_on_the_page_repeats_the_comparison(request_: Request, tmp_path: Path) -> None:
+    out, data = str(tmp_path / "out"), request_.train.partition("[")[0]
+    words = ["compare", request_.model, "--data", data, "-q", "toy", "--eval-data", data]
+    words += ["--device", "cpu", "--quantize-embeddings", "none", "--finetune-steps", "0"]
+    words += ["--batch-size", "1", "--seq-len", "16", "--segments", "2", "--samples", "3"]
+    words += ["--out", out]
+    assert main(words) == 0
+    assert f"modulora {shlex.join(words)}" in (tmp_path / "out" / PAGE).read_text("utf-8")
 
 
 def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(
