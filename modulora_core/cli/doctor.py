@@ -210,8 +210,8 @@ def _plugin(entry: Entry, devices: list[str]) -> Iterator[Finding]:
             if first > LONG:  # it compiled kernels
                 _self_test(entry.name, device)
         except Exception as failure:  # of a plugin, which may raise anything
-            reason = " ".join(f"{type(failure).__name__}: {failure}".split())
-            yield Finding(where, "fails", "fault", f"{reason}; reinstall {entry.distribution}")
+            advice = f"{_reason(failure)}; reinstall {entry.distribution}"
+            yield Finding(where, "fails", "fault", advice)
             continue
         seconds = f"{first:.1f} s"
         if first > LONG:
@@ -236,7 +236,11 @@ def _gpu(entry: Entry, devices: list[str]) -> Iterator[Finding]:
     for name in devices:
         place = torch.device(name)
         subject = f"{entry.name} on {name}"
-        results = list(gpu_report.comparisons(entry, place))
+        try:
+            results = list(gpu_report.comparisons(entry, place))
+        except Exception as failure:  # of the plugin, where it uses no kernel
+            yield Finding(subject, "fails", "fault", _reason(failure)[:300])
+            continue
         wrong = [each for each in results if not each.passed]
         passed = f"{len(results) - len(wrong)} of {len(results)} results of kernels are right"
         yield Finding(subject, passed if results else "no kernels, plain torch")
@@ -249,8 +253,11 @@ def _gpu(entry: Entry, devices: list[str]) -> Iterator[Finding]:
             try:
                 yield Finding(subject, measure(entry.name, place))
             except Exception as failure:  # of a kernel or its compiler, which may raise anything
-                reason = " ".join(f"{type(failure).__name__}: {failure}".split())
-                yield Finding(subject, "fails", "fault", reason[:300])
+                yield Finding(subject, "fails", "fault", _reason(failure)[:300])
+
+
+def _reason(failure: Exception) -> str:
+    return " ".join(f"{type(failure).__name__}: {failure}".split())
 
 
 def _self_test(name: str, device: str) -> float:

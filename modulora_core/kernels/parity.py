@@ -67,7 +67,10 @@ def compare(
     dtype: torch.dtype,
     rows_of_x: Iterable[int] = ROWS_OF_X,
 ) -> Iterator[Comparison]:
-    """Compare a tile and the products of a packed weight, where it is. No kernel: no comparison."""
+    """Compare a tile and the products of a packed weight, where it is. No kernel: no comparison.
+
+    Raises an exception of the quantizer if no kernel was used.
+    """
     rows = min(MOST_ROWS, packed.shape[0])
     yield from _compared(
         "tile", packed, dtype, partial(quantizer.dequantize_tile, packed, (0, rows), dtype)
@@ -92,6 +95,8 @@ def _compared(
         try:
             found = result()
         except Exception as error:  # of a kernel or its compiler, which may raise anything
+            if not used:
+                raise  # plain torch raised it
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             yield Comparison(tuple(sorted(used)), *about, float("nan"), limit, reason[:300])
             return

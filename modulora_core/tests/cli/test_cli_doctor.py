@@ -123,3 +123,15 @@ def test_a_device_may_be_named_instead_of_a_gpu(run: Run) -> None:
     assert texts[0] == "no kernels, plain torch"
     assert "× dense" in texts[1]
     assert "tokens/s" in texts[2]
+
+
+def test_gpu_lists_a_quantizer_that_raises_as_a_fault(
+    run: Run, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def matmul(*words: Any) -> None:
+        raise ArithmeticError("no such rows")
+
+    monkeypatch.setattr(toy.Toy, "matmul", matmul)
+    code, found, _ = run("doctor", "--gpu", "--device", "cpu")
+    advice = {f["advice"] for f in found["findings"] if f["subject"] == "toy on cpu"}
+    assert (code, advice) == (1, {"ArithmeticError: no such rows"})

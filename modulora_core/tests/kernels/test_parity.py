@@ -126,3 +126,17 @@ def test_a_quantizer_without_kernels_has_nothing_to_compare(
     quantizer = stored(tmp_path, monkeypatch, "2", SOUND)
     with compiled.plain_torch():
         assert list(compare(quantizer, quantizer.pack(W), torch.float32)) == []
+
+
+def test_an_exception_without_kernels_is_not_blamed_on_them(
+    recwarn: Any,
+) -> None:
+    class Broken(Stored):
+        kernels = "modulora_core.tests"  # none
+
+        def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+            raise ArithmeticError("no such rows")
+
+    with pytest.raises(ArithmeticError, match="no such rows"):
+        check_kernels([(Broken(), Broken().pack(W))], torch.float32, no_progress)
+    assert not recwarn
