@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 MEASUREMENTS = pytest.StashKey[Measurements]()
 
 BLOCKED = "blocked: "
+
+HIGHEST = 7
+"""The number of the last level."""
+
+CERTIFIED = "modulora_certified"
+"""The key in the output of a process of pytest-xdist: whether each of its runs was certified."""
 
 FIXTURES = ("quantizer", "conformance_configuration")
 """Fixtures whose parameters choose the quantizer. Other parameters are a check's own cases."""
@@ -61,7 +68,8 @@ class Recorder:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._subjects: dict[tuple[str, str], Subject] = {}
-        self._partial: set[type] = set()
+        self._partial: set[tuple[type, str]] = set()
+        self._certified: list[bool] = []
 
     def runs(self) -> Iterator[Run]:
         """One for each quantizer, in the order of their first checks."""
@@ -72,6 +80,10 @@ class Recorder:
     def _run(self, subjects: list[Subject]) -> Run:
         spec, cls = subjects[0].quantizer.spec, subjects[0].cls
         distribution, of_version = _origin(spec.name)
+        cut = {level for of, level in self._partial if of is cls}
+        partial = {
+            title: tuple(sorted(cut | missing)) for title, missing in _missing(subjects).items()
+        }
         run = Run(
             quantizer=spec.name,
             suite=SUITE,
@@ -80,9 +92,11 @@ class Recorder:
             version=of_version,
             devices=spec.devices,
             certified=False,
-            complete=cls not in self._partial and _is_complete(subjects),
+            complete=not any(partial.values()),
+            partial=partial,
             checks=tuple(outcome for subject in subjects for outcome in subject.outcomes),
             seed=str(self._config.getoption("hypothesis_seed", "")),
+            only=_only(self._config),
             environment=environment(),
             about=about(cls),
             meanings=meanings(cls),
@@ -115,9 +129,11 @@ class Recorder:
         return _name(item).endswith(GOLDEN) and golden_of(item) is None
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        """Note the classes without a check, or without a case of one: they are incomplete."""
+        """Note the levels without a check, or without a case of one: they are incomplete."""
         self._partial |= {
-            _class(item) for item in items if _is_check(item) and not _name(item).endswith(GOLDEN)
+            (_class(item), _level(item))
+            for item in items
+            if _is_check(item) and not _name(item).endswith(GOLDEN)
         }
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -176,11 +192,20 @@ class Recorder:
 
     # -- the end
 
+    @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take over what a process found. A process that crashed has no output."""
+        self._certified += getattr(node, "workeroutput", {}).get(CERTIFIED, [])
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         runs = list(self.runs())
-        uncertified = self._config.getoption("--certified") and not all(r.certified for r in runs)
-        if uncertified and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        self._certified += [run.certified for run in runs]
+        if hasattr(self._config, "workeroutput"):  # of pytest-xdist, for the main process
+            self._config.workeroutput[CERTIFIED] = self._certified
+        elif self._config.getoption("--certified"):
+            fails = not self._certified or not all(self._certified)
+            if fails and session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
         folder = self._config.getoption("--conformance-report")
         if folder is not None:
             for run in runs:
@@ -213,6 +238,10 @@ class Recorder:
         """Print the summary above the tracebacks, if these are asked for."""
         from modulora_conformance.report.terminal import summary_text
 
+        if self._config.getoption("--certified") and not self._certified:
+            terminalreporter.write_line(
+                "--certified: expected a subclass of QuantizerConformance, got none; name its file"
+            )
         for run in self.runs():
             terminalreporter.section(f"conformance of {run.quantizer}")
             text = summary_text(
@@ -311,13 +340,24 @@ def _title(quantizer: Quantizer) -> str:
     return titled(quantizer.options.model_dump(exclude_defaults=True))
 
 
-def _is_complete(subjects: list[Subject]) -> bool:
-    """Whether every check ran for every configuration that the spec makes promises for."""
-    checks = [name for name in _levels(subjects[0].cls) if not name.endswith(GOLDEN)]
+def _missing(subjects: list[Subject]) -> dict[str, set[str]]:
+    """The levels without an outcome of some check, by configuration, and by each promised one."""
+    levels = {n: level for n, level in _levels(subjects[0].cls).items() if not n.endswith(GOLDEN)}
     outcomes = [outcome for subject in subjects for outcome in subject.outcomes]
     titles = {outcome.configuration for outcome in outcomes} | _promised(subjects[0].quantizer)
     ran = {(outcome.configuration, outcome.check) for outcome in outcomes}
-    return all((title, check) in ran for title in titles for check in checks)
+    return {
+        title: {level for name, level in levels.items() if (title, name) not in ran}
+        for title in sorted(titles)
+    }
+
+
+def _only(config: pytest.Config) -> str:
+    """The words of ``modulora conformance`` that choose what pytest's options chose."""
+    words = [word for option in config.getoption("--quantizer-option") for word in ("-o", option)]
+    level, select = config.getoption("--conformance-level"), config.getoption("keyword")
+    words += [] if level == HIGHEST else ["--level", str(level)]
+    return shlex.join(words + (["-k", select] if select else []))
 
 
 def _promised(quantizer: Quantizer) -> set[str]:
