@@ -36,6 +36,13 @@ def test_a_check_is_overridden_only_with_a_strict_xfail_and_its_reason(nested):
     assert nested(*TESTS).outcomes == TESTS
 
 
+def test_a_parametrized_class_has_a_configuration_for_each_quantizer(nested):
+    check = "test_weights_that_are_not_finite_are_refused"  # it has cases of its own
+    run = nested(f"TestParametrized::{check}").runs["zoo-healthy"]
+    assert run.configurations == ("group_size=16", "group_size=64")
+    assert "nan" in {outcome.case for outcome in run.checks}
+
+
 def test_every_check_says_why_it_fails():
     said = meanings(QuantizerConformance)
     assert said.keys() == {GUARD} | {name for name, _, _ in checks_of(QuantizerConformance)}

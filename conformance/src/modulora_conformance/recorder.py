@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,6 @@ HIGHEST = 7
 
 CERTIFIED = "modulora_certified"
 """The key in the output of a process of pytest-xdist: whether each of its runs was certified."""
-
-FIXTURES = ("quantizer", "conformance_configuration")
-"""Fixtures whose parameters choose the quantizer. Other parameters are a check's own cases."""
 
 PACKAGES = (
     "modulora-core",
@@ -322,14 +320,25 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
     return dict(callspec.params) if callspec is not None else {}
 
 
+def _own(item: pytest.Item) -> set[str]:
+    """The parameters that are a check's own cases. All others choose the quantizer."""
+    marks = getattr(getattr(_class(item), _name(item)), "pytestmark", [])
+    given = [mark.args[0] for mark in marks if mark.name == "parametrize"]
+    lists = [names.split(",") if isinstance(names, str) else names for names in given]
+    return {name.strip() for names in lists for name in names}
+
+
 def _key(item: pytest.Item) -> tuple[str, str]:
     """Identifies a class and the quantizer of its fixture."""
     parent = item.nodeid.split("::" + item.name)[0]
-    return parent, repr([_parameters(item).get(name) for name in FIXTURES])
+    own = _own(item)
+    chosen = {name: value for name, value in _parameters(item).items() if name not in own}
+    return parent, repr(sorted(chosen.items(), key=itemgetter(0)))
 
 
 def _case(item: pytest.Item) -> str:
-    cases = [value for name, value in _parameters(item).items() if name not in FIXTURES]
+    own = _own(item)
+    cases = [value for name, value in _parameters(item).items() if name in own]
     return ", ".join(str(value).removeprefix("torch.") for value in cases)
 
 
