@@ -216,6 +216,13 @@ def test_a_badge_says_no_more_than_the_run_found(tmp_path, checks, complete, sta
     assert texts == ["modulora conformance", words]
 
 
+def test_a_level_that_ran_in_part_has_not_passed():
+    partial = {"defaults": ("L0",), CONFIGURATIONS[1]: ("L2", "L3")}
+    run = make(certified=False, complete=False, partial=partial)
+    assert [row.levels for row in rows(run)] == ["none", "L0–L1"]
+    assert verdict(run) == ("incomplete", "not certified")
+
+
 def test_a_device_that_no_check_ran_on_is_named_everywhere(tmp_path):
     checks = [outcome("L0"), outcome("L7"), *passing()]
     ran = outcome("L7", "cuda_gives_the_tiles_of_the_cpu")

@@ -218,7 +218,7 @@ def _changed_options(quantizer: Quantizer) -> dict[str, Any]:
         others = _choices(quantizer.Options.model_fields[name].annotation)
         if isinstance(value, bool):
             others = [not value]
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, (int, float)) and not isinstance(value, Enum):
             others += map(type(value), (2 * value, value / 2, value + 1, value - 1))
         for other in others:
             if other != value and _valid(quantizer, own | {name: other}) is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from modulora_conformance import SUITE
-from modulora_conformance.recorder import MEASUREMENTS, Recorder, golden_of
+from modulora_conformance.recorder import HIGHEST, MEASUREMENTS, Recorder, golden_of
 from modulora_conformance.results import Measurements
 
 
@@ -36,8 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--conformance-level",
         metavar="N",
         type=int,
-        choices=range(8),
-        default=7,
+        choices=range(HIGHEST + 1),
+        default=HIGHEST,
         help="run levels 0 to N",
     )
     add("--certified", action="store_true", help="allow skips for missing hardware only")
@@ -83,6 +83,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
     config.addinivalue_line("markers", "slow: compiles for many seconds")
     config.addinivalue_line("markers", "threads: runs a check of the kit on all threads")
+    _check_distribution(config)
     config.pluginmanager.register(Recorder(config), "modulora_conformance_recorder")
     name = config.getoption("--quantizer")
     if name is not None:
@@ -93,6 +94,21 @@ def pytest_configure(config: pytest.Config) -> None:
         except ModuLoRAError as error:
             raise pytest.UsageError(str(error)) from None
         config.stash[CONFIGURATIONS] = found
+
+
+def _check_distribution(config: pytest.Config) -> None:
+    """Refuse to certify a class, or to report it, if pytest-xdist may divide it.
+
+    Raises:
+        pytest.UsageError: another ``--dist`` than ``loadfile``.
+    """
+    dist = config.getoption("dist", "no")
+    wanted = config.getoption("--certified") or config.getoption("--conformance-report")
+    if wanted and dist not in ("no", "loadfile"):
+        raise pytest.UsageError(
+            "--certified and --conformance-report: expected one process for each class of checks, "
+            f"got pytest-xdist with --dist {dist}; add --dist loadfile, or leave -n out"
+        )
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +28,11 @@ MEASUREMENTS = pytest.StashKey[Measurements]()
 
 BLOCKED = "blocked: "
 
-FIXTURES = ("quantizer", "conformance_configuration")
-"""Fixtures whose parameters choose the quantizer. Other parameters are a check's own cases."""
+HIGHEST = 7
+"""The number of the last level."""
+
+CERTIFIED = "modulora_certified"
+"""The key in the output of a process of pytest-xdist: whether each of its runs was certified."""
 
 PACKAGES = (
     "modulora-core",
@@ -61,7 +66,8 @@ class Recorder:
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
         self._subjects: dict[tuple[str, str], Subject] = {}
-        self._partial: set[type] = set()
+        self._partial: set[tuple[type, str]] = set()
+        self._certified: list[bool] = []
 
     def runs(self) -> Iterator[Run]:
         """One for each quantizer, in the order of their first checks."""
@@ -72,6 +78,10 @@ class Recorder:
     def _run(self, subjects: list[Subject]) -> Run:
         spec, cls = subjects[0].quantizer.spec, subjects[0].cls
         distribution, of_version = _origin(spec.name)
+        cut = {level for of, level in self._partial if of is cls}
+        partial = {
+            title: tuple(sorted(cut | missing)) for title, missing in _missing(subjects).items()
+        }
         run = Run(
             quantizer=spec.name,
             suite=SUITE,
@@ -80,9 +90,11 @@ class Recorder:
             version=of_version,
             devices=spec.devices,
             certified=False,
-            complete=cls not in self._partial and _is_complete(subjects),
+            complete=not any(partial.values()),
+            partial=partial,
             checks=tuple(outcome for subject in subjects for outcome in subject.outcomes),
             seed=str(self._config.getoption("hypothesis_seed", "")),
+            only=_only(self._config),
             environment=environment(),
             about=about(cls),
             meanings=meanings(cls),
@@ -115,9 +127,11 @@ class Recorder:
         return _name(item).endswith(GOLDEN) and golden_of(item) is None
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
-        """Note the classes without a check, or without a case of one: they are incomplete."""
+        """Note the levels without a check, or without a case of one: they are incomplete."""
         self._partial |= {
-            _class(item) for item in items if _is_check(item) and not _name(item).endswith(GOLDEN)
+            (_class(item), _level(item))
+            for item in items
+            if _is_check(item) and not _name(item).endswith(GOLDEN)
         }
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -176,11 +190,20 @@ class Recorder:
 
     # -- the end
 
+    @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take over what a process found. A process that crashed has no output."""
+        self._certified += getattr(node, "workeroutput", {}).get(CERTIFIED, [])
+
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         runs = list(self.runs())
-        uncertified = self._config.getoption("--certified") and not all(r.certified for r in runs)
-        if uncertified and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        self._certified += [run.certified for run in runs]
+        if hasattr(self._config, "workeroutput"):  # of pytest-xdist, for the main process
+            self._config.workeroutput[CERTIFIED] = self._certified
+        elif self._config.getoption("--certified"):
+            fails = not self._certified or not all(self._certified)
+            if fails and session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
         folder = self._config.getoption("--conformance-report")
         if folder is not None:
             for run in runs:
@@ -213,6 +236,10 @@ class Recorder:
         """Print the summary above the tracebacks, if these are asked for."""
         from modulora_conformance.report.terminal import summary_text
 
+        if self._config.getoption("--certified") and not self._certified:
+            terminalreporter.write_line(
+                "--certified: expected a subclass of QuantizerConformance, got none; name its file"
+            )
         for run in self.runs():
             terminalreporter.section(f"conformance of {run.quantizer}")
             text = summary_text(
@@ -293,14 +320,25 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
     return dict(callspec.params) if callspec is not None else {}
 
 
+def _own(item: pytest.Item) -> set[str]:
+    """The parameters that are a check's own cases. All others choose the quantizer."""
+    marks = getattr(getattr(_class(item), _name(item)), "pytestmark", [])
+    given = [mark.args[0] for mark in marks if mark.name == "parametrize"]
+    lists = [names.split(",") if isinstance(names, str) else names for names in given]
+    return {name.strip() for names in lists for name in names}
+
+
 def _key(item: pytest.Item) -> tuple[str, str]:
     """Identifies a class and the quantizer of its fixture."""
     parent = item.nodeid.split("::" + item.name)[0]
-    return parent, repr([_parameters(item).get(name) for name in FIXTURES])
+    own = _own(item)
+    chosen = {name: value for name, value in _parameters(item).items() if name not in own}
+    return parent, repr(sorted(chosen.items(), key=itemgetter(0)))
 
 
 def _case(item: pytest.Item) -> str:
-    cases = [value for name, value in _parameters(item).items() if name not in FIXTURES]
+    own = _own(item)
+    cases = [value for name, value in _parameters(item).items() if name in own]
     return ", ".join(str(value).removeprefix("torch.") for value in cases)
 
 
@@ -311,13 +349,24 @@ def _title(quantizer: Quantizer) -> str:
     return titled(quantizer.options.model_dump(exclude_defaults=True))
 
 
-def _is_complete(subjects: list[Subject]) -> bool:
-    """Whether every check ran for every configuration that the spec makes promises for."""
-    checks = [name for name in _levels(subjects[0].cls) if not name.endswith(GOLDEN)]
+def _missing(subjects: list[Subject]) -> dict[str, set[str]]:
+    """The levels without an outcome of some check, by configuration, and by each promised one."""
+    levels = {n: level for n, level in _levels(subjects[0].cls).items() if not n.endswith(GOLDEN)}
     outcomes = [outcome for subject in subjects for outcome in subject.outcomes]
     titles = {outcome.configuration for outcome in outcomes} | _promised(subjects[0].quantizer)
     ran = {(outcome.configuration, outcome.check) for outcome in outcomes}
-    return all((title, check) in ran for title in titles for check in checks)
+    return {
+        title: {level for name, level in levels.items() if (title, name) not in ran}
+        for title in sorted(titles)
+    }
+
+
+def _only(config: pytest.Config) -> str:
+    """The words of ``modulora conformance`` that choose what pytest's options chose."""
+    words = [word for option in config.getoption("--quantizer-option") for word in ("-o", option)]
+    level, select = config.getoption("--conformance-level"), config.getoption("keyword")
+    words += [] if level == HIGHEST else ["--level", str(level)]
+    return shlex.join(words + (["-k", select] if select else []))
 
 
 def _promised(quantizer: Quantizer) -> set[str]:

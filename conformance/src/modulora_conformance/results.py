@@ -139,8 +139,12 @@ class Run(_Value):
     complete: bool
     """Whether every check ran for every configuration that the spec makes promises for, and no case
     of one was deselected."""
+    partial: Mapping[str, tuple[LevelName, ...]] = {}
+    """By configuration, the levels of which a check or a case did not run."""
     checks: tuple[Outcome, ...]
     seed: str
+    only: str = ""
+    """The options of ``modulora conformance`` that chose checks or a configuration."""
     environment: Mapping[str, Any]
     about: Mapping[str, Mapping[str, str]] = {}
     meanings: Mapping[str, str] = {}

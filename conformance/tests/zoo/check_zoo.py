@@ -51,6 +51,14 @@ class Given(QuantizerConformance):
         return member("Healthy")()
 
 
+@pytest.mark.parametrize("size", [16, 64])
+class TestParametrized(QuantizerConformance):
+    @pytest.fixture
+    def quantizer(self, size):
+        cls = member("Healthy")
+        return cls(cls.Options(group_size=size))
+
+
 class TestNothingTaken(Given):
     __test__ = True
 

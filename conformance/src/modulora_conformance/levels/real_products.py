@@ -18,7 +18,10 @@ LARGE = "test_products_of_a_large_weight_equal_the_dense_ones"
 
 
 class RealProducts(Level):
-    """Products have the same error at the sizes of real layers, for 1 to 4,097 rows of x."""
+    """Products have the same error at the sizes of real layers, for 1 to 4,097 rows of x.
+
+    x is fp32, and with some numbers of rows bf16 and fp16 too.
+    """
 
     level, title = "L3", "products"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple
 
 from rich.filesize import decimal
@@ -33,7 +33,8 @@ def verdict(run: Run) -> Verdict:
         return Verdict("certified", f"certified{without} {run.suite}")
     if run.count("failed") or run.count("blocked"):
         return Verdict("failing", "failing")
-    if passed := levels_passed(run.checks):
+    partial = {level for levels in run.partial.values() for level in levels}
+    if passed := levels_passed(run.checks, partial):
         return Verdict("passed", f"{passed} passed{without if passed.endswith('L7') else ''}")
     return Verdict("incomplete", "not certified")
 
@@ -44,11 +45,16 @@ def worst(checks: Iterable[Outcome]) -> Kind:
     return next((kind for kind in WORST_FIRST if kind in kinds), "skipped")
 
 
-def levels_passed(checks: Iterable[Outcome]) -> str:
-    """``"L0-L3"``: the levels from L0 on whose checks all passed, up to the first gap; or empty."""
+def levels_passed(checks: Iterable[Outcome], partial: Collection[str] = ()) -> str:
+    """``"L0-L3"``: the levels from L0 on whose checks all ran and passed; or empty.
+
+    Args:
+        partial: levels that did not run in full.
+    """
     checks, passed = list(checks), list[str]()
     for level in (f"L{n}" for n in range(10)):
-        if worst(check for check in checks if check.level == level) != "passed":
+        found = worst(check for check in checks if check.level == level)
+        if found != "passed" or level in partial:
             break
         passed.append(level)
     return "-".join(dict.fromkeys(passed[:1] + passed[-1:]))
@@ -89,7 +95,8 @@ def _checks(number: int) -> str:
 
 def repeat(run: Run) -> str:
     """The command that repeats the run with the same draws."""
-    return f"modulora conformance {run.quantizer}" + (f" --seed {run.seed}" if run.seed else "")
+    seed = f"--seed {run.seed}" if run.seed else ""
+    return " ".join(filter(None, ("modulora conformance", run.quantizer, run.only, seed)))
 
 
 class Row(NamedTuple):
@@ -116,15 +123,15 @@ def rows(run: Run) -> list[Row]:
                 f"{size.value:.4g}" if size else "",
                 f"{size.limit:.4g}" if size else "",
                 f"{error.value:.2g}" if error else "",
-                _levels_text(checks, run.untested),
+                _levels_text(levels_passed(checks, run.partial.get(name, ())), run.untested),
                 Counter(check.outcome for check in checks),
             )
         )
     return found
 
 
-def _levels_text(checks: list[Outcome], untested: tuple[str, ...]) -> str:
-    found = levels_passed(checks).replace("-", "–") or "none"
+def _levels_text(passed: str, untested: tuple[str, ...]) -> str:
+    found = passed.replace("-", "–") or "none"
     return f"{found} without {', '.join(untested)}" if untested and "L7" in found else found
 
 

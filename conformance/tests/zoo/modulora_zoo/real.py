@@ -92,6 +92,17 @@ class LastOutputOfALargeWeight(Healthy):
         return y
 
 
+class LargeWeightIn16Bits(Healthy):
+    """With a large weight, products of bf16 x are half as large again."""
+
+    breaks = REAL_PRODUCTS
+
+    def matmul(self, x, packed, transpose=False):
+        y = super().matmul(x, packed, transpose)
+        large = packed.shape[0] * packed.shape[1] > 2**24
+        return y * 1.5 if large and not transpose and x.dtype == torch.bfloat16 else y
+
+
 class HalfOfALargeWeight(Healthy):
     """It sums the products with a large weight in fp16."""
 
@@ -199,6 +210,16 @@ class CoarseFor512(Healthy):
         y = super().matmul(x, packed, transpose)
         coarse = rows_of(x) == 512 and x.dtype == torch.float16
         return 1.1 * y if coarse else y
+
+
+class LongTextsIn16Bits(Healthy):
+    """From 521 rows of 16 bits on, products are half as large again."""
+
+    breaks = ANY_ROWS
+
+    def matmul(self, x, packed, transpose=False):
+        y = super().matmul(x, packed, transpose)
+        return y * 1.5 if rows_of(x) > 520 and x.dtype.itemsize == 2 else y
 
 
 class ScalesItsInputOf32(Healthy):
