@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from modulora_conformance import SUITE
-from modulora_conformance.recorder import HIGHEST, MEASUREMENTS, Recorder, golden_of
+from modulora_conformance.items import golden_of
+from modulora_conformance.recorder import HIGHEST, MEASUREMENTS, Recorder
 from modulora_conformance.results import Measurements
 
 

@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,17 @@ import pytest
 from pydantic import ValidationError
 
 from modulora_conformance import SUITE
-from modulora_conformance.checks import GUARD, Level, about, checks_of, meanings, needed_by
+from modulora_conformance.checks import about, meanings, needed_by
+from modulora_conformance.items import (
+    case_of,
+    class_of,
+    golden_of,
+    is_check,
+    key_of,
+    level_of,
+    levels_of,
+    name_of,
+)
 from modulora_conformance.results import GOLDEN, Kind, Measurements, Outcome, Run
 
 if TYPE_CHECKING:
@@ -106,37 +115,37 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        left_out = [item for item in items if _is_check(item) and self._is_left_out(item)]
+        left_out = [item for item in items if is_check(item) and self._is_left_out(item)]
         if left_out:
             self._config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
         first: dict[object, int] = {}
         for position, item in enumerate(items):
-            first.setdefault(_class(item) if _is_check(item) else item, position)
+            first.setdefault(class_of(item) if is_check(item) else item, position)
 
         def key(item: pytest.Item) -> tuple[int, int]:
-            if not _is_check(item):
+            if not is_check(item):
                 return first[item], 0
-            return first[_class(item)], list(_levels(_class(item))).index(_name(item))
+            return first[class_of(item)], list(levels_of(class_of(item))).index(name_of(item))
 
         items.sort(key=key)
 
     def _is_left_out(self, item: pytest.Item) -> bool:
-        if int(_level(item)[1:]) > self._config.getoption("--conformance-level"):
+        if int(level_of(item)[1:]) > self._config.getoption("--conformance-level"):
             return True
-        return _name(item).endswith(GOLDEN) and golden_of(item) is None
+        return name_of(item).endswith(GOLDEN) and golden_of(item) is None
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
         """Note the levels without a check, or without a case of one: they are incomplete."""
         self._partial |= {
-            (_class(item), _level(item))
+            (class_of(item), level_of(item))
             for item in items
-            if _is_check(item) and not _name(item).endswith(GOLDEN)
+            if is_check(item) and not name_of(item).endswith(GOLDEN)
         }
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Start what checks of other processes need, beside the checks before them."""
-        if any(_is_check(item) and _level(item) >= "L6" for item in session.items):
+        if any(is_check(item) and level_of(item) >= "L6" for item in session.items):
             from modulora_conformance.elsewhere import start_server
 
             start_server()
@@ -145,9 +154,9 @@ class Recorder:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        subject = self._subjects.get(_key(item)) if _is_check(item) else None
+        subject = self._subjects.get(key_of(item)) if is_check(item) else None
         if subject is not None:
-            needed = needed_by(getattr(subject.cls, _name(item)), _level(item))
+            needed = needed_by(getattr(subject.cls, name_of(item)), level_of(item))
             failed = [name for name in needed if name in subject.failed]
             if failed:
                 pytest.skip(f"{BLOCKED}{', '.join(failed)} failed before")
@@ -157,7 +166,7 @@ class Recorder:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        if _is_check(item) and (report.when == "call" or not report.passed):
+        if is_check(item) and (report.when == "call" or not report.passed):
             self._record(item, report, None if call.excinfo is None else call.excinfo.value)
         return report
 
@@ -166,20 +175,20 @@ class Recorder:
     ) -> None:
         quantizer = getattr(item, "funcargs", {}).get("quantizer")
         if quantizer is not None:
-            self._subjects.setdefault(_key(item), Subject(quantizer, _class(item)))
-        if _key(item) not in self._subjects:
+            self._subjects.setdefault(key_of(item), Subject(quantizer, class_of(item)))
+        if key_of(item) not in self._subjects:
             return  # the fixture itself failed, and pytest reports that
-        subject = self._subjects[_key(item)]
+        subject = self._subjects[key_of(item)]
         kind, reason = _kind(report, error)
         if kind in ("failed", "blocked"):
-            subject.failed.add(_name(item))
+            subject.failed.add(name_of(item))
         measured = tuple(item.stash.get(MEASUREMENTS, Measurements()).worst.values())
         item.user_properties += [(f"modulora:{found.name}", found.value) for found in measured]
         subject.outcomes.append(
             Outcome(
-                level=_level(item),
-                check=_name(item),
-                case=_case(item),
+                level=level_of(item),
+                check=name_of(item),
+                case=case_of(item),
                 configuration=subject.configuration,
                 outcome=kind,
                 reason=reason,
@@ -286,62 +295,6 @@ def _origin(quantizer: str) -> tuple[str, str]:
     return next(((entry.distribution, entry.version) for entry in found), ("", ""))
 
 
-def golden_of(item: pytest.Item) -> Path | None:
-    """The folder of golden vectors that an item's class or the command line names."""
-    named: Path | None = getattr(_class(item), "golden", None)
-    return named or item.config.getoption("--golden")
-
-
-def _class(item: pytest.Item) -> Any:
-    return getattr(item, "cls", None)
-
-
-def _name(item: pytest.Item) -> str:
-    return str(getattr(item, "originalname", None) or item.name)
-
-
-def _is_check(item: pytest.Item) -> bool:
-    cls = _class(item)
-    return cls is not None and issubclass(cls, Level) and _name(item) in _levels(cls)
-
-
-@cache
-def _levels(cls: type) -> dict[str, str]:
-    """The level of each check, in the order of the checks."""
-    return {GUARD: "L0"} | {name: level.level for name, _, level in checks_of(cls)}
-
-
-def _level(item: pytest.Item) -> str:
-    return _levels(_class(item))[_name(item)]
-
-
-def _parameters(item: pytest.Item) -> dict[str, Any]:
-    callspec = getattr(item, "callspec", None)
-    return dict(callspec.params) if callspec is not None else {}
-
-
-def _own(item: pytest.Item) -> set[str]:
-    """The parameters that are a check's own cases. All others choose the quantizer."""
-    marks = getattr(getattr(_class(item), _name(item)), "pytestmark", [])
-    given = [mark.args[0] for mark in marks if mark.name == "parametrize"]
-    lists = [names.split(",") if isinstance(names, str) else names for names in given]
-    return {name.strip() for names in lists for name in names}
-
-
-def _key(item: pytest.Item) -> tuple[str, str]:
-    """Identifies a class and the quantizer of its fixture."""
-    parent = item.nodeid.split("::" + item.name)[0]
-    own = _own(item)
-    chosen = {name: value for name, value in _parameters(item).items() if name not in own}
-    return parent, repr(sorted(chosen.items(), key=itemgetter(0)))
-
-
-def _case(item: pytest.Item) -> str:
-    own = _own(item)
-    cases = [value for name, value in _parameters(item).items() if name in own]
-    return ", ".join(str(value).removeprefix("torch.") for value in cases)
-
-
 def _title(quantizer: Quantizer) -> str:
     """The options that are not at their defaults, in one line."""
     from modulora_core.spec import titled
@@ -351,7 +304,7 @@ def _title(quantizer: Quantizer) -> str:
 
 def _missing(subjects: list[Subject]) -> dict[str, set[str]]:
     """The levels without an outcome of some check, by configuration, and by each promised one."""
-    levels = {n: level for n, level in _levels(subjects[0].cls).items() if not n.endswith(GOLDEN)}
+    levels = {n: level for n, level in levels_of(subjects[0].cls).items() if not n.endswith(GOLDEN)}
     outcomes = [outcome for subject in subjects for outcome in subject.outcomes]
     titles = {outcome.configuration for outcome in outcomes} | _promised(subjects[0].quantizer)
     ran = {(outcome.configuration, outcome.check) for outcome in outcomes}
