@@ -323,7 +323,7 @@ def _unknown(name: str, found: tuple[Entry, ...], distribution: str | None) -> s
     unusable = [f"{entry.name} ({entry.status})" for entry in found if entry.status != "ok"]
     sentence += f"; not usable: {', '.join(unusable)}" if unusable else ""
     if distribution is None or not _DISTRIBUTION.fullmatch(distribution):
-        install = "run `pip install ./plugins/NAME` in a clone of ModuLoRA, or install its wheel"
+        install = "run `pip install ./plugins/kernels ./plugins/NAME` in a clone of ModuLoRA"
         return sentence if near else f"{sentence}. Each quantizer comes in a package: {install}"
     try:
         present = version(distribution)

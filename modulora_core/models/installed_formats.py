@@ -162,8 +162,8 @@ def unread_file(path: str | Path) -> str:
     sentence = f"expected a plugin that reads files *{suffix}, got none"
     if plugin is None:
         return f"{sentence}; install one"
-    folder = f"./plugins/{plugin.removeprefix(f'{PROJECT}-')}"
-    return f"{sentence}; run `pip install {folder}` in a clone of ModuLoRA, or install its wheel"
+    folders = f"./plugins/kernels ./plugins/{plugin.removeprefix(f'{PROJECT}-')}"
+    return f"{sentence}; run `pip install {folders}` in a clone of ModuLoRA, or install its wheel"
 
 
 def _extras() -> dict[str, str]:
