@@ -176,9 +176,9 @@ def load_model(
             keep their own.
         device: ``"cpu"``, ``"cuda"``, ...; None takes a GPU if there is one.
         mapped: hold the packed weights of one decoder block in memory at a time, on a CPU only.
-        parity_check: on a GPU, let the quantizer compare its kernels for each kind of layer with a
-            reference, which takes the place of kernels that differ
-            (:meth:`modulora_core.spec.Quantizer.check_kernels`).
+        parity_check: on a GPU, let the quantizer compare its kernels with a reference, once for
+            each kind of layer (:meth:`modulora_core.spec.Quantizer.check_kernels`). It takes the
+            place of kernels that differ.
 
     Raises:
         OptionError: no such dtype or device, or ``mapped`` on a GPU or for another tool's format.

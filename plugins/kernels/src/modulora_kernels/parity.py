@@ -107,7 +107,7 @@ def _compared(
 
 
 def differences(quantizer: Quantizer, packed: PackedWeight, dtype: torch.dtype) -> list[str]:
-    """What :func:`compare` finds wrong. Plain torch replaces those kernels in this process."""
+    """Say which kernels :func:`compare` finds wrong. Plain torch replaces them in this process."""
     found = []
     for each in compare(quantizer, packed, dtype):
         if not each.passed:
