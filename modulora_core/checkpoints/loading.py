@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.distributed import pick_device
 from modulora_core.errors import CheckpointError, ModelError, OptionError, first_line
-from modulora_core.kernels.parity import check_kernels
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.config import config_values
 from modulora_core.models.folders import no_config
@@ -33,7 +33,7 @@ from modulora_core.models.installed_formats import method_of, recognise, unread_
 from modulora_core.models.locate import Location, fetch_weights, locate
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.packed_parameters import PackedParameter
-from modulora_core.progress import quiet, terminal_bar
+from modulora_core.progress import Progress, quiet, terminal_bar
 from modulora_core.spec import TensorLayout
 
 if TYPE_CHECKING:
@@ -176,9 +176,9 @@ def load_model(
             keep their own.
         device: ``"cpu"``, ``"cuda"``, ...; None takes a GPU if there is one.
         mapped: hold the packed weights of one decoder block in memory at a time, on a CPU only.
-        parity_check: on a GPU, compare a tile and products of each kind of layer with plain torch,
-            which takes the place of kernels that differ
-            (:func:`modulora_core.kernels.parity.check_kernels`).
+        parity_check: on a GPU, let the quantizer compare its kernels with a reference, once for
+            each kind of layer (:meth:`modulora_core.spec.Quantizer.check_kernels`). It takes the
+            place of kernels that differ.
 
     Raises:
         OptionError: no such dtype or device, or ``mapped`` on a GPU or for another tool's format.
@@ -205,9 +205,29 @@ def load_model(
     loaded.eval()
     if parity_check and torch.device(device).type == "cuda":
         packed = [each for each in loaded.modules() if isinstance(each, PackedParameter)]
-        with terminal_bar("comparing kernels with plain torch", "kinds of layers") as progress:
-            check_kernels(((each.quantizer, each.packed) for each in packed), loaded_as, progress)
+        with terminal_bar("comparing kernels", "kinds of layers") as progress:
+            check_kernels(packed, loaded_as, progress)
     return loaded
+
+
+def check_kernels(
+    weights: Iterable[PackedParameter], dtype: torch.dtype, progress: Progress
+) -> None:
+    """Let quantizers compare their kernels once for each layout of packed weights.
+
+    A kernel that is wrong on one card, driver or compiler would train a model in silence. A
+    difference is a RuntimeWarning with the quantizer's sentence.
+    """
+    kinds = {str(each.packed.layout.to_json()): each for each in weights}
+    for done, each in enumerate(kinds.values()):
+        progress("comparing kernels", done, len(kinds))
+        for difference in each.quantizer.check_kernels(each.packed, dtype):
+            warnings.warn(
+                f"kernels differ from the reference, which takes their place, slower: {difference}."
+                " Please report the output of: modulora doctor --gpu",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def _from_pretrained(

@@ -37,7 +37,7 @@ def plugin_names() -> set[str]:
 
 def naming(name: str) -> str:
     """A pattern for a plugin's name. If other things have the name, it finds the plugin only."""
-    if name in BITS_OF_DTYPE:
+    if name in (*BITS_OF_DTYPE, "kernels"):
         return rf"modulora[-_]{name}|-q {name}\b|={name}\b"
     return rf"(?<![A-Za-z]){name}(?![a-z])"
 

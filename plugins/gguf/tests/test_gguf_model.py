@@ -258,7 +258,9 @@ def test_files_without_packed_weights_are_dense_and_damage_is_refused(
         open_packed(path)
     with monkeypatch.context() as without_plugin:
         without_plugin.setenv("MODULORA_BLOCK", "gguf")
-        with pytest.raises(ModelError, match=r"got none; run `pip install \./plugins/gguf` in a"):
+        with pytest.raises(
+            ModelError, match=r"got none; run `pip install \./plugins/kernels \./plugins/gguf` in a"
+        ):
             open_packed(path)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:5000])
