@@ -139,7 +139,8 @@ class FormatSpec(_Fact):
     file_magic: str = ""
     """The first bytes of such files, in ASCII, which tell the format of a file without suffix."""
     writer: _Location | None = None
-    """The :class:`~modulora_core.adapters.files.FileWriter` of such files, if they are written."""
+    """The :class:`~modulora_core.checkpoints.foreign.files.FileWriter` of such files, if they are
+    written."""
 
 
 class QuantizerSpec(_Fact):
