@@ -1,4 +1,4 @@
-"""``transformers serve`` answers with a packed folder, in a process that imports modulora_core.hf."""
+"""``transformers serve`` answers with a packed folder, in a process that imports our format."""
 
 from __future__ import annotations
 
