@@ -68,7 +68,7 @@ def command(
         modulora demo --out demo-output --steps 60
         modulora demo --model ./model -q NAME
     """
-    from modulora_core.checkpoints.loading import open_model
+    from modulora_core.checkpoints.opening import open_model
     from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
     from modulora_core.checkpoints.written.outputs import check_output
 

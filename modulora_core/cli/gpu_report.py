@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modulora_core.adapters.lora import add_lora
-from modulora_core.checkpoints.hf.hf_quantizer import ModuLoRAConfig
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.cli.packed_noise import accepted, packed_noise
 from modulora_core.cli.text import format_size
+from modulora_core.hf.hf_quantizer import ModuLoRAConfig
+from modulora_core.lora.adapting import add_lora
 from modulora_core.progress import quiet
 from modulora_core.registry import Entry, create
 from modulora_core.spec import QuantizerSpec

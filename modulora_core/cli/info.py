@@ -38,7 +38,7 @@ def command(path: Checked, verify: Verify = False) -> Report:
         modulora info smollm2-packed --verify
         modulora info my-adapter --json
     """
-    from modulora_core.checkpoints.loading import open_packed
+    from modulora_core.checkpoints.opening import open_packed
     from modulora_core.checkpoints.written.outputs import check_digests
     from modulora_core.models.folders import ADAPTER_CONFIG
     from modulora_core.models.locate import locate
@@ -122,7 +122,7 @@ def _allocation(checkpoint: PackedCheckpoint) -> dict[str, Any] | None:
 
 
 def _adapter(path: str) -> Report:
-    from modulora_core.adapters.peft_format import read_adapter
+    from modulora_core.hf.peft_format import read_adapter
 
     adapter = read_adapter(path, heads=True)
     scaled = adapter.has_channel_scales

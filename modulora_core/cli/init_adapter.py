@@ -50,9 +50,9 @@ def command(
     """
     from rich.console import Group
 
-    from modulora_core.adapters.settings import LoRASettings
     from modulora_core.calibration import CalibrationConfig
     from modulora_core.calibration.text import SEQ_LEN
+    from modulora_core.lora.settings import LoRASettings
     from modulora_core.training.init_adapter import CORRECTION_SAMPLES, init_adapter
 
     names = tuple(part.strip() for part in targets.split(","))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.calibration.text import Weighting
-from modulora_core.checkpoints.loading import is_packed, open_model
+from modulora_core.checkpoints.opening import is_packed, open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import write_file

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.data.sources import Source, source_name
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import OptionError
+from modulora_core.hf.peft_format import read_adapter
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.arguments import total_steps, warn_of_settings

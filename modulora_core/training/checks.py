@@ -7,14 +7,15 @@ from pathlib import Path
 
 import torch
 
-from modulora_core.adapters.files import base_file, file_writer
-from modulora_core.adapters.lora import selected_layers
-from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.loading import check_mapped, open_packed
+from modulora_core.checkpoints.foreign.files import base_file, file_writer
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import world_size
 from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.hf.load_model import check_mapped
+from modulora_core.hf.peft_format import read_adapter
+from modulora_core.lora.adapting import selected_layers
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.registry import Choice
 from modulora_core.training.arguments import check_optimizer

@@ -26,12 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.loading import load_model, resolved_dtype
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import check_disk_space, only_writer, write_file
@@ -39,7 +34,12 @@ from modulora_core.data.sources import Source
 from modulora_core.dense_products import matmul_precision
 from modulora_core.distributed import is_first, together
 from modulora_core.errors import OptionError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model, resolved_dtype
 from modulora_core.layers import QuantLinear
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.config import vocabulary_of
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.progress import Display, Progress, quiet, shown

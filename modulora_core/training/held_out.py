@@ -11,8 +11,8 @@ from typing import Any
 
 from torch.utils.data import Subset
 
-from modulora_core.adapters.switching import without_adapter
 from modulora_core.distributed import world_size
+from modulora_core.lora.switching import without_adapter
 from modulora_core.training.trainer import AdapterTrainer
 
 MOST, LEAST = 32, 8

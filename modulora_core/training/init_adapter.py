@@ -23,10 +23,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.adapted import adapter_layers, packed_layers
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
 from modulora_core.calibration import (
     BlockVisitor,
@@ -37,12 +33,17 @@ from modulora_core.calibration import (
     block_prefixes,
     calibration_text,
 )
-from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.checkpoints.matrices import random_stream
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import OptionError
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.layers import LoRALayer, QuantLinear
+from modulora_core.lora.adapted import adapter_layers, packed_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.packed import PackedWeight

@@ -10,14 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.files import base_file, file_writer
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
+from modulora_core.checkpoints.foreign.files import base_file, file_writer
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.distributed import is_first, together
 from modulora_core.errors import OutputError
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.progress import Display, shown
 from modulora_core.training.checked_run import CheckedRun

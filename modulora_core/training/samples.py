@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from modulora_core.adapters.switching import without_adapter
 from modulora_core.data.rendering import IGNORED
 from modulora_core.errors import WorkError
+from modulora_core.lora.switching import without_adapter
 from modulora_core.models.config import window_of
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.progress import Progress

@@ -30,14 +30,14 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from typing_extensions import override
 
-from modulora_core.adapters.load import restore_adapter
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data.examples import longest_first
 from modulora_core.data.rendering import IGNORED
 from modulora_core.distributed import barrier, world_size
 from modulora_core.errors import WorkError
+from modulora_core.hf.load_adapter import restore_adapter
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.progress import Progress
 from modulora_core.training.batches import SimilarLengths, attending_within_parts
 from modulora_core.training.checkpoints import seal, trainer_state

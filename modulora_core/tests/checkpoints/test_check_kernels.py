@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from modulora_core.checkpoints.loading import check_kernels
+from modulora_core.hf.load_model import check_kernels
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.progress import no_progress
 from modulora_core.spec import PackedWeight

@@ -203,7 +203,7 @@ def test_the_demo_finetunes_the_packed_model_and_the_file(
     run: Run, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed_file: bool
 ) -> None:
     opened = object.__new__(PackedCheckpoint) if packed_file else None
-    monkeypatch.setattr("modulora_core.checkpoints.loading.open_model", lambda model: opened)
+    monkeypatch.setattr("modulora_core.checkpoints.opening.open_model", lambda model: opened)
     steps = []
 
     def step(*words: object) -> dict[str, Any]:

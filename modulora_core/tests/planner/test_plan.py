@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import AdapterError, OptionError, OutputError
+from modulora_core.hf.load_model import load_model
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.planner import fitting, memory, remedies
 from modulora_core.planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all

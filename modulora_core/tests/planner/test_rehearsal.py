@@ -11,10 +11,10 @@ import torch
 from modulora_conformance.allocations import Allocations
 from transformers import LlamaConfig
 
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import ModelError
+from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.planner import rehearsal
 from modulora_core.planner.model import PlannedModel, open_planned
 from modulora_core.planner.rehearsal import rehearse_decoding, rehearse_training

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer import safe_globals
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import AdapterError, OptionError, OutputError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
 from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written, seal
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune

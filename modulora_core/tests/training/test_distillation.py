@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.data import load_examples
 from modulora_core.data.examples import DataReport, Examples
 from modulora_core.errors import ModelError, OptionError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
 from modulora_core.models import open_dense
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import write_jsonl

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.load import load_adapter
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
 from modulora_core.inference.evaluate import evaluate
+from modulora_core.lora.adapted import adapter_layers
 from modulora_core.planner.model import PlannedModel, open_planned
 from modulora_core.planner.rehearsal import rehearse_training
 from modulora_core.planner.request import PlanRequest, finetuning

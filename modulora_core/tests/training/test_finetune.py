@@ -18,11 +18,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, TrainerCallback
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.data import load_examples
 from modulora_core.dense_products import matmul_precision
 from modulora_core.errors import (
@@ -35,6 +30,11 @@ from modulora_core.errors import (
     OutputError,
     WorkError,
 )
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.peft_format import read_adapter
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.installed_formats import file_format
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.adapted import packed_layers
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main
 from modulora_core.errors import OptionError, OutputError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.peft_format import read_adapter
+from modulora_core.lora.adapted import packed_layers
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import Override, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.tiny_models import tiny_config

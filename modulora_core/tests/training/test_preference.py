@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.peft_format import read_adapter
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.processes import finetuned, run_in_processes

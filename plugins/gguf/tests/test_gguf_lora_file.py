@@ -12,10 +12,10 @@ import torch
 from modulora_gguf.file.lora_file import write_lora_file
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError, ModelError, OutputError
+from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapted import adapter_layers
 
 Adapted = Callable[..., torch.nn.Module]
 

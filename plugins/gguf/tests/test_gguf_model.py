@@ -23,19 +23,20 @@ from transformers.integrations.gguf.gguf_conversion_mapping import (
     TiledToGroupedInputs,
 )
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.merge import merge
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_model, open_packed
+from modulora_core.checkpoints.opening import open_model, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
+from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.sampling import Sampling
 from modulora_core.planner.fitting import plan
@@ -293,7 +294,7 @@ LOADING = """
 import resource, sys
 import gguf, torch
 from transformers import LlamaForCausalLM
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_model import load_model
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_model(sys.argv[1])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

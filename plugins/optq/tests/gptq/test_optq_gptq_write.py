@@ -16,8 +16,9 @@ from modulora_optq.quantizer import OPTQ, from_solution
 from modulora_optq.reference import Solution
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import ModelError, ShapeError
+from modulora_core.hf.load_model import load_model
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight
 from modulora_core.quantization.quantize import quantize
@@ -143,7 +144,7 @@ def test_finetuning_works_straight_on_a_folder(gptq: ModuleType, tmp_path: Path)
     record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())
     assert record["base"]["quantizers"][0]["quantizer"] == "optq"
     convert(model, tmp_path / "ours", "modulora")
-    from modulora_core.adapters.load import load_adapter
+    from modulora_core.hf.load_adapter import load_adapter
 
     logits = []
     for folder in ("m", "ours"):
