@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.models.sampling import Sampling as Sampling
     from modulora_core.packed import PackedLayout as PackedLayout
     from modulora_core.packed import PackedWeight as PackedWeight
-    from modulora_core.planner.fitting import plan as plan
+    from modulora_core.quantization.assignment import Assignment as Assignment
     from modulora_core.quantization.quantize import quantize as quantize
     from modulora_core.registry import Choice as Choice
     from modulora_core.spec import Calibration as Calibration
@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     __version__: str
 
 _PUBLIC = {
+    "Assignment": "quantization.assignment",
     "Calibration": "spec",
     "CalibrationConfig": "calibration",
     "Choice": "registry",
@@ -70,7 +71,6 @@ _PUBLIC = {
     "load_model": "checkpoints.loading",
     "merge": "adapters.merge",
     "open_to_run": "inference.opened",
-    "plan": "planner.fitting",
     "quantize": "quantization.quantize",
     "register": "checkpoints.hf.hf_quantizer",
     "save_adapter": "adapters.save",

@@ -69,7 +69,10 @@ def read_yaml(path: Path, error: type[RequestError]) -> Any:
 
     data = read_bytes(path, error, _MOST_YAML)
     try:
-        values = yaml.safe_load(data.decode("utf-8"))
+        loader = yaml.SafeLoader(data.decode("utf-8"))
+        node = loader.get_single_node()
+        _check_keys(node)
+        values = None if node is None else loader.construct_document(node)
         _check_size(values)
     except RecursionError:
         reason = f"at most {DEEPEST} levels, got more"
@@ -78,6 +81,26 @@ def read_yaml(path: Path, error: type[RequestError]) -> Any:
     else:
         return values
     raise error(f"{path}: expected {reason.removeprefix('expected ')}")
+
+
+def _check_keys(root: Any) -> None:
+    """Raise ValueError if a key of a YAML mapping comes twice. Each node is visited once."""
+    nodes, visited = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in visited or getattr(node, "id", "") not in ("mapping", "sequence"):
+            continue
+        visited.add(id(node))
+        if node.id == "sequence":
+            nodes += node.value
+            continue
+        seen = set[str]()
+        for key, value in node.value:
+            if key.id == "scalar" and key.value in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"each key once, got {key.value!r} again in line {line}")
+            seen.add(str(key.value))
+            nodes.append(value)
 
 
 def repair_journal(path: Path, kind: type[T]) -> dict[str, T]:

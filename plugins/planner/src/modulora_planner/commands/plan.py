@@ -13,7 +13,7 @@ from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
 from modulora_core.cli.finetune import field_parameter
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import format_size, next_commands, table, to_paste
-from modulora_core.planner.request import SAMPLES, SEQ_LEN, UNPLANNED, PlanRequest, finetuning
+from modulora_planner.request import SAMPLES, SEQ_LEN, UNPLANNED, PlanRequest, finetuning
 from modulora_core.training.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from modulora_core.planner.fitting import MemoryPlan
+    from modulora_planner.fitting import MemoryPlan
 
 MOST_CHANGES = 5
 """Settings that are printed; --json has all."""
@@ -127,8 +127,8 @@ def command(
         processes=processes,
     )
     with terminal().progress("planning", "plans"):  # the imports take seconds too
-        from modulora_core.planner.fitting import plan_all, plan_request
-        from modulora_core.planner.picture import check_picture, draw
+        from modulora_planner.fitting import plan_all, plan_request
+        from modulora_planner.picture import check_picture, draw
 
         if plot is not None:
             check_picture(plot)
@@ -144,7 +144,7 @@ def command(
 def _one(plan: MemoryPlan) -> RenderableType:
     from rich.console import Group
 
-    from modulora_core.planner.memory import ITEMS
+    from modulora_planner.memory import ITEMS
 
     jobs, config = plan.jobs.values(), plan.request.config
     rows = [
@@ -169,7 +169,7 @@ def _one(plan: MemoryPlan) -> RenderableType:
 
 def _following(plan: MemoryPlan) -> list[Text]:
     """The command for the planned job, unless it does not fit."""
-    from modulora_core.planner.dense_weights import NONE
+    from modulora_planner.dense_weights import NONE
 
     request = plan.request
     model = shlex.quote(request.model)

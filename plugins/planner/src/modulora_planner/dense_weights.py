@@ -33,7 +33,7 @@ class DenseWeights(Quantizer):
     spec: ClassVar[QuantizerSpec] = QuantizerSpec(
         name=NONE.quantizer,
         summary="dense weights",
-        location="modulora_core.planner.dense_weights:DenseWeights",
+        location="modulora_planner.dense_weights:DenseWeights",
         protocol=PROTOCOL,
         bits=(32,),
     )

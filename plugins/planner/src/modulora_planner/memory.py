@@ -19,12 +19,12 @@ from torch import nn
 from modulora_core.calibration.states import SPILL_BYTES
 from modulora_core.calibration.walk import PAUSED_BYTES
 from modulora_core.models.config import vocabulary_of
-from modulora_core.planner.dense_weights import DenseWeights
-from modulora_core.planner.ledger import Bytes
-from modulora_core.planner.model import PlannedModel
-from modulora_core.planner.processes import divided
-from modulora_core.planner.rehearsal import Rehearsal
-from modulora_core.planner.request import PlanRequest
+from modulora_planner.dense_weights import DenseWeights
+from modulora_planner.ledger import Bytes
+from modulora_planner.model import PlannedModel
+from modulora_planner.processes import divided
+from modulora_planner.rehearsal import Rehearsal
+from modulora_planner.request import PlanRequest
 
 FP32 = 4
 MIB = 2**20

@@ -17,11 +17,11 @@ from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.errors import AdapterError, OptionError, OutputError
 from modulora_core.packed_parameters import PackedParameter
-from modulora_core.planner import fitting, memory, remedies
-from modulora_core.planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
-from modulora_core.planner.memory import ITEMS
-from modulora_core.planner.model import PlannedModel, open_planned
-from modulora_core.planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
+from modulora_planner import fitting, memory, remedies
+from modulora_planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
+from modulora_planner.memory import ITEMS
+from modulora_planner.model import PlannedModel, open_planned
+from modulora_planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.crude_folders import save_crude
@@ -253,7 +253,7 @@ def test_sequences_fit_the_context(tmp_path: Path) -> None:
 
 def test_a_picture_has_a_bar_for_each_plan(llama: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from modulora_core.planner.picture import check_picture, draw
+    from modulora_planner.picture import check_picture, draw
 
     found = planned(llama)
     for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")):

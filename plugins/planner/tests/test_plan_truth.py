@@ -20,8 +20,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modulora_core.planner.fitting import plan
-from modulora_core.planner.memory import Job
+from modulora_planner.fitting import plan
+from modulora_planner.memory import Job
 from modulora_core.registry import Choice, entries
 from modulora_core.tests import planned_run
 from modulora_core.tests.tiny_tokenizer import make_tokenizer

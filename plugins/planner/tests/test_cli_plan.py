@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from modulora_core import registry
 from modulora_core.cli import main
-from modulora_core.planner import remedies
+from modulora_planner import remedies
 from modulora_core.tests.cli.conftest import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")

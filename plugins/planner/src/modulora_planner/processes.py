@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from modulora_core.planner.model import PlannedModel
-from modulora_core.planner.request import PlanRequest
+from modulora_planner.model import PlannedModel
+from modulora_planner.request import PlanRequest
 
 DIVIDED = (
     "packed_codes", "packed_scales", "embeddings_and_head", "norms_and_biases", "adapter",

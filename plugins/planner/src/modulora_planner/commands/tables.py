@@ -1,7 +1,4 @@
-"""Show which layers a mixed checkpoint packs with which choice.
-
-``modulora quantize`` knows the errors of the choices too; ``modulora info`` doesn't.
-"""
+"""Show which layers an assignment packs with which choice."""
 
 from __future__ import annotations
 
@@ -16,33 +13,28 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def allocation_tables(allocation: Mapping[str, Any] | None) -> list[RenderableType]:
+def allocation_tables(allocation: Mapping[str, Any]) -> list[RenderableType]:
     """Make a table of choices, a table of decoder blocks, and a summary.
 
     Args:
-        allocation: ``QuantizeResult.allocation``, or a checkpoint's ``recorded_allocation``.
-            None has no tables.
+        allocation: the figures (:meth:`modulora_planner.budget.search.Search.solve`).
     """
-    if allocation is None:
-        return []
     choices, layers = _choices(allocation), _layers(allocation["layers"])
-    return ["", choices, "", layers, "", _summary(allocation)]
+    return [choices, "", layers, "", _summary(allocation)]
 
 
 def _choices(allocation: Mapping[str, Any]) -> Table:
     """Make a row for each choice, and one for a packed head and embedding."""
-    measured = "error" in allocation
     rows = []
     for number, choice in enumerate(allocation["choices"], 1):
-        row = [str(number), choice["name"], str(choice["layers"]), *_sizes(choice)]
-        if measured:
-            uniform = format_size(choice["uniform_bytes"])
-            row += [f"{choice['error']:.4f}", uniform, f"{choice['uniform_error']:.4f}"]
-        rows.append(row)
+        uniform = format_size(choice["uniform_bytes"])
+        errors = [f"{choice['error']:.4f}", uniform, f"{choice['uniform_error']:.4f}"]
+        name, layers = choice["name"], str(choice["layers"])
+        rows.append([str(number), name, layers, *_sizes(choice), *errors])
     for name, end in allocation["ends"].items():
         rows.append(["", end["name"], name.removesuffix(".weight"), *_sizes(end)])
-    headings = ("", "choice", "layers", "weights", "size", "bits")
-    return table((*headings, *(("error", "everywhere: size", "error") if measured else ())), rows)
+    headings = ("", "choice", "layers", "weights", "size", "bits", "error")
+    return table((*headings, "everywhere: size", "error"), rows)
 
 
 def _sizes(row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -85,11 +77,10 @@ def _summary(allocation: Mapping[str, Any]) -> Table:
         "dense_bytes": allocation["kept_bytes"],
     }
     found = {"budget_bytes": allocation["budget"], "used_bytes": sum(parts.values()), **parts}
-    if "error" in allocation:
-        layers = allocation["layers"].values()
-        best = sum(min(layer["errors"]) for layer in layers) * (1 + 1e-9)
-        found["estimated_growth_of_the_loss"] = allocation["error"]
-        found["lower_bound_of_the_growth"] = allocation["bound"]
-        if allocation["error"] <= best:
-            found["note"] = "the budget is more than enough: every layer has its best choice"
+    layers = allocation["layers"].values()
+    best = sum(min(layer["errors"]) for layer in layers) * (1 + 1e-9)
+    found["estimated_growth_of_the_loss"] = allocation["error"]
+    found["lower_bound_of_the_growth"] = allocation["bound"]
+    if allocation["error"] <= best:
+        found["note"] = "the budget is more than enough: every layer has its best choice"
     return facts(found)

@@ -22,8 +22,8 @@ from modulora_core.models.locate import locate
 from modulora_core.models.sites import find_sites
 from modulora_core.models.skeleton import build_skeleton
 from modulora_core.models.source import ModelSource, open_config, open_dense
-from modulora_core.planner.dense_weights import NONE, DenseWeights, recipe_of
-from modulora_core.planner.request import PlanRequest
+from modulora_planner.dense_weights import NONE, DenseWeights, recipe_of
+from modulora_planner.request import PlanRequest
 from modulora_core.progress import quiet
 from modulora_core.quantization.layout import with_ends
 from modulora_core.registry import Choice

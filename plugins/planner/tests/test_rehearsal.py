@@ -15,10 +15,10 @@ from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import ModelError
-from modulora_core.planner import rehearsal
-from modulora_core.planner.model import PlannedModel, open_planned
-from modulora_core.planner.rehearsal import rehearse_decoding, rehearse_training
-from modulora_core.planner.request import PlanRequest, finetuning
+from modulora_planner import rehearsal
+from modulora_planner.model import PlannedModel, open_planned
+from modulora_planner.rehearsal import rehearse_decoding, rehearse_training
+from modulora_planner.request import PlanRequest, finetuning
 from modulora_core.registry import Choice
 from modulora_core.tests.tiny_models import ARCHITECTURES
 from modulora_core.training.chunked_loss import chunked_loss

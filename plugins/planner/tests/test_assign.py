@@ -30,7 +30,7 @@ from modulora_core.errors import (
 )
 from modulora_core.layers import TiedHead
 from modulora_core.models import open_dense
-from modulora_core.quantization.mixed import Offer, allocate, recorded_allocation
+from modulora_planner.budget import Offer, allocate, recorded_allocation
 from modulora_core.quantization.quantize import Budget, Override, QuantizeResult, quantize
 from modulora_core.registry import Choice
 from modulora_core.spec import Calibration

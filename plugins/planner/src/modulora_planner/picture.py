@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modulora_core.errors import MissingExtraError, OutputError
-from modulora_core.planner.fitting import MemoryPlan
-from modulora_core.planner.memory import ITEMS
+from modulora_planner.fitting import MemoryPlan
+from modulora_planner.memory import ITEMS
 
 FORMATS = (".svg", ".png", ".pdf")
 

@@ -38,7 +38,7 @@ from modulora_core.spec import Calibration, PackedWeight, Quantizer, titled
 from modulora_core.tiles import tile_bytes, tile_ranges
 
 ERRORS_FILE = "errors.jsonl"
-"""The file of an unfinished folder with a line for each measured layer."""
+"""The file of a run's folder with a line for each measured layer."""
 
 _HELD_OUT_EVERY = 4
 """Measuring holds one of so many samples out; at least one, at most :data:`_MOST_HELD_OUT`."""

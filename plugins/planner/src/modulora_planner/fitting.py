@@ -11,13 +11,13 @@ from typing import Any, Literal
 from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, RequestError
 from modulora_core.models.ends import EMBEDDINGS, HEAD
-from modulora_core.planner import memory
-from modulora_core.planner.dense_weights import NONE
-from modulora_core.planner.memory import Job
-from modulora_core.planner.model import Dense, PlannedModel, open_planned
-from modulora_core.planner.rehearsal import Rehearsal, rehearse_decoding, rehearse_training
-from modulora_core.planner.remedies import Change, Remedies, installed_choices
-from modulora_core.planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
+from modulora_planner import memory
+from modulora_planner.dense_weights import NONE
+from modulora_planner.memory import Job
+from modulora_planner.model import Dense, PlannedModel, open_planned
+from modulora_planner.rehearsal import Rehearsal, rehearse_decoding, rehearse_training
+from modulora_planner.remedies import Change, Remedies, installed_choices
+from modulora_planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
 from modulora_core.registry import Choice
 
 MOST_BATCH, MOST_SEQ_LEN = 1024, 2**17
@@ -120,7 +120,7 @@ def plan(
         budget: bytes; with a budget the plan says what fits, and which settings save memory.
         fields: fields of :class:`~modulora_core.training.config.FinetuneConfig`.
 
-    The other arguments are attributes of :class:`~modulora_core.planner.request.PlanRequest`.
+    The other arguments are attributes of :class:`~modulora_planner.request.PlanRequest`.
 
     Raises:
         OptionError: a quantizer for a packed model, none for a dense one, or a wrong option.

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 
 from modulora_core.cli import main
 from modulora_core.errors import OptionError
-from modulora_core.planner.fitting import plan
-from modulora_core.planner.processes import DIVIDED
+from modulora_planner.fitting import plan
+from modulora_planner.processes import DIVIDED
 from modulora_core.tests import width_quantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")

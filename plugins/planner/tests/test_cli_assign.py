@@ -11,7 +11,7 @@ import pytest
 from rich.console import Group
 
 from modulora_core.cli import main
-from modulora_core.cli.allocation import allocation_tables
+from modulora_planner.commands.tables import allocation_tables
 from modulora_core.cli.terminal import Report, Terminal
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.width_quantizer import installed
