@@ -14,9 +14,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """The page with one section for each command. mkdocs calls this for every page."""
     if page.file.src_uri != PAGE:
         return markdown
-    from modulora_core.cli.app import COMMANDS
+    from modulora_core.cli.app import command_names
 
-    return PLACE.sub(lambda _: "\n\n".join(map(section, COMMANDS)), markdown)
+    return PLACE.sub(lambda _: "\n\n".join(map(section, command_names())), markdown)
 
 
 def section(name: str) -> str:

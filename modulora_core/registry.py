@@ -1,6 +1,6 @@
-"""Quantizers are found by pluggy in the entry-point group ``modulora``.
+"""Plugins are found by pluggy in the entry-point group ``modulora``.
 
-An entry point names a module that implements :func:`modulora_core.hookspecs.modulora_quantizers`::
+An entry point names a module that implements hooks of :mod:`modulora_core.hookspecs`::
 
     [project.entry-points.modulora]
     mine = "modulora_mine"
@@ -8,8 +8,8 @@ An entry point names a module that implements :func:`modulora_core.hookspecs.mod
 Each entry point is read on its own. A failing plugin becomes an entry with its reason, and harms no
 other. Reading imports that module only. :func:`load` imports the quantizer's class, and so torch.
 
-``MODULORA_BLOCK=name,...`` disables plugins by the name of a quantizer, an entry point or a
-distribution. The module of a blocked entry point or distribution is not imported.
+``MODULORA_BLOCK=name,...`` disables plugins by the name of a quantizer, a format, a command, an
+entry point or a distribution. The module of a blocked entry point or distribution is not imported.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
-from typing import Any, Literal, TypeVar
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
+from typing import Any, Generic, Literal, TypeVar
 
 import pluggy
 from pydantic import BaseModel, ValidationError
@@ -41,13 +41,28 @@ from modulora_core.errors import (
     PluginError,
     UnknownQuantizerError,
 )
+from modulora_core.hookspecs import CommandSpec, FormatSpec
 from modulora_core.options import parse_options, validate_options
-from modulora_core.spec import SUPPORTED_PROTOCOLS, Quantizer, QuantizerSpec
+from modulora_core.spec import SUPPORTED_PROTOCOLS, PluginSpec, Quantizer, QuantizerSpec
 from modulora_core.version import VERSION
 
 BLOCK_VARIABLE = "MODULORA_BLOCK"
 
+CORE = f"{hookspecs.PROJECT}-core"
+"""The distribution of this package."""
+
+INSTALL = "run `pip install -r plugins/requirements.txt` in a clone of ModuLoRA"
+"""README's line that installs all of our plugins, for messages."""
+
+HOOKS: Mapping[str, type[PluginSpec]] = {
+    "modulora_quantizers": QuantizerSpec,
+    "modulora_formats": FormatSpec,
+    "modulora_commands": CommandSpec,
+}
+"""Each hook, and the class of its results."""
+
 Class = TypeVar("Class")
+Spec = TypeVar("Spec", bound=PluginSpec)
 
 Status = Literal["ok", "broken", "incompatible", "duplicate", "blocked"]
 
@@ -58,15 +73,19 @@ _ERRORS: Mapping[str, type[PluginError]] = {
     "blocked": BlockedPluginError,
 }
 
+_KINDS = {QuantizerSpec: "quantizer", FormatSpec: "format", CommandSpec: "command"}
+
+_EXTRA = re.compile(rf"({hookspecs.PROJECT}-[\w.-]+?)[^\w.-].*;\s*extra\s*==\s*['\"]([\w-]+)['\"]")
+
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One row of ``modulora list-quantizers``.
+class Entry(Generic[Spec]):
+    """A quantizer, a format or a command of an installed plugin; or a plugin that can't be read.
 
     Attributes:
-        name: the quantizer's name, or the entry point's if the plugin cannot be read.
+        name: of the quantizer, format or command; or the entry point's if it cannot be read.
         spec: the plugin's facts; None if it cannot be read.
         distribution: the installed package that brings it.
         version: the version of that package.
@@ -75,7 +94,7 @@ class Entry:
     """
 
     name: str
-    spec: QuantizerSpec | None
+    spec: Spec | None
     distribution: str
     version: str
     status: Status = "ok"
@@ -86,13 +105,34 @@ class Entry:
         """The distribution and its version."""
         return f"{self.distribution} {self.version}"
 
+    @property
+    def kind(self) -> str:
+        """``"quantizer"``, ``"format"``, ``"command"``; ``"plugin"`` if it cannot be read."""
+        return "plugin" if self.spec is None else _KINDS[type(self.spec)]
 
-def entries() -> list[Entry]:
-    """Every installed quantizer, usable or not, sorted by name. No plugin makes it fail."""
-    return list(_discover(*_environment()))
+
+def entries() -> list[Entry[QuantizerSpec]]:
+    """Every installed quantizer, usable or not, and plugins that can't be read, sorted by name."""
+    found = _discover(*_environment())
+    return [entry for entry in found if entry.kind in ("quantizer", "plugin")]
 
 
-def find(name: str, *, distribution: str | None = None) -> Entry:
+def formats() -> list[Entry[FormatSpec]]:
+    """Every installed format, usable or not, sorted by name."""
+    return [entry for entry in _cached(*_environment()) if entry.kind == "format"]
+
+
+def commands() -> list[Entry[CommandSpec]]:
+    """Every installed command, usable or not, sorted by name."""
+    return [entry for entry in _cached(*_environment()) if entry.kind == "command"]
+
+
+def unreadable() -> list[Entry[Any]]:
+    """The plugins that can't be read, each with its reason."""
+    return [entry for entry in _cached(*_environment()) if entry.status == "broken"]
+
+
+def find(name: str, *, distribution: str | None = None) -> Entry[QuantizerSpec]:
     """Find a usable quantizer.
 
     Args:
@@ -110,13 +150,35 @@ def find(name: str, *, distribution: str | None = None) -> Entry:
     environment = _environment()
     if not any(entry.name == name and entry.status == "ok" for entry in _cached(*environment)):
         _cached.cache_clear()  # it may have been installed since, as happens in a notebook
-    named = [entry for entry in _cached(*environment) if entry.name == name]
+    found = [each for each in _cached(*environment) if each.kind in ("quantizer", "plugin")]
+    named = [entry for entry in found if entry.name == name]
     if not named:
-        raise UnknownQuantizerError(_unknown(name, _cached(*environment), distribution))
+        raise UnknownQuantizerError(_unknown(name, found, distribution))
+    return usable(named)
+
+
+def usable(named: list[Entry[Spec]]) -> Entry[Spec]:
+    """The entry that can be used, of one name.
+
+    Raises:
+        PluginError: there is none; the class says why, as in :func:`find`.
+    """
     entry = min(named, key=lambda entry: entry.status == "blocked")  # False comes first
     if entry.status != "ok":
         raise _unusable(entry, entry.status, str(entry.reason))
     return entry
+
+
+def providers() -> dict[str, str]:
+    """The distribution of each command and file suffix of our plugins, installed or not.
+
+    An extra of the core requires the plugin. It has the name of the command, or ``file-SUFFIX``.
+    """
+    try:
+        found = map(_EXTRA.fullmatch, requires(CORE) or ())
+    except PackageNotFoundError:  # a source tree on the path, not installed
+        return {}
+    return {one[2]: one[1] for one in found if one is not None}
 
 
 def load(name: str, *, distribution: str | None = None) -> type[Quantizer]:
@@ -142,18 +204,13 @@ def load(name: str, *, distribution: str | None = None) -> type[Quantizer]:
     return cls
 
 
-def import_class(entry: Entry, location: str, base: type[Class]) -> type[Class]:
+def import_class(entry: Entry[Any], location: str, base: type[Class]) -> type[Class]:
     """Import the class at ``location``, ``"package.module:Class"``, of a plugin.
 
     Raises:
         BrokenPluginError: it cannot be imported, or is not a complete subclass of ``base``.
     """
-    module_name, class_name = location.split(":")
-    try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (Exception, SystemExit) as error:
-        reason = f"importing {location} failed: {_in_one_line(error)}"
-        raise _unusable(entry, "broken", reason) from error
+    cls = _imported(entry, location)
     if not (inspect.isclass(cls) and issubclass(cls, base)):
         reason = f"expected a subclass of {base.__name__} at {location}, got {cls!r}"
         raise _unusable(entry, "broken", reason)
@@ -161,6 +218,27 @@ def import_class(entry: Entry, location: str, base: type[Class]) -> type[Class]:
     if missing:
         raise _unusable(entry, "broken", f"{location} doesn't implement {', '.join(missing)}")
     return cls
+
+
+def import_function(entry: Entry[Any], location: str) -> Callable[..., Any]:
+    """Import the function at ``location``, ``"package.module:function"``, of a plugin.
+
+    Raises:
+        BrokenPluginError: it cannot be imported, or is no function.
+    """
+    function = _imported(entry, location)
+    if not inspect.isfunction(function):
+        raise _unusable(entry, "broken", f"expected a function at {location}, got {function!r}")
+    return function
+
+
+def _imported(entry: Entry[Any], location: str) -> Any:
+    module, name = location.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:
+        reason = f"importing {location} failed: {_in_one_line(error)}"
+        raise _unusable(entry, "broken", reason) from error
 
 
 @checked
@@ -226,21 +304,23 @@ def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
-def _discover(path: tuple[str, ...], blocked: frozenset[str]) -> tuple[Entry, ...]:
+def _discover(path: tuple[str, ...], blocked: frozenset[str]) -> tuple[Entry[Any], ...]:
     del path  # a key of the cache
     found = [
         entry for point in entry_points(group=hookspecs.PROJECT) for entry in _read(point, blocked)
     ]
-    counts = Counter(entry.name for entry in found if entry.status != "blocked")
-    marked = [_duplicate(entry, found) if counts[entry.name] > 1 else entry for entry in found]
+    counts = Counter((each.kind, each.name) for each in found if each.status != "blocked")
+    marked = [
+        _duplicate(each, found) if counts[each.kind, each.name] > 1 else each for each in found
+    ]
     return tuple(sorted(marked, key=lambda entry: (entry.name, entry.distribution)))
 
 
 _cached = lru_cache(maxsize=1)(_discover)
 
 
-def _read(point: EntryPoint, blocked: frozenset[str]) -> Iterator[Entry]:
-    entry = Entry(point.name, None, *_distribution(point))
+def _read(point: EntryPoint, blocked: frozenset[str]) -> Iterator[Entry[Any]]:
+    entry: Entry[Any] = Entry(point.name, None, *_distribution(point))
     if {_normal(point.name), _normal(entry.distribution)} & blocked:
         yield _blocked(entry)
         return
@@ -261,48 +341,55 @@ def _read(point: EntryPoint, blocked: frozenset[str]) -> Iterator[Entry]:
             yield named
 
 
-def _ask(point: EntryPoint) -> list[QuantizerSpec]:
-    """Call the hook of one plugin, with a plugin manager of its own."""
+def _ask(point: EntryPoint) -> list[PluginSpec]:
+    """Call the hooks of one plugin, with a plugin manager of its own."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     manager.register(point.load(), name=point.name)
     manager.check_pending()  # raises for a hook that this project does not have
-    hook = manager.hook.modulora_quantizers
-    if not hook.get_hookimpls():
-        raise TypeError(f"{point.value} has no hook; mark its modulora_quantizers with @hookimpl")
-    (specs,) = hook() or (None,)  # pluggy leaves out a None
-    if not isinstance(specs, list | tuple) or not all(isinstance(s, QuantizerSpec) for s in specs):
-        raise TypeError(
-            f"modulora_quantizers of {point.value}: expected a list of QuantizerSpec, got {specs!r}"
-        )
-    return list(specs)
+    implemented = [name for name in HOOKS if getattr(manager.hook, name).get_hookimpls()]
+    if not implemented:
+        raise TypeError(f"{point.value} has no hook; mark one of {', '.join(HOOKS)} with @hookimpl")
+    found: list[PluginSpec] = []
+    for name in implemented:
+        (specs,) = getattr(manager.hook, name)() or (None,)  # pluggy leaves out a None
+        expected = HOOKS[name]
+        if not isinstance(specs, list | tuple) or not all(isinstance(s, expected) for s in specs):
+            raise TypeError(
+                f"{name} of {point.value}: expected a list of {expected.__name__}, got {specs!r}"
+            )
+        found += specs
+    return found
 
 
-def _other_protocol(entry: Entry, protocol: int) -> str:
+def _other_protocol(entry: Entry[Any], protocol: int) -> str:
     first, last = SUPPORTED_PROTOCOLS[0], SUPPORTED_PROTOCOLS[-1]
     supported = str(first) if first == last else f"{first} to {last}"
     return (
-        f"written for protocol {protocol}, and modulora-core {VERSION} supports {supported}; "
+        f"written for protocol {protocol}, and {CORE} {VERSION} supports {supported}; "
         f"install a version of {entry.distribution} or of modulora-core that fits"
     )
 
 
-def _blocked(entry: Entry) -> Entry:
+def _blocked(entry: Entry[Any]) -> Entry[Any]:
     reason = f"disabled by {BLOCK_VARIABLE}={os.environ[BLOCK_VARIABLE]}"
     return replace(entry, status="blocked", reason=reason)
 
 
-def _duplicate(entry: Entry, found: list[Entry]) -> Entry:
+def _duplicate(entry: Entry[Any], found: list[Entry[Any]]) -> Entry[Any]:
     if entry.status == "blocked":
         return entry
-    same = [other for other in found if other.name == entry.name and other.status != "blocked"]
+    same = [
+        other for other in found
+        if (other.kind, other.name) == (entry.kind, entry.name) and other.status != "blocked"
+    ]  # fmt: skip
     origins, last = " and ".join(other.origin for other in same), same[-1].distribution
     reason = f"brought by {origins}; uninstall one, or disable it with {BLOCK_VARIABLE}={last}"
     return replace(entry, status="duplicate", reason=reason)
 
 
-def _unusable(entry: Entry, status: Status, reason: str) -> PluginError:
-    subject = f"quantizer {entry.name!r}"
+def _unusable(entry: Entry[Any], status: Status, reason: str) -> PluginError:
+    subject = f"{'quantizer' if entry.spec is None else entry.kind} {entry.name!r}"
     if status == "duplicate":
         return DuplicatePluginError(f"{subject}: {reason}")
     if status == "broken":
@@ -311,7 +398,7 @@ def _unusable(entry: Entry, status: Status, reason: str) -> PluginError:
     return _ERRORS[status](f"{subject} of {entry.origin}: {reason}")
 
 
-def _unknown(name: str, found: tuple[Entry, ...], distribution: str | None) -> str:
+def _unknown(name: str, found: list[Entry[QuantizerSpec]], distribution: str | None) -> str:
     usable = sorted({entry.name for entry in found if entry.status == "ok"})
     base, _, options = str(name).partition(":")
     if options and base in usable:
@@ -323,8 +410,11 @@ def _unknown(name: str, found: tuple[Entry, ...], distribution: str | None) -> s
     unusable = [f"{entry.name} ({entry.status})" for entry in found if entry.status != "ok"]
     sentence += f"; not usable: {', '.join(unusable)}" if unusable else ""
     if distribution is None or not _DISTRIBUTION.fullmatch(distribution):
-        install = "run `pip install ./plugins/NAME` in a clone of ModuLoRA, or install its wheel"
-        return sentence if near else f"{sentence}. Each quantizer comes in a package: {install}"
+        return (
+            sentence
+            if near
+            else f"{sentence}. Each quantizer comes in a package; for ours, {INSTALL}"
+        )
     try:
         present = version(distribution)
     except PackageNotFoundError:

@@ -22,7 +22,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    model_validator,
+)
 
 from modulora_core.arguments import checked_dataclass
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
@@ -34,41 +41,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "PROTOCOL", "QUANTIZER_NAME", "SUPPORTED_PROTOCOLS", "Calibration", "FormatSpec", "NoOptions",
-    "PackedLayout", "PackedWeight", "Promise", "Quantizer", "QuantizerSpec", "TensorLayout",
-    "check_hessian", "check_rows", "column_importance", "titled",
+    "PROTOCOL", "QUANTIZER_NAME", "SUPPORTED_PROTOCOLS", "Calibration", "NoOptions",
+    "PackedLayout", "PackedWeight", "PluginSpec", "Promise", "Quantizer", "QuantizerSpec",
+    "TensorLayout", "check_hessian", "check_rows", "column_importance", "titled",
 ]  # fmt: skip
 
-PROTOCOL = 1
+PROTOCOL = 2
 """The version of this contract that the core speaks."""
 
-SUPPORTED_PROTOCOLS = range(1, 2)
+SUPPORTED_PROTOCOLS = range(2, 3)
 """The versions that a plugin may be written for."""
 
 QUANTIZER_NAME = "[a-z][a-z0-9]*(-[a-z0-9]+)*"
 """The pattern of a quantizer's name."""
 
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-"""The keys in config.json that say how a model is quantized; the second is an older one."""
-
-
-def _free(name: str) -> str:
-    if name in (*QUANTIZATION_KEYS, "text_config", "config.json"):
-        raise ValueError("expected a name that transformers does not use")
-    return name
-
-
-_Name = Annotated[str, StringConstraints(pattern=f"^{QUANTIZER_NAME}$")]
-_FormatName = Annotated[str, StringConstraints(pattern="^[a-z][a-z0-9]*([-_][a-z0-9]+)*$")]
-_Location = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
-_Key = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$"), AfterValidator(_free)]
-_JsonFile = Annotated[str, StringConstraints(pattern=r"^[^/\\]+\.json$"), AfterValidator(_free)]
+Name = Annotated[str, StringConstraints(pattern=f"^{QUANTIZER_NAME}$")]
+Location = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 _Bits = Annotated[float, Field(gt=0, le=32)]
 _RelativeError = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Fact(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PluginSpec(_Fact):
+    """The facts that every hook gives: of a quantizer, a format or a command."""
+
+    name: str
+    """The name that users give."""
+    summary: str
+    """One line."""
+    location: Location
+    """``"package.module:name"``, imported on first use."""
+    protocol: PositiveInt
+    """The version of this contract that the plugin was written for. Write the number and do not
+    import :data:`PROTOCOL`: it says which version *you* tested."""
 
 
 class Promise(_Fact):
@@ -107,57 +115,17 @@ def titled(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in options.items()) or "defaults"
 
 
-class FormatSpec(_Fact):
-    """A checkpoint format of another tool that a plugin reads or writes.
-
-    Raises:
-        ValueError: a field is malformed; the message names it.
-    """
-
-    name: _FormatName
-    """The name that users give (``modulora convert --to NAME``): lower case letters, digits,
-    hyphens, underscores."""
-    summary: str
-    """One line."""
-    location: _Location
-    """``"package.module:Class"`` of its :class:`~modulora_core.models.formats.CheckpointFormat`.
-    Formats may share a class, which is constructed with the spec."""
-    quant_methods: tuple[str, ...] = ()
-    """Values of ``quant_method`` in config.json's ``quantization_config`` that mark a folder of
-    this format. A format without these and without ``config_keys`` is only written."""
-    quant_flags: tuple[_Key, ...] = ()
-    """Keys of that config; one of them must be true. For a method that several formats share."""
-    quant_formats: tuple[str, ...] = ()
-    """Values of that config's ``format``; it must have one of them. For such a method too."""
-    config_keys: tuple[_Key, ...] = ()
-    """Keys of config.json that mark a folder of this format if one is not empty, for tools that
-    write no ``quantization_config``. The model's config does not keep them."""
-    config_files: tuple[_JsonFile, ...] = ()
-    """Files with the quantization config of folders whose config.json has none; written too."""
-    file_suffix: str = ""
-    """The suffix of files that hold a whole model. ``location`` names a ``ModelFile`` then."""
-    file_magic: str = ""
-    """The first bytes of such files, in ASCII, which tell the format of a file without suffix."""
-    writer: _Location | None = None
-    """The :class:`~modulora_core.adapters.files.FileWriter` of such files, if they are written."""
-
-
-class QuantizerSpec(_Fact):
+class QuantizerSpec(PluginSpec):
     """The facts of a quantizer that ``modulora list-quantizers`` prints.
 
     Raises:
         ValueError: a field is malformed; the message names it.
     """
 
-    name: _Name
+    name: Name
     """The name that users give: lower case letters, digits, single hyphens: ``"my-rounding"``."""
-    summary: str
-    """One line."""
-    location: _Location
+    location: Location
     """``"package.module:Class"``, imported on first use."""
-    protocol: PositiveInt
-    """The version of this contract that the plugin was written for. Write the number and do not
-    import :data:`PROTOCOL`: it says which version *you* tested."""
     bits: Annotated[tuple[_Bits, ...], Field(min_length=1)]
     """The widths that it offers, in bits per weight without scales."""
     calibration: Literal["none", "optional", "required"] = "none"
@@ -172,8 +140,6 @@ class QuantizerSpec(_Fact):
     """``in_features`` must be a multiple of this number."""
     url: str = ""
     """The paper, or the project's page."""
-    formats: tuple[FormatSpec, ...] = ()
-    """Checkpoint formats of other tools that hold its weights."""
     packing_memory: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8.0
     """The peak of ``pack`` above its arguments, in units of the weight (and H, if any) in fp32."""
     rescales: bool = False
@@ -183,6 +149,16 @@ class QuantizerSpec(_Fact):
     qualities: Mapping[Literal["fast", "best"], Mapping[str, Any]] = {}
     """Its options for ``--quality fast`` and ``--quality best``, for packed weights of the same
     size. ``balanced``, the default, has the defaults."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_formats(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "formats" in values:
+            raise ValueError(
+                "formats: expected no such field since protocol 2, got one; return the FormatSpecs "
+                "from the hook modulora_formats"
+            )
+        return values
 
     def next_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The smallest ``(out, in)`` from ``shape`` on that its multiples divide."""

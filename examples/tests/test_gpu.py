@@ -25,7 +25,7 @@ SPEC = """
     PROMISE = Promise(bits_per_weight=32, gaussian=0, heavy_tailed=0, outlier_columns=0, constant=0)
     SPECS = [
         QuantizerSpec(name=name, summary="Keeps fp32", location=f"modulora_kept.quantizer:{cls}",
-                      protocol=1, bits=(32,), devices=devices, promises=(PROMISE,))
+                      protocol=2, bits=(32,), devices=devices, promises=(PROMISE,))
         for name, cls, devices in (("right", "Right", ("cpu", "cuda")),
                                    ("wrong", "Wrong", ("cpu", "cuda")),
                                    ("plain", "Plain", ("cpu",)))

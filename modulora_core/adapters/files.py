@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import OptionError
+from modulora_core.hookspecs import FormatSpec
 from modulora_core.models.installed_formats import (
     InstalledFormat,
     file_format,
@@ -18,7 +19,6 @@ from modulora_core.models.installed_formats import (
 )
 from modulora_core.models.locate import names_file
 from modulora_core.progress import Display
-from modulora_core.spec import FormatSpec
 
 __all__ = ["AdapterFile", "FileWriter", "MergedFile"]
 

@@ -44,7 +44,7 @@ class JoinedRows(Quantizer):
         name="joined-rows",
         summary="rows of several packed weights",
         location="modulora_core.checkpoints.joined_rows:JoinedRows",
-        protocol=1,
+        protocol=2,
         bits=(32,),  # nothing is packed by it
     )
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from modulora_core.checkpoints.mapped import MappedFiles
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite, QuantizationRecord
 from modulora_core.errors import CheckpointError
+from modulora_core.hookspecs import QUANTIZATION_KEYS
 from modulora_core.models import tokenizer
 from modulora_core.models.config import transformers_config
 from modulora_core.models.locate import Location
@@ -22,7 +23,7 @@ from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.models.skeleton import build_skeleton
 from modulora_core.models.store import StoredTensor, check_finite
 from modulora_core.progress import quiet
-from modulora_core.spec import QUANTIZATION_KEYS, PackedWeight, Quantizer, TensorLayout
+from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

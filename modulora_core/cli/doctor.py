@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from modulora_core.registry import Entry
+    from modulora_core.spec import QuantizerSpec
 
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "peft", "trl", "bitsandbytes")
 EXTRAS = {"data": "datasets", "plots": "matplotlib", "evaluation": "lm_eval"}
@@ -194,7 +195,7 @@ def _caches() -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _plugin(entry: Entry, devices: list[str]) -> Iterator[Finding]:
+def _plugin(entry: Entry[QuantizerSpec], devices: list[str]) -> Iterator[Finding]:
     subject = f"{entry.name} ({entry.origin})"
     if entry.status != "ok":
         advice = f"{entry.reason}; update or remove {entry.distribution}"
@@ -226,7 +227,7 @@ def _plugin(entry: Entry, devices: list[str]) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _gpu(entry: Entry, devices: list[str]) -> Iterator[Finding]:
+def _gpu(entry: Entry[QuantizerSpec], devices: list[str]) -> Iterator[Finding]:
     """The kernels beside plain torch; then figures, which mean little if a kernel is wrong."""
     import torch
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-from modulora_core import registry
 from modulora_core.cli.arguments import Resume, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
@@ -137,17 +136,9 @@ def field_parameter(name: str, field: FieldInfo) -> Any:
     kind, metavar, members = _kind(name, field.annotation)
     text += f" [{', '.join(members)}]" if members else ""
     flag = name.replace("_", "-")
-    more = f"{_SHORT.get(name, '')}{_older_flags() if name == 'lora_file' else ''}"
-    flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}{more}"
+    flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}{_SHORT.get(name, '')}"
     shown = None if default in (None, "") else str(default)
     return Annotated[kind | None, option(f"{flags} {metavar}", text, default=shown)]
-
-
-def _older_flags() -> str:
-    """The flags of ``lora_file`` before it had one name for all formats: ``--lora-SUFFIX``."""
-    specs = [entry.spec for entry in registry.entries() if entry.status == "ok" and entry.spec]
-    formats = [each for spec in specs for each in spec.formats if each.writer]
-    return "".join(f" --lora-{each.file_suffix[1:]}" for each in formats)
 
 
 def _kind(name: str, kind: Any) -> tuple[Any, str, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from modulora_core.cli.text import format_size
 from modulora_core.kernels.parity import Comparison, compare
 from modulora_core.progress import quiet
 from modulora_core.registry import Entry, create
+from modulora_core.spec import QuantizerSpec
 from modulora_core.training.chunked_loss import chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
@@ -30,7 +31,7 @@ LARGE = {"cuda": (4096, 4096), "cpu": (512, 512)}
 TOKENS, NEW_TOKENS = {"cuda": (2, 512), "cpu": (2, 16)}, 16
 
 
-def comparisons(entry: Entry, device: torch.device) -> Iterator[Comparison]:
+def comparisons(entry: Entry[QuantizerSpec], device: torch.device) -> Iterator[Comparison]:
     """Every result of a plugin's kernels beside plain torch's: its promised options, each shape,
     each dtype."""
     assert entry.spec is not None

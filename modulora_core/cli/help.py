@@ -29,18 +29,18 @@ def show_help(
     command: Any,
     context: Any,
     panels: Mapping[str, Sequence[str]],
-    commands: Mapping[str, str] | None = None,
+    commands: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> None:
     """Print the help of a click command.
 
     Args:
         panels: names of parameters by panel title; the others are in :data:`FIRST_PANEL`.
-        commands: the help of each subcommand, by name.
+        commands: the name and the line of each command, by panel title.
     """
     from rich.console import Group
 
     rows = _rows(command, context, panels)
-    rows["Commands"] = [(name, _summary(text)) for name, text in (commands or {}).items()]
+    rows |= commands or {}
     shown = [_panel(title, lines) for title, lines in rows.items() if lines]
     terminal().render(Group(context.get_usage(), "", *_description(command.help), *shown))
 
@@ -104,8 +104,3 @@ def _continued(line: str) -> str:
         break_on_hyphens=False,
     )  # fmt: skip
     return " \\\n".join(parts)
-
-
-def _summary(text: str) -> str:
-    """Give the first paragraph of a docstring in one line."""
-    return " ".join(inspect.cleandoc(text).partition("\n\n")[0].split())

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from modulora_core.registry import Entry
+    from modulora_core.spec import QuantizerSpec
 
 
 Check = Annotated[bool, option("--check", "Import each quantizer's class too, and so torch.")]
@@ -43,7 +44,7 @@ def command(check: Check = False) -> Report:
     return Report({"quantizers": rows}, _table(rows) if rows else nothing, exit_code=code)
 
 
-def _read(entry: Entry) -> Entry:
+def _read(entry: Entry[QuantizerSpec]) -> Entry[QuantizerSpec]:
     """Mark a usable entry broken if its code shows that its class can't be imported."""
     from modulora_core.cli.plugin_faults import fault
 
@@ -51,7 +52,7 @@ def _read(entry: Entry) -> Entry:
     return entry if reason is None else replace(entry, status="broken", reason=reason)
 
 
-def _checked(entry: Entry) -> Entry:
+def _checked(entry: Entry[QuantizerSpec]) -> Entry[QuantizerSpec]:
     """Import the class of a usable entry, and mark the entry broken if that fails."""
     from modulora_core.errors import BrokenPluginError
     from modulora_core.registry import load
@@ -65,7 +66,7 @@ def _checked(entry: Entry) -> Entry:
     return entry
 
 
-def _to_json(entry: Entry) -> dict[str, Any]:
+def _to_json(entry: Entry[QuantizerSpec]) -> dict[str, Any]:
     spec = entry.spec
     return {
         "name": entry.name,

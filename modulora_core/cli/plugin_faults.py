@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from modulora_core.registry import Entry
+    from modulora_core.spec import QuantizerSpec
 
 _REQUIREMENT = re.compile(r"^\s*([A-Za-z0-9][\w.-]*)")
 
 
-def fault(entry: Entry) -> str | None:
+def fault(entry: Entry[QuantizerSpec]) -> str | None:
     """Why the class of a quantizer cannot be imported, in a sentence, or None.
 
     It finds a requirement that is not installed, a location without a module or a class, and a

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hookspecs import FormatSpec
 from modulora_core.models.sites import LinearSite
 from modulora_core.models.store import TensorStore, is_finite
 from modulora_core.models.weights import Weights
-from modulora_core.spec import FormatSpec, PackedLayout, PackedWeight, Quantizer, TensorLayout
+from modulora_core.spec import PackedLayout, PackedWeight, Quantizer, TensorLayout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

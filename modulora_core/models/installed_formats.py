@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Any, TypeVar
 
 from modulora_core import registry
-from modulora_core.errors import DuplicatePluginError, ModelError, OptionError, PluginError
-from modulora_core.hookspecs import PROJECT
+from modulora_core.errors import ModelError, OptionError, PluginError
+from modulora_core.hookspecs import QUANTIZATION_KEYS, FormatSpec
 from modulora_core.models.formats import CheckpointFormat, FormatReader
 from modulora_core.models.json_files import read_json
-from modulora_core.spec import QUANTIZATION_KEYS, FormatSpec
 
 Class = TypeVar("Class")
-
-_EXTRA = re.compile(rf"({PROJECT}-[\w.-]+?)[^\w.-].*;\s*extra\s*==\s*['\"]([\w-]+)['\"]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +23,7 @@ class InstalledFormat:
     """A format of a usable plugin, which has an ``entry`` in the registry."""
 
     spec: FormatSpec
-    entry: registry.Entry
+    entry: registry.Entry[FormatSpec]
 
     def create(self, location: str, base: type[Class]) -> Class:
         """An object of the class at ``location``. Raises PluginError if the plugin is broken."""
@@ -62,19 +57,18 @@ def create(name: str) -> FormatReader:
         OptionError: no installed plugin has it, or it is a format of files.
         PluginError: several plugins have it, or its class can't be used.
     """
-    found = [each for each in installed() if each.spec.name == name]
-    if not found:
+    named = [entry for entry in registry.formats() if entry.name == name]
+    if not named:
         raise OptionError(f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}")
-    if len(found) > 1:
-        origins = " and ".join(each.entry.origin for each in found)
-        raise DuplicatePluginError(f"format {name!r}: brought by {origins}; uninstall one")
-    (only,) = found
-    if suffix := only.spec.file_suffix:
+    entry = registry.usable(named)
+    assert entry.spec is not None  # usable() returns usable entries only
+    if suffix := entry.spec.file_suffix:
         raise OptionError(
             f"format {name!r}: expected a format of folders, got one of files *{suffix}, "
             "which merge writes"
         )
-    return only.create(only.spec.location, FormatReader)  # type: ignore[type-abstract]
+    found = InstalledFormat(entry.spec, entry)
+    return found.create(entry.spec.location, FormatReader)  # type: ignore[type-abstract]
 
 
 def create_writer(name: str) -> CheckpointFormat:
@@ -152,27 +146,21 @@ def _first_bytes(path: Path, count: int) -> bytes:
 def file_suffixes() -> list[str]:
     """The suffixes of files that plugins read: installed ones, and ones that the core names."""
     found = {each.spec.file_suffix for each in installed() if each.spec.file_suffix}
-    return sorted(found | _extras().keys())
+    return sorted(found | _known_suffixes().keys())
 
 
 def unread_file(path: str | Path) -> str:
     """Say for a message that no installed plugin reads ``path``, and which one to install."""
     suffix = Path(path).suffix.lower()
-    plugin = _extras().get(suffix)
+    plugin = _known_suffixes().get(suffix)
     sentence = f"expected a plugin that reads files *{suffix}, got none"
-    if plugin is None:
-        return f"{sentence}; install one"
-    folder = f"./plugins/{plugin.removeprefix(f'{PROJECT}-')}"
-    return f"{sentence}; run `pip install {folder}` in a clone of ModuLoRA, or install its wheel"
+    return f"{sentence}; install {'one' if plugin is None else f'{plugin}: {registry.INSTALL}'}"
 
 
-def _extras() -> dict[str, str]:
-    """The plugin of each suffix: an extra of the core has its name, and requires the plugin."""
-    try:
-        found = map(_EXTRA.fullmatch, requires(f"{PROJECT}-core") or ())
-    except PackageNotFoundError:  # a source tree on the path, not installed
-        return {}
-    return {f".{one[2]}": one[1] for one in found if one is not None}
+def _known_suffixes() -> dict[str, str]:
+    """The distribution of each file suffix that a plugin of ours reads, installed or not."""
+    names, prefix = registry.providers(), "file-"
+    return {f".{name[len(prefix) :]}": names[name] for name in names if name.startswith(prefix)}
 
 
 def _flagged(spec: FormatSpec, quantization: Mapping[str, Any]) -> bool:
@@ -217,7 +205,7 @@ def unread_method(model: str, method: str) -> str:
 
 
 def installed() -> Iterator[InstalledFormat]:
-    """Every format of a usable plugin."""
-    for entry in registry.entries():
-        if entry.status == "ok" and entry.spec is not None:
-            yield from (InstalledFormat(spec, entry) for spec in entry.spec.formats)
+    """Every format of a usable plugin. Several plugins that claim one name can't be used."""
+    for entry in registry.formats():
+        if entry.status in ("ok", "duplicate") and entry.spec is not None:
+            yield InstalledFormat(entry.spec, entry)

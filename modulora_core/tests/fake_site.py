@@ -45,7 +45,7 @@ class Mine(Quantizer):
 """
 
 
-def spec(name: str, location: str, *, protocol: int = 1, **fields: object) -> str:
+def spec(name: str, location: str, *, protocol: int = 2, **fields: object) -> str:
     """The source of a QuantizerSpec."""
     summary = f"{name} for tests"
     known = {
@@ -87,7 +87,7 @@ class FakeSite:
             file.write_text(dedent(source))
 
     def install_quantizer(
-        self, name: str, *, distribution: str, module: str, version: str = "1.0", protocol: int = 1
+        self, name: str, *, distribution: str, module: str, version: str = "1.0", protocol: int = 2
     ) -> None:
         """Install a plugin with one quantizer, in two modules: the hook's and the class's."""
         hook = HOOK.format(specs=spec(name, f"{module}_quantizer:Mine", protocol=protocol))

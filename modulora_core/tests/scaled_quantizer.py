@@ -20,7 +20,7 @@ from modulora_core.hookspecs import hookimpl
 from modulora_core.spec import QuantizerSpec
 
 SCALED = QuantizerSpec(
-    name="scaled", summary="-1, 0 or 1 times a factor for its row and its column", protocol=1,
+    name="scaled", summary="-1, 0 or 1 times a factor for its row and its column", protocol=2,
     bits=(2,), location="modulora_scaled.quantizer:Scaled", calibration="optional", rescales=True,
 )
 

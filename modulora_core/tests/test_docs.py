@@ -20,7 +20,7 @@ import pytest
 
 from modulora_core import registry
 from modulora_core.cli import main
-from modulora_core.cli.app import COMMANDS, load_command
+from modulora_core.cli.app import command_names, load_command
 from modulora_core.cli.new_plugin import new_plugin
 from modulora_core.quantization.quality import FAST_SAMPLES, TUNING
 from modulora_core.spec import Quantizer
@@ -170,7 +170,7 @@ def test_the_reference_has_every_public_name_command_option_and_error() -> None:
     assert {name for name in public if not re.search(rf"\b{name}\b", reference)} == set()
 
     section = hook("command_line").section
-    for command in COMMANDS:
+    for command in command_names():
         text = section(command)
         for each in load_command(command).params:
             if each.param_type_name == "option" and each.name not in ("json", "debug"):

@@ -134,7 +134,7 @@ def test_a_plugin_of_another_protocol_is_incompatible_and_says_both(site: FakeSi
     (entry,) = named("future")
     assert entry.status == "incompatible"
     with pytest.raises(
-        IncompatiblePluginError, match=r"written for protocol 9, .* supports 1"
+        IncompatiblePluginError, match=r"written for protocol 9, .* supports 2"
     ) as raised:
         registry.create("future")
     assert "fake-future 1.0" in str(raised.value)
@@ -210,7 +210,9 @@ def test_a_name_with_options_in_it_says_where_they_go(site: FakeSite) -> None:
         match=r"expected a name alone, .* give -q alpha -o bits=3 -o group_size=64$",
     ):
         registry.create("alpha:bits=3,group_size=64")
-    with pytest.raises(UnknownQuantizerError, match=r"other:bits=3' .*run `pip install \./plugins"):
+    with pytest.raises(
+        UnknownQuantizerError, match=r"other:bits=3' .*run `pip install -r plugins/requirements"
+    ):
         registry.create("other:bits=3")
 
 

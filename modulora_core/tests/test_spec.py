@@ -28,7 +28,7 @@ GOOD: dict[str, Any] = {
     "name": "mine",
     "summary": "s",
     "location": "mine.quantizer:Mine",
-    "protocol": 1,
+    "protocol": 2,
     "bits": (3,),
 }
 
@@ -41,13 +41,19 @@ GOOD: dict[str, Any] = {
         ("bits", ()), ("bits", (0,)), ("bits", (64,)), ("bits", ("4",)), ("bits", 4), ("bits", [4]),
         ("calibration", "maybe"), ("protocol", 0), ("protocol", "1"), ("in_multiple", 0),
         ("out_multiple", -8), ("rescales", "yes"), ("rescales", None), ("devices", "cuda"),
-        ("devices", ()), ("devices", (0,)), ("promises", None), ("formats", []),
+        ("devices", ()), ("devices", (0,)), ("promises", None),
     ],
 )  # fmt: skip
 def test_a_malformed_field_is_refused_by_name(field: str, value: object) -> None:
     with pytest.raises(ValidationError) as refused:
         QuantizerSpec(**{**GOOD, field: value})
     assert {error["loc"][0] for error in refused.value.errors()} == {field}
+
+
+def test_formats_in_a_spec_are_refused_with_the_hook_that_takes_them() -> None:
+    """Plugins of protocol 1 had them there."""
+    with pytest.raises(ValidationError, match="return the FormatSpecs from the hook modulora_form"):
+        QuantizerSpec(**GOOD, formats=())
 
 
 def test_a_good_spec_is_frozen() -> None:

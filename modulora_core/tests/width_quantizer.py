@@ -17,7 +17,7 @@ from modulora_core.spec import QuantizerSpec
 
 def spec(name, calibration):
     return QuantizerSpec(
-        name=name, summary="Rounds to a grid for each row", protocol=1, bits=(1, 2, 4, 8),
+        name=name, summary="Rounds to a grid for each row", protocol=2, bits=(1, 2, 4, 8),
         location="modulora_widths.quantizer:" + name.title(), calibration=calibration,
         output_hessian=calibration == "required", in_multiple=8, qualities={"best": {"bits": 4}},
     )

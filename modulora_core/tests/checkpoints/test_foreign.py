@@ -249,7 +249,9 @@ def test_a_key_of_config_json_without_a_value_says_nothing(tmp_path: Path) -> No
     ],
 )
 def test_a_malformed_field_of_a_format_is_refused_by_name(field: str, value: object) -> None:
-    good: dict[str, Any] = {"name": "theirs", "summary": "s", "location": "mine.theirs:Theirs"}
+    good: dict[str, Any] = {
+        "name": "theirs", "summary": "s", "location": "mine.theirs:Theirs", "protocol": 2
+    }  # fmt: skip
     assert FormatSpec(**good).quant_methods == ()
     with pytest.raises(ValueError, match=rf"FormatSpec\n{field}"):
         FormatSpec(**{**good, field: value})

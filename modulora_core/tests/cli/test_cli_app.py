@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 
 import modulora_core
-from modulora_core import cli
+from modulora_core import cli, registry
 from modulora_core.cli import app, main
+from modulora_core.cli.commands import modulora_commands
 from modulora_core.tests.cli.conftest import Run
+from modulora_core.tests.fake_site import FakeSite, failing
 
 PROBE = '''
 import logging, os, sys, time, warnings
@@ -79,41 +81,62 @@ def command(
     return Report(found, f"did {how}" + " and so on" * (100_000 if how == "much" else 0))
 '''
 
+HOOK = """
+from modulora_core.hookspecs import CommandSpec, hookimpl
+
+@hookimpl
+def modulora_commands():
+    return [CommandSpec(name={name!r}, summary="Do something.", panel={panel!r},
+                        location="fake_probe:command", protocol={protocol})]
+"""
+
 DRIVER = """
 import signal, sys
-from modulora_core import cli
-from modulora_core.cli import app
+from modulora_core import cli, registry
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits it ignored
-cli.__path__.append({folder!r})
-app.COMMANDS += ("probe",)
 sys.exit(cli.main())
 """
 
 Captured = pytest.CaptureFixture[str]
 
 
+def install_probe(
+    site: FakeSite, name: str = "probe", distribution: str = "fake-probe", **changes: Any
+) -> None:
+    """Install a plugin with one command."""
+    module = distribution.replace("-", "_") + "_hooks"
+    hook = HOOK.format(name=name, **{"panel": "Rare", "protocol": 2, **changes})
+    site.install(distribution, {distribution: module}, {module: hook, "fake_probe": PROBE})
+
+
 @pytest.fixture
-def probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def probe(site: FakeSite) -> Iterator[FakeSite]:
     """Add the command ``probe`` to this process's command line."""
-    (tmp_path / "probe.py").write_text(PROBE)
-    monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(tmp_path)])
-    monkeypatch.setattr(app, "COMMANDS", (*app.COMMANDS, "probe"))
+    install_probe(site)
     app.load_command.cache_clear()
-    yield
-    sys.modules.pop("modulora_core.cli.probe", None)
+    yield site
     app.load_command.cache_clear()
+
+
+def probe_environment(folder: Path) -> dict[str, str]:
+    """Install the command ``probe``, and return the environment that has it."""
+    site = folder / "site"
+    if not site.exists():
+        site.mkdir()
+        install_probe(FakeSite(site))
+    path = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def probe_process(tmp_path: Path, *words: str, **options: Any) -> subprocess.Popen[str]:
     """Run the command ``probe`` in its own process."""
-    (tmp_path / "probe.py").write_text(PROBE)
-    code = DRIVER.format(folder=str(tmp_path))
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", code, "probe", *words], **{**pipes, **options})
+    options = {"env": probe_environment(tmp_path), **pipes, **options}
+    return subprocess.Popen([sys.executable, "-c", DRIVER, "probe", *words], **options)
 
 
 def test_a_report_is_text_without_json_and_one_object_with_it(
-    probe: None, capsys: Captured
+    probe: FakeSite, capsys: Captured
 ) -> None:
     words = ["probe", "well", "-o", "a=1", "-o", "b=2", "--budget", "1KiB", "--names", "x", "y"]
     assert main(words) == 0
@@ -140,12 +163,10 @@ def test_a_report_is_text_without_json_and_one_object_with_it(
 def test_any_stdout_and_stderr_will_do(
     redirection: str, result: tuple[int, str, str], tmp_path: Path
 ) -> None:
-    (tmp_path / "probe.py").write_text(PROBE)
-    driver = DRIVER.format(folder=str(tmp_path))
-    command = f"exec {sys.executable} -c {shlex.quote(driver)} probe caf\u00e9 {redirection}"
+    command = f"exec {sys.executable} -c {shlex.quote(DRIVER)} probe caf\u00e9 {redirection}"
     ended = subprocess.run(
         ["sh", "-c", command], capture_output=True, text=True, timeout=600, check=False,
-        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        env={**probe_environment(tmp_path), "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert (ended.returncode, ended.stdout, ended.stderr) == result
 
@@ -162,7 +183,7 @@ def test_stdout_has_the_result_alone(tmp_path: Path) -> None:
     assert "from write" not in out + err
 
 
-def test_a_list_of_words_ends_at_the_next_option(probe: None, capsys: Captured) -> None:
+def test_a_list_of_words_ends_at_the_next_option(probe: FakeSite, capsys: Captured) -> None:
     cases = {
         "x --names a --names b": ["a", "b"],
         "--names a b -o c=1 x": ["a", "b"],
@@ -174,7 +195,7 @@ def test_a_list_of_words_ends_at_the_next_option(probe: None, capsys: Captured) 
         assert json.loads(capsys.readouterr().out)["names"] == names, words
 
 
-def test_a_word_after_two_dashes_is_no_flag(probe: None, capsys: Captured) -> None:
+def test_a_word_after_two_dashes_is_no_flag(probe: FakeSite, capsys: Captured) -> None:
     assert main(["probe", "--", "--json"]) == 0
     assert capsys.readouterr().out == "did --json\n"
 
@@ -192,7 +213,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("how", FAILURES)
 def test_a_failure_is_one_sentence_and_an_exit_code(
-    probe: None, capsys: Captured, how: str
+    probe: FakeSite, capsys: Captured, how: str
 ) -> None:
     code, kind, message = FAILURES[how]
     assert main(["probe", how]) == code
@@ -227,7 +248,7 @@ USAGE = {
 
 @pytest.mark.parametrize("words", USAGE)
 def test_a_usage_error_is_one_sentence_and_exit_code_2(
-    probe: None, capsys: Captured, words: str
+    probe: FakeSite, capsys: Captured, words: str
 ) -> None:
     assert main(words.split()) == 2
     printed = capsys.readouterr().err.replace("Traceback", "").splitlines()[-1]
@@ -265,17 +286,93 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, words: list[str]) -
     assert (process.returncode, err) == (1, "")
 
 
-def test_every_command_has_a_module_and_every_module_with_a_command_is_listed() -> None:
+def test_every_command_of_the_core_has_a_spec() -> None:
     modules = {name for _, name, _ in pkgutil.iter_modules(cli.__path__)} - {"__main__"}
     with_command = {
         name.replace("_", "-")
         for name in modules
         if hasattr(importlib.import_module(f"modulora_core.cli.{name}"), "command")
     }
-    assert with_command == set(app.COMMANDS)
+    assert with_command == {spec.name for spec in modulora_commands()}
 
 
-@pytest.mark.parametrize("name", app.COMMANDS)
+# --- plugins -------------------------------------------------------------------------------------
+
+
+def test_help_has_a_plugins_command_with_its_distribution(
+    probe: FakeSite, capsys: Captured
+) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"─ Rare ─.*\n│ probe +Do something\. \[fake-probe\]", shown)
+    assert "[modulora-core]" not in shown
+
+
+def test_a_broken_plugin_is_in_the_help_with_its_reason_and_harms_no_command(
+    probe: FakeSite, capsys: Captured
+) -> None:
+    probe.install("fake-broken", {"broken": "fake_broken"}, {"fake_broken": failing("no GPU")})
+    assert main(["--help"]) == 0
+    assert re.search(
+        r"─ Broken plugins ─.*\n│ fake-broken +RuntimeError: no GPU", capsys.readouterr().out
+    )
+    assert main(["probe", "well"]) == 0
+
+
+def test_two_plugins_that_claim_one_command_are_refused_by_name(
+    probe: FakeSite, capsys: Captured
+) -> None:
+    install_probe(probe, distribution="fake-second")
+    assert main(["--help"]) == 0
+    assert re.search(r"│ probe +duplicate: brought by fake-\w+ 1\.0 and", capsys.readouterr().out)
+    assert main(["probe", "well"]) == 2
+    error = capsys.readouterr().err
+    assert "error: command 'probe': brought by fake-" in error
+    assert all(name in error for name in ("fake-probe 1.0", "fake-second 1.0", "uninstall one"))
+
+
+def test_a_plugins_command_may_not_take_the_place_of_one_of_the_core(
+    site: FakeSite, capsys: Captured
+) -> None:
+    install_probe(site, name="quantize")
+    app.load_command.cache_clear()
+    assert main(["quantize", "--help"]) == 2
+    assert "command 'quantize': brought by" in capsys.readouterr().err
+    app.load_command.cache_clear()
+
+
+def test_a_command_for_another_protocol_says_so(site: FakeSite, capsys: Captured) -> None:
+    install_probe(site, protocol=9)
+    assert main(["probe", "well"]) == 2
+    assert "written for protocol 9" in capsys.readouterr().err
+
+
+def test_a_command_whose_module_fails_says_whose_it_is(site: FakeSite, capsys: Captured) -> None:
+    install_probe(site)
+    (site.path / "fake_probe.py").write_text("import fake_missing_package")
+    app.load_command.cache_clear()
+    assert main(["probe", "well"]) == 2
+    error = capsys.readouterr().err
+    assert "command 'probe' of fake-probe 1.0 is broken: importing fake_probe:command" in error
+
+
+def test_a_known_command_that_is_not_installed_names_its_distribution(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(registry, "requires", lambda _: ["modulora-absent>=0.1; extra == 'weigh'"])
+    assert main(["weigh", "MODEL"]) == 2
+    error = capsys.readouterr().err
+    assert "no such command: 'weigh'; it is of modulora-absent, which isn't installed" in error
+    assert "pip install -r plugins/requirements.txt" in error
+
+
+def test_the_install_line_of_messages_is_in_readme() -> None:
+    """If this fails: README installs in another way than messages say."""
+    (line,) = re.findall("`(.*)`", registry.INSTALL)
+    assert line in (Path(modulora_core.__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", app.command_names())
 def test_the_help_of_a_command_has_examples_that_parse(name: str, capsys: Captured) -> None:
     assert main([name, "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.replace("\\\n", " ").split())
@@ -296,18 +393,19 @@ def test_help_imports_nothing_heavy() -> None:
     code = """if True:
         import sys
         from modulora_core.cli import app, main
-        codes = [main([*words, "--help"]) for words in ([], *([name] for name in app.COMMANDS))]
+        names = app.command_names()
+        codes = [main([*words, "--help"]) for words in ([], *([name] for name in names))]
         heavy = {"torch", "numpy", "transformers"} & set(sys.modules)
         sys.exit(f"imported {heavy}" if heavy else max(codes))
     """
     words = [sys.executable, "-c", code]
     result = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Usage") == 1 + len(app.COMMANDS)
+    assert result.stdout.count("Usage") == 1 + len(app.command_names())
 
 
 def test_help_unwraps_prose_keeps_examples_and_groups_options(
-    probe: None, capsys: Captured
+    probe: FakeSite, capsys: Captured
 ) -> None:
     assert main(["probe", "--help"]) == 0
     shown = capsys.readouterr().out
@@ -341,7 +439,7 @@ def test_nothing_is_said_when_nobody_reads(word: str) -> None:
 
 
 def test_a_deleted_current_folder_is_refused(
-    probe: None, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    probe: FakeSite, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

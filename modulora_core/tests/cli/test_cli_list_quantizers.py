@@ -10,7 +10,7 @@ from modulora_core.registry import entries
 from modulora_core.tests.fake_site import FakeSite, failing
 
 ROW = {
-    "name": "alpha", "summary": "alpha for tests", "bits": [5], "protocol": 1,
+    "name": "alpha", "summary": "alpha for tests", "bits": [5], "protocol": 2,
     "distribution": "fake-alpha", "version": "2.3", "devices": ["cpu"], "status": "ok",
     "reason": None,
 }  # fmt: skip
@@ -107,7 +107,7 @@ def test_check_fails_for_incompatible_and_duplicate_quantizers(tmp_path: Path) -
         folder.mkdir()
         site = FakeSite(folder)
         site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-        protocol = 99 if kind == "incompatible" else 1
+        protocol = 99 if kind == "incompatible" else 2
         site.install_quantizer(
             second, distribution="fake-two", module="fake_two", protocol=protocol
         )

@@ -18,7 +18,7 @@ from modulora_core.packed import PackedWeight, TensorLayout
 from modulora_core.spec import Calibration, QuantizerSpec
 
 SPEC = QuantizerSpec(
-    name="outsider", summary="codes over eight", location="here:Outsider", protocol=1, bits=(8,)
+    name="outsider", summary="codes over eight", location="here:Outsider", protocol=2, bits=(8,)
 )
 
 

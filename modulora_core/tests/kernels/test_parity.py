@@ -46,7 +46,7 @@ class Stored(KernelQuantizer):
         bits=(32,),
         devices=("cpu",),
         location="somewhere:Stored",
-        protocol=1,
+        protocol=2,
     )
 
     @staticmethod

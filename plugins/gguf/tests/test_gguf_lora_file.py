@@ -128,7 +128,7 @@ def test_finetune_writes_the_file_at_the_end(
     assert main([*words, "--lora-file", str(out), "--train-scales"]) == 2
     assert "it holds no channel scales" in capsys.readouterr().err
     assert not (tmp_path / "adapter").exists()
-    assert main([*words, "--lora-gguf", str(out)]) == 0
+    assert main([*words, "--lora-file", str(out)]) == 0
     shown = "".join(capsys.readouterr().out.split())
     assert f"files{out},{out.with_suffix('.Modelfile')}" in shown
     write_lora_file(str(tmp_path / "adapter"), tmp_path / "again.gguf", model=path)

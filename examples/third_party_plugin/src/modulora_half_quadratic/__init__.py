@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
+from modulora_core.hookspecs import FormatSpec, hookimpl
+from modulora_core.spec import Promise, QuantizerSpec
 
 
 def _promise(bits: int, gaussian: float, heavy_tailed: float, outlier_columns: float) -> Promise:
@@ -22,7 +22,7 @@ SPEC = QuantizerSpec(
     name="half-quadratic",
     summary="1 to 8 bits with a scale and an offset for each group, optimized without data (HQQ)",
     location="modulora_half_quadratic.quantizer:HalfQuadratic",
-    protocol=1,
+    protocol=2,
     bits=(1, 2, 3, 4, 5, 6, 7, 8),
     devices=("cpu",),
     url="https://mobiusml.github.io/hqq_blog/",
@@ -34,13 +34,15 @@ SPEC = QuantizerSpec(
         _promise(4, gaussian=0.0879, heavy_tailed=0.128, outlier_columns=0.151),
         _promise(8, gaussian=0.00527, heavy_tailed=0.00789, outlier_columns=0.00916),
     ),
-    formats=(
-        FormatSpec(
-            name="hqq",
-            summary="HQQ with groups along rows (axis 1), as transformers saved it; only read",
-            location="modulora_half_quadratic.formats:HQQ",
-            quant_methods=("hqq",),
-        ),
+)
+
+FORMATS = (
+    FormatSpec(
+        name="hqq",
+        summary="HQQ with groups along rows (axis 1), as transformers saved it; only read",
+        location="modulora_half_quadratic.formats:HQQ",
+        protocol=2,
+        quant_methods=("hqq",),
     ),
 )
 
@@ -48,3 +50,8 @@ SPEC = QuantizerSpec(
 @hookimpl
 def modulora_quantizers() -> list[QuantizerSpec]:
     return [SPEC]
+
+
+@hookimpl
+def modulora_formats() -> list[FormatSpec]:
+    return list(FORMATS)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
+from modulora_core.hookspecs import FormatSpec, hookimpl
+from modulora_core.spec import Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="fp4",
     summary="4-bit floats in small blocks: MXFP4, as gpt-oss has it, and NVFP4",
     location="modulora_fp4.quantizer:FP4",
-    protocol=1,
+    protocol=2,
     bits=(4,),
     calibration="optional",
     devices=("cpu", "cuda"),
@@ -35,34 +35,39 @@ SPEC = QuantizerSpec(
             constant=1e-06,
         ),
     ),
-    formats=(
-        FormatSpec(
-            name="mxfp4",
-            summary="gpt-oss's layout: stacks of experts in MXFP4, other layers dense",
-            location="modulora_fp4.formats.gpt_oss:GptOss",
-            quant_methods=("mxfp4",),
-        ),
-        FormatSpec(
-            name="nvfp4-pack-quantized",
-            summary="compressed-tensors' NVFP4, which llm-compressor and vLLM use",
-            location="modulora_fp4.formats.compressed:CompressedTensors",
-            quant_methods=("compressed-tensors",),
-            quant_formats=("nvfp4-pack-quantized",),
-        ),
-        FormatSpec(
-            name="modelopt",
-            summary="NVFP4 of NVIDIA's ModelOpt; only read",
-            location="modulora_fp4.formats.modelopt:ModelOpt",
-            quant_methods=("modelopt",),
-            config_files=("hf_quant_config.json",),
-        ),
-        FormatSpec(
-            name="mxfp4-pack-quantized",
-            summary="compressed-tensors' MXFP4 of linear layers",
-            location="modulora_fp4.formats.compressed:CompressedTensors",
-            quant_methods=("compressed-tensors",),
-            quant_formats=("mxfp4-pack-quantized",),
-        ),
+)
+
+FORMATS = (
+    FormatSpec(
+        name="mxfp4",
+        summary="gpt-oss's layout: stacks of experts in MXFP4, other layers dense",
+        location="modulora_fp4.formats.gpt_oss:GptOss",
+        protocol=2,
+        quant_methods=("mxfp4",),
+    ),
+    FormatSpec(
+        name="nvfp4-pack-quantized",
+        summary="compressed-tensors' NVFP4, which llm-compressor and vLLM use",
+        location="modulora_fp4.formats.compressed:CompressedTensors",
+        protocol=2,
+        quant_methods=("compressed-tensors",),
+        quant_formats=("nvfp4-pack-quantized",),
+    ),
+    FormatSpec(
+        name="modelopt",
+        summary="NVFP4 of NVIDIA's ModelOpt; only read",
+        location="modulora_fp4.formats.modelopt:ModelOpt",
+        protocol=2,
+        quant_methods=("modelopt",),
+        config_files=("hf_quant_config.json",),
+    ),
+    FormatSpec(
+        name="mxfp4-pack-quantized",
+        summary="compressed-tensors' MXFP4 of linear layers",
+        location="modulora_fp4.formats.compressed:CompressedTensors",
+        protocol=2,
+        quant_methods=("compressed-tensors",),
+        quant_formats=("mxfp4-pack-quantized",),
     ),
 )
 
@@ -70,3 +75,8 @@ SPEC = QuantizerSpec(
 @hookimpl
 def modulora_quantizers() -> list[QuantizerSpec]:
     return [SPEC]
+
+
+@hookimpl
+def modulora_formats() -> list[FormatSpec]:
+    return list(FORMATS)

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
+from modulora_core.hookspecs import FormatSpec, hookimpl
+from modulora_core.spec import Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="gguf",
     summary="llama.cpp's tensor types: all 24 are read, and weights are packed to 4 to 8 bits",
     location="modulora_gguf.quantizer:GGUF",
-    protocol=1,
+    protocol=2,
     bits=(4, 5, 6, 8),
     devices=("cpu", "cuda"),
     calibration="optional",
     in_multiple=32,
     packing_memory=0.5,
     url="https://github.com/ggml-org/llama.cpp",
-    formats=(
-        FormatSpec(
-            name="gguf",
-            summary="a model in a GGUF file, as llama.cpp has it; `merge` writes one",
-            location="modulora_gguf.formats:GGUFModel",
-            file_suffix=".gguf",
-            file_magic="GGUF",
-            writer="modulora_gguf.file.merging:LlamaCppWriter",
-        ),
-    ),
     # by `modulora conformance gguf --measure`
     promises=(
         Promise(
@@ -47,7 +37,24 @@ SPEC = QuantizerSpec(
     ),
 )
 
+FORMATS = (
+    FormatSpec(
+        name="gguf",
+        summary="a model in a GGUF file, as llama.cpp has it; `merge` writes one",
+        location="modulora_gguf.formats:GGUFModel",
+        protocol=2,
+        file_suffix=".gguf",
+        file_magic="GGUF",
+        writer="modulora_gguf.file.merging:LlamaCppWriter",
+    ),
+)
+
 
 @hookimpl
 def modulora_quantizers() -> list[QuantizerSpec]:
     return [SPEC]
+
+
+@hookimpl
+def modulora_formats() -> list[FormatSpec]:
+    return list(FORMATS)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
+from modulora_core.hookspecs import FormatSpec, hookimpl
+from modulora_core.spec import Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="int8",
     summary="8-bit integers with a scale for each row (LLM.int8's format) or group, data-free",
     location="modulora_int8.quantizer:INT8",
-    protocol=1,
+    protocol=2,
     bits=(8,),
     devices=("cpu", "cuda"),
     packing_memory=1.3,
@@ -33,14 +33,16 @@ SPEC = QuantizerSpec(
             constant=0.0005,
         ),
     ),
-    formats=(
-        FormatSpec(
-            name="bitsandbytes-int8",
-            summary="LLM.int8, as transformers saves it with load_in_8bit; only read",
-            location="modulora_int8.formats:BitsAndBytes",
-            quant_methods=("bitsandbytes",),
-            quant_flags=("load_in_8bit", "_load_in_8bit"),
-        ),
+)
+
+FORMATS = (
+    FormatSpec(
+        name="bitsandbytes-int8",
+        summary="LLM.int8, as transformers saves it with load_in_8bit; only read",
+        location="modulora_int8.formats:BitsAndBytes",
+        protocol=2,
+        quant_methods=("bitsandbytes",),
+        quant_flags=("load_in_8bit", "_load_in_8bit"),
     ),
 )
 
@@ -48,3 +50,8 @@ SPEC = QuantizerSpec(
 @hookimpl
 def modulora_quantizers() -> list[QuantizerSpec]:
     return [SPEC]
+
+
+@hookimpl
+def modulora_formats() -> list[FormatSpec]:
+    return list(FORMATS)

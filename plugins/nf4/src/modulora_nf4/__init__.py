@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
+from modulora_core.hookspecs import FormatSpec, hookimpl
+from modulora_core.spec import Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="nf4",
     summary="4-bit NormalFloat of QLoRA: block-wise, data-free, bit for bit bitsandbytes' format",
     location="modulora_nf4.quantizer:NF4",
-    protocol=1,
+    protocol=2,
     bits=(4,),
     devices=("cpu", "cuda"),
     packing_memory=1.2,
@@ -33,14 +33,16 @@ SPEC = QuantizerSpec(
             constant=0.0,
         ),
     ),
-    formats=(
-        FormatSpec(
-            name="bitsandbytes-nf4",
-            summary="bitsandbytes' NF4, as transformers saves it with load_in_4bit; only read",
-            location="modulora_nf4.formats:BitsAndBytes",
-            quant_methods=("bitsandbytes",),
-            quant_flags=("load_in_4bit", "_load_in_4bit"),
-        ),
+)
+
+FORMATS = (
+    FormatSpec(
+        name="bitsandbytes-nf4",
+        summary="bitsandbytes' NF4, as transformers saves it with load_in_4bit; only read",
+        location="modulora_nf4.formats:BitsAndBytes",
+        protocol=2,
+        quant_methods=("bitsandbytes",),
+        quant_flags=("load_in_4bit", "_load_in_4bit"),
     ),
 )
 
@@ -48,3 +50,8 @@ SPEC = QuantizerSpec(
 @hookimpl
 def modulora_quantizers() -> list[QuantizerSpec]:
     return [SPEC]
+
+
+@hookimpl
+def modulora_formats() -> list[FormatSpec]:
+    return list(FORMATS)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
+from modulora_core.hookspecs import FormatSpec, hookimpl
+from modulora_core.spec import Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="optq",
     summary="OPTQ (GPTQ): 2, 3, 4 or 8 bits, each column's error compensated by the ones after it",
     location="modulora_optq.quantizer:OPTQ",
-    protocol=1,
+    protocol=2,
     bits=(2, 3, 4, 8),
     calibration="required",
     output_hessian=True,
@@ -53,34 +53,39 @@ SPEC = QuantizerSpec(
             constant=0.0005,
         ),
     ),
-    formats=(
-        FormatSpec(
-            name="gptq",
-            summary="GPTQ v1; v2 is read by this name too",
-            location="modulora_optq.formats.gptq:GPTQ",
-            quant_methods=("gptq",),
-            config_files=("quantize_config.json",),
-        ),
-        FormatSpec(
-            name="gptq_v2",
-            summary="GPTQ v2, which holds every zero point",
-            location="modulora_optq.formats.gptq:GPTQ",
-            config_files=("quantize_config.json",),
-        ),
-        FormatSpec(
-            name="awq",
-            summary="AWQ, 4 bits in the layout gemm; only read",
-            location="modulora_optq.formats.awq:AWQ",
-            quant_methods=("awq",),
-            config_files=("quant_config.json",),
-        ),
-        FormatSpec(
-            name="pack-quantized",
-            summary="compressed-tensors' integers in words, which llm-compressor and vLLM use",
-            location="modulora_optq.formats.compressed:PackQuantized",
-            quant_methods=("compressed-tensors",),
-            quant_formats=("pack-quantized",),
-        ),
+)
+
+FORMATS = (
+    FormatSpec(
+        name="gptq",
+        summary="GPTQ v1; v2 is read by this name too",
+        location="modulora_optq.formats.gptq:GPTQ",
+        protocol=2,
+        quant_methods=("gptq",),
+        config_files=("quantize_config.json",),
+    ),
+    FormatSpec(
+        name="gptq_v2",
+        summary="GPTQ v2, which holds every zero point",
+        location="modulora_optq.formats.gptq:GPTQ",
+        protocol=2,
+        config_files=("quantize_config.json",),
+    ),
+    FormatSpec(
+        name="awq",
+        summary="AWQ, 4 bits in the layout gemm; only read",
+        location="modulora_optq.formats.awq:AWQ",
+        protocol=2,
+        quant_methods=("awq",),
+        config_files=("quant_config.json",),
+    ),
+    FormatSpec(
+        name="pack-quantized",
+        summary="compressed-tensors' integers in words, which llm-compressor and vLLM use",
+        location="modulora_optq.formats.compressed:PackQuantized",
+        protocol=2,
+        quant_methods=("compressed-tensors",),
+        quant_formats=("pack-quantized",),
     ),
 )
 
@@ -88,3 +93,8 @@ SPEC = QuantizerSpec(
 @hookimpl
 def modulora_quantizers() -> list[QuantizerSpec]:
     return [SPEC]
+
+
+@hookimpl
+def modulora_formats() -> list[FormatSpec]:
+    return list(FORMATS)

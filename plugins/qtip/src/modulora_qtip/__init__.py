@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
+from modulora_core.hookspecs import FormatSpec, hookimpl
+from modulora_core.spec import Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="qtip",
     summary="QTIP: 1 to 8 bits, rotated weights, 256 at a time as a walk on a trellis",
     location="modulora_qtip.quantizer:QTIP",
-    protocol=1,
+    protocol=2,
     bits=(1, 2, 3, 4, 5, 6, 7, 8),
     calibration="required",
     output_hessian=True,
@@ -46,14 +46,16 @@ SPEC = QuantizerSpec(
     ),
     rescales=True,
     qualities={"fast": {"sweeps": 0}, "best": {"states": 14, "sweeps": 2}},
-    formats=(
-        FormatSpec(
-            name="exl3",
-            summary="EXL3, which ExLlamaV3 and TabbyAPI run; written from the layout exl3",
-            location="modulora_qtip.formats.exl3:EXL3",
-            quant_methods=("exl3",),
-            config_files=("quantization_config.json",),
-        ),
+)
+
+FORMATS = (
+    FormatSpec(
+        name="exl3",
+        summary="EXL3, which ExLlamaV3 and TabbyAPI run; written from the layout exl3",
+        location="modulora_qtip.formats.exl3:EXL3",
+        protocol=2,
+        quant_methods=("exl3",),
+        config_files=("quantization_config.json",),
     ),
 )
 
@@ -61,3 +63,8 @@ SPEC = QuantizerSpec(
 @hookimpl
 def modulora_quantizers() -> list[QuantizerSpec]:
     return [SPEC]
+
+
+@hookimpl
+def modulora_formats() -> list[FormatSpec]:
+    return list(FORMATS)

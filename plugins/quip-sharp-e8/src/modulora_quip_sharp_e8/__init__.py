@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from modulora_core.hookspecs import hookimpl
-from modulora_core.spec import FormatSpec, Promise, QuantizerSpec
+from modulora_core.hookspecs import FormatSpec, hookimpl
+from modulora_core.spec import Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="quip-sharp-e8",
     summary="QuIP#: 2, 3 or 4 bits, rotated weights, rounded to points of the E8 lattice",
     location="modulora_quip_sharp_e8.quantizer:QuIPSharpE8",
-    protocol=1,
+    protocol=2,
     bits=(2, 3, 4),
     calibration="required",
     output_hessian=True,
@@ -46,13 +46,15 @@ SPEC = QuantizerSpec(
     ),
     rescales=True,
     qualities={"fast": {"sweeps": 0}},
-    formats=(
-        FormatSpec(
-            name="quip-sharp",
-            summary="QuIP#'s published checkpoints, E8P-2Bit and E8PRVQ-3Bit and -4Bit; only read",
-            location="modulora_quip_sharp_e8.formats.relaxml:Relaxml",
-            config_keys=("quip_params",),
-        ),
+)
+
+FORMATS = (
+    FormatSpec(
+        name="quip-sharp",
+        summary="QuIP#'s published checkpoints, E8P-2Bit and E8PRVQ-3Bit and -4Bit; only read",
+        location="modulora_quip_sharp_e8.formats.relaxml:Relaxml",
+        protocol=2,
+        config_keys=("quip_params",),
     ),
 )
 
@@ -60,3 +62,8 @@ SPEC = QuantizerSpec(
 @hookimpl
 def modulora_quantizers() -> list[QuantizerSpec]:
     return [SPEC]
+
+
+@hookimpl
+def modulora_formats() -> list[FormatSpec]:
+    return list(FORMATS)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
+from modulora_core.hookspecs import FormatSpec
 from modulora_core.models.formats import (
     ForeignWeight,
     Read,
@@ -26,7 +27,7 @@ from modulora_core.models.formats import (
     check_tensors,
 )
 from modulora_core.models.grouped_format import ALL_LINEAR, GroupedFormat
-from modulora_core.spec import FormatSpec, PackedLayout, PackedWeight, TensorLayout
+from modulora_core.spec import PackedLayout, PackedWeight, TensorLayout
 from modulora_fp4.formats.scales import check_scales, check_type, read_positive
 from modulora_fp4.quantizer import FP4, Options
 from modulora_fp4.reference import BLOCK

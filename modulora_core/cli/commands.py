@@ -1,0 +1,33 @@
+"""The commands of the core, given through the hook by which every plugin gives its own."""
+
+from __future__ import annotations
+
+from modulora_core.hookspecs import CommandSpec, hookimpl
+
+
+def _command(name: str, panel: str, summary: str) -> CommandSpec:
+    location = f"modulora_core.cli.{name.replace('-', '_')}:command"
+    return CommandSpec(name=name, summary=summary, panel=panel, location=location, protocol=2)
+
+
+@hookimpl
+def modulora_commands() -> list[CommandSpec]:
+    return [
+        _command("demo", "Start", "Quantize, finetune, evaluate and question a small model."),
+        _command("doctor", "Start", "Check this machine and each installed quantizer."),
+        _command("list-quantizers", "Start", "List the installed quantizers."),
+        _command("plan", "Start", "Plan the memory of a model before it is downloaded."),
+        _command("quantize", "Quantize", "Pack a model's linear layers with a quantizer."),
+        _command("info", "Quantize", "Show what a quantized model or an adapter contains."),
+        _command("convert", "Quantize", "Rewrite a packed checkpoint in another format."),
+        _command("compare", "Quantize", "Compare quantizers on a model."),
+        _command("finetune", "Train", "Train a LoRA adapter on a quantized or dense model."),
+        _command("init-adapter", "Train", "Make an adapter that corrects a quantizer's errors."),
+        _command("generate", "Use", "Answer a prompt, and print tokens as they come."),
+        _command("chat", "Use", "Chat with a model."),
+        _command("evaluate", "Use", "Measure perplexity, accuracy, ROUGE or benchmark tasks."),
+        _command("merge", "Use", "Dequantize a packed model and add an adapter to it."),
+        _command("conformance", "Plugins", "Check that a quantizer keeps its promises."),
+        _command("bench", "Plugins", "Measure a quantizer's speed beside a dense layer."),
+        _command("new-plugin", "Plugins", "Write a plugin package with a working quantizer."),
+    ]
