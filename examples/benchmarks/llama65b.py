@@ -27,11 +27,12 @@ from typing import Any
 
 import torch
 from llama import SHAPES, write_checkpoint
+from modulora_planner import plan
 from report import markdown
 from torch import nn
 from turns import Here, Job, Process
 
-from modulora_core import LoRASettings, add_lora, load_model, plan
+from modulora_core import LoRASettings, add_lora, load_model
 from modulora_core.adapters.adapted import adapter_layers
 from modulora_core.checkpoints.loading import open_packed
 from modulora_core.checkpoints.peak_memory import PeakMemory

@@ -76,6 +76,10 @@ Embeddings = Annotated[
         "Pack the input embedding too. In a tied model it is also the output head.",
     ),
 ]
+MemoryBudget = Annotated[
+    int | None,
+    option("--budget SIZE", "Memory that training may take, such as 24GiB.", parser=to_bytes),
+]
 MaxShardSize = Annotated[
     int, option("--max-shard-size SIZE", "Largest weight file.", parser=to_bytes, default="5GB")
 ]

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from modulora_core.calibration import CalibrationConfig
-    from modulora_core.quantization.assignment import Assignment
     from modulora_core.registry import Choice
 
 PANELS = {

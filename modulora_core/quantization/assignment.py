@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, InstanceOf, PrivateAttr
 
@@ -66,6 +66,17 @@ class Assignment(BaseModel):
     """Packs the output head, embeddings the input embedding; None leaves an end dense."""
     embeddings: _Choice = None
     _file: str = PrivateAttr("")
+
+    if TYPE_CHECKING:  # text is a choice too
+
+        def __init__(
+            self,
+            *,
+            default: Choice | str | None,
+            layers: Mapping[str, Choice | str | None] = ...,
+            head: Choice | str | None = None,
+            embeddings: Choice | str | None = None,
+        ) -> None: ...
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

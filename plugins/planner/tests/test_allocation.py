@@ -9,9 +9,9 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modulora_planner.budget.allocation import Allocation, Offer, allocate
 
 from modulora_core.errors import OptionError
-from modulora_planner.budget import Allocation, Offer, allocate
 
 OFFERS = st.lists(
     st.builds(Offer, st.integers(0, 12), st.floats(0, 8, width=16)), min_size=1, max_size=4

@@ -1,4 +1,4 @@
-"""Quantizing within a budget: sizes, errors, the record, refusals, and killed runs."""
+"""Assigning quantizers within a budget: sizes, errors, the file, refusals, and killed runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_planner.budget.allocation import Offer, allocate
+from modulora_planner.budget.assign import Assigned, assign
+from modulora_planner.budget.errors import _Measuring
+from modulora_planner.budget.search import Budget
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -17,7 +21,6 @@ from transformers import AutoModelForCausalLM
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, HeldOutCalibration
 from modulora_core.checkpoints.loading import load_model, open_packed
-from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.data import token_segments
 from modulora_core.errors import (
     CheckpointError,
@@ -30,13 +33,12 @@ from modulora_core.errors import (
 )
 from modulora_core.layers import TiedHead
 from modulora_core.models import open_dense
-from modulora_planner.budget import Offer, allocate, recorded_allocation
-from modulora_core.quantization.quantize import Budget, Override, QuantizeResult, quantize
+from modulora_core.quantization.quantize import Assignment, quantize
 from modulora_core.registry import Choice
 from modulora_core.spec import Calibration
 from modulora_core.tests import tiny_models
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
-from modulora_core.tests.stopped_runs import stop, stored
+from modulora_core.tests.stopped_runs import stop
 from modulora_core.tests.width_quantizer import installed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -85,37 +87,41 @@ def size(source: str, bits: int, ends: dict[str, int] | None = None) -> int:
     return total
 
 
-def run(source: str, out: Path, budget: int, **arguments: Any) -> QuantizeResult:
+def run(source: str, file: Path, budget: int, **arguments: Any) -> Assigned:
     asked = Budget(budget, arguments.pop("choices", CHOICES))
-    return quantize(source, out, asked, **{"calibration": TEXT, "seed": 1, **arguments})
+    return assign(source, file, asked, **{"calibration": TEXT, "seed": 1, **arguments})
+
+
+def table_of(found: Assigned) -> dict[str, Any]:
+    assert found.table is not None
+    return found.table
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense ends", "packed ends"])
 def made(
     request: pytest.FixtureRequest, source: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[QuantizeResult, Path, dict[str, Any]]:
-    """A checkpoint of the size of a uniform one, and its extra arguments."""
+) -> tuple[Assigned, dict[str, Any]]:
+    """An assignment of the size of a uniform one, and its extra arguments."""
     extra: dict[str, Any] = {"calibration": FEW, **ENDS} if request.param else {}
     budget = size(source, 4, {HEAD: 8, TABLE: 2} if request.param else None)
-    out = tmp_path_factory.mktemp("made") / "out"
-    return run(source, out, budget, **extra), out, extra
+    return run(source, tmp_path_factory.mktemp("made") / "mixed.yaml", budget, **extra), extra
 
 
 @pytest.fixture
-def table(made: tuple[QuantizeResult, Path, dict[str, Any]]) -> dict[str, Any]:
-    assert made[0].allocation is not None
-    return made[0].allocation
+def table(made: tuple[Assigned, dict[str, Any]]) -> dict[str, Any]:
+    return table_of(made[0])
 
 
-def test_the_checkpoint_is_within_the_budget_and_the_table_describes_it(
-    made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any], source: str
+def test_the_packed_model_is_within_the_budget_and_the_table_describes_it(
+    made: tuple[Assigned, dict[str, Any]], table: dict[str, Any], source: str, tmp_path: Path
 ) -> None:
-    result, out, extra = made
-    checkpoint = open_packed(out)
-    record = checkpoint.record
+    found, extra = made
+    assignment = Assignment.read(found.file)
+    text = extra.get("calibration", TEXT)
+    result = quantize(source, tmp_path / "out", assignment, calibration=text, seed=1)
+    record = open_packed(tmp_path / "out").record
     parts = sum(table[key] for key in ("packed_bytes", "kept_bytes", "ends_bytes"))
-    assert result.bytes == checkpoint.nbytes == parts <= table["budget"]
-    assert result.quantizer == "mixed"
+    assert result.bytes == parts <= table["budget"]
     assert len({layer["choice"] for layer in table["layers"].values()}) > 1
     for name, layer in table["layers"].items():
         chosen, site = table["choices"][layer["choice"]], record.site(name)
@@ -130,41 +136,37 @@ def test_the_checkpoint_is_within_the_budget_and_the_table_describes_it(
     }
     used = {record.recipes[site.recipe].options["bits"] for _, site in record.items()}
     assert {recipe.options["bits"] for recipe in record.recipes} == used  # no unused recipe
-    assert json.dumps(result.to_json())
-    assert not list(out.glob("*.jsonl"))
+    assert json.dumps(found.to_json())
+    assert torch.isfinite(
+        load_model(tmp_path / "out", device="cpu")(torch.tensor([[5, 17, 3]])).logits
+    ).all()
 
 
-def test_the_record_has_the_table_without_the_errors(
-    made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any]
+def test_the_file_is_the_assignment_with_figures_in_comments(
+    made: tuple[Assigned, dict[str, Any]], table: dict[str, Any]
 ) -> None:
-    checkpoint = open_packed(made[1])
-    errors = {"error", "errors", "bound", "uniform_bytes", "uniform_error"}
+    found, _ = made
+    file = Path(found.file)
+    read = Assignment.read(file)
+    for name in ("default", "head", "embeddings"):
+        one, other = getattr(read, name), getattr(found.assignment, name)
+        assert (one and one.create().options) == (other and other.create().options)
+    assert list(read.layers) == list(found.assignment.layers)
+    text = file.read_text()
+    assert f"# Budget: {table['budget']:,} bytes." in text
+    for choice in table["choices"]:
+        (row,) = [x.split() for x in text.splitlines() if x.startswith(f"# {choice['name']} ")]
+        assert row[2] == str(choice["layers"])
+        assert f"{choice['error']:.4f}" in row
+    assert not list(file.parent.glob("*.measured"))
 
-    def without_errors(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: without_errors(item) for key, item in value.items() if key not in errors}
-        return [without_errors(item) for item in value] if isinstance(value, list) else value
 
-    kept = checkpoint.nbytes - checkpoint.record.nbytes
-    assert recorded_allocation(checkpoint.record, kept) == without_errors(table)
-
-
-def test_its_tensors_are_the_ones_of_quantizing_with_these_choices(
-    made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any], source: str,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    _, out, extra = made
-    overrides = []
-    for name, layer in table["layers"].items():
-        chosen = table["choices"][layer["choice"]]
-        module = name.removesuffix(".weight")
-        overrides.append(Override(module, chosen["quantizer"], chosen["options"]))
-    arguments = {"calibration": TEXT, "seed": 1, **extra}
-    quantize(source, tmp_path / "same", "plain", overrides=overrides, **arguments)
-    same, found = (load_file(path / "model.safetensors") for path in (tmp_path / "same", out))
-    assert same.keys() == found.keys()
-    assert all(torch.equal(same[name], found[name]) for name in same)
-    assert torch.isfinite(load_model(out, device="cpu")(torch.tensor([[5, 17, 3]])).logits).all()
+def test_layers_that_are_not_chosen_for_are_dense_in_the_file(source: str, tmp_path: Path) -> None:
+    few: dict[str, Any] = {"choices": CHOICES[1::2], "calibration": FEW}
+    found = run(source, tmp_path / "a.yaml", 2**30, exclude=["*.0.self_attn.k_proj"], **few)
+    assert found.assignment.layers == {"model.layers.0.self_attn.k_proj": None}
+    kept = quantize(source, tmp_path / "out", Assignment.read(tmp_path / "a.yaml")).kept
+    assert kept["dense in the assignment"] == ["model.layers.0.self_attn.k_proj.weight"]
 
 
 def divergence(dense: Any, packed: Any, ids: torch.Tensor) -> float:
@@ -178,7 +180,9 @@ def test_of_one_size_the_mixed_model_is_nearer_to_the_dense_one_than_any_uniform
     source: str, tmp_path: Path
 ) -> None:
     """On text that nothing was calibrated on; and the estimate has the right size."""
-    table = run(source, tmp_path / "mixed", size(source, 4)).allocation
+    found = run(source, tmp_path / "mixed.yaml", size(source, 4))
+    table = table_of(found)
+    quantize(source, tmp_path / "mixed", found.assignment, calibration=TEXT, seed=1)
     for name, text in (("plain", None), ("heeding", TEXT)):
         quantize(source, tmp_path / name, name, {"bits": 4}, calibration=text, seed=1)
         assert open_packed(tmp_path / name).nbytes == size(source, 4)
@@ -191,7 +195,6 @@ def test_of_one_size_the_mixed_model_is_nearer_to_the_dense_one_than_any_uniform
     # by 0.9 with the text of Python 3.11, by 0.97 with 3.13, whose topics of pydoc differ
     assert mixed < min(uniform)
     # second order, with independent layers: a half too small at most with these texts
-    assert table is not None
     assert 0.4 < table["error"] / mixed < 2
     for i, choice in enumerate(table["choices"]):  # uniform choices of other sizes are beaten too
         offers = [
@@ -207,27 +210,22 @@ def test_of_one_size_the_mixed_model_is_nearer_to_the_dense_one_than_any_uniform
 
 
 def test_a_large_budget_gives_every_layer_its_best_choice(source: str, tmp_path: Path) -> None:
-    result = run(source, tmp_path / "out", 2**30, calibration=FEW)
-    assert result.allocation is not None
-    assert {layer["choice"] for layer in result.allocation["layers"].values()} == {3}
-    assert result.bytes == size(source, 8)
-    assert result.calibration is None  # the used quantizer needs none
-    assert open_packed(tmp_path / "out").record.calibration is None
+    found = run(source, tmp_path / "a.yaml", 2**30, calibration=FEW)
+    assert {layer["choice"] for layer in table_of(found)["layers"].values()} == {3}
+    assert (found.assignment.default, found.assignment.layers) == (CHOICES[3], {})
+    assert not found.calibrated
 
 
 def test_experts_are_chosen_for_by_the_stack(tmp_path: Path) -> None:
     dense = str(save_model_with_tokenizer("mixtral", tmp_path / "dense"))
     few: dict[str, Any] = {"choices": CHOICES[:3], "calibration": FEW}
-    largest = run(dense, tmp_path / "largest", 2**30, **few).bytes
-    result = run(dense, tmp_path / "out", largest - 4_000, **few)
-    assert result.bytes <= largest - 4_000
-    assert result.allocation is not None
-    assert len({layer["choice"] for layer in result.allocation["layers"].values()}) > 1
+    largest = table_of(run(dense, tmp_path / "largest.yaml", 2**30, **few))
+    most = sum(largest[key] for key in ("packed_bytes", "kept_bytes"))
+    found = run(dense, tmp_path / "mixed.yaml", most - 4_000, **few)
+    assert len({layer["choice"] for layer in table_of(found)["layers"].values()}) > 1
+    read = Assignment.read(tmp_path / "mixed.yaml")
+    assert quantize(dense, tmp_path / "out", read, calibration=FEW).bytes <= most - 4_000
     load_model(tmp_path / "out", device="cpu")
-    table = recorded_allocation(open_packed(tmp_path / "out").record, 0)
-    assert table is not None  # a name has the options that differ
-    names = [choice["name"] for choice in table["choices"]]
-    assert names == ["heeding:bits=2", "plain", "heeding:bits=4"]
 
 
 def test_errors_are_measured_on_samples_that_no_quantizer_is_given(
@@ -236,7 +234,7 @@ def test_errors_are_measured_on_samples_that_no_quantizer_is_given(
     heeding, given = registry.load("heeding"), list[Any]()
     pack = heeding.pack
     monkeypatch.setattr(heeding, "pack", lambda self, w, H: given.append(H) or pack(self, w, H))
-    run(source, tmp_path / "out", 2**30)
+    run(source, tmp_path / "a.yaml", 2**30)
     measured = [each for each in given if isinstance(each, HeldOutCalibration)]
     assert len(measured) == 14 * 2  # two of the choices
     assert {each.samples for each in measured} == {12 * 32}
@@ -246,8 +244,10 @@ def test_errors_are_measured_on_samples_that_no_quantizer_is_given(
 def test_the_table_of_a_tied_model_counts_once(tmp_path: Path) -> None:
     tied = save_uneven(tmp_path / "tied", "llama-tied")
     few: dict[str, Any] = {"choices": CHOICES[1::2], "calibration": FEW}
-    result = run(tied, tmp_path / "out", 2**30, head=ENDS["head"], **few)
-    assert result.bytes == size(tied, 8, {TABLE: 8}) == open_packed(tmp_path / "out").nbytes
+    table = table_of(run(tied, tmp_path / "a.yaml", 2**30, head=ENDS["head"], **few))
+    quantize(tied, tmp_path / "out", Assignment.read(tmp_path / "a.yaml"))
+    sizes = sum(table[key] for key in ("packed_bytes", "kept_bytes", "ends_bytes"))
+    assert sizes == size(tied, 8, {TABLE: 8}) == open_packed(tmp_path / "out").nbytes
     assert isinstance(load_model(tmp_path / "out", device="cpu").lm_head, TiedHead)
 
 
@@ -256,8 +256,9 @@ def test_the_least_budget_that_the_message_names_is_enough(source: str, tmp_path
     ends = "lm_head by plain:bits=8, model.embed_tokens by plain:bits=2"
     named = rf"at least {least} bytes .* {ends} 0\.\d\d MiB"
     with pytest.raises(OptionError, match=named):
-        run(source, tmp_path / "out", least - 1, calibration=FEW, **ENDS)
-    assert run(source, tmp_path / "out", least, calibration=FEW, **ENDS).bytes == least
+        run(source, tmp_path / "a.yaml", least - 1, calibration=FEW, **ENDS)
+    table = table_of(run(source, tmp_path / "a.yaml", least, calibration=FEW, **ENDS))
+    assert sum(table[key] for key in ("packed_bytes", "kept_bytes", "ends_bytes")) == least
 
 
 @pytest.mark.parametrize(
@@ -271,8 +272,7 @@ def test_the_least_budget_that_the_message_names_is_enough(source: str, tmp_path
         ({"include": ["lm_head"]}, OptionError, "lm_head is outside of the decoder blocks"),
         ({"exclude": ["*_proj"]}, OptionError, "linear layers to choose for, got none"),
         ({"calibration": replace(FEW, samples=1)}, DataError, "at least 2"),
-        ({"calibration": None}, OptionError, "expected a calibration text"),
-        ({"options": {"bits": 2}}, OptionError, "expected no options"),
+        ({"calibration": None}, OptionError, "calibration: expected CalibrationConfig, got None"),
         ({"head": Choice("heeding")}, OptionError, "--quantize-head heeding: it needs calibration"),
     ],
 )  # fmt: skip
@@ -280,7 +280,7 @@ def test_a_wrong_request_is_refused_and_writes_nothing(
     source: str, tmp_path: Path, arguments: dict[str, Any], error: type[ModuLoRAError], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        run(source, tmp_path / "out", **{"budget": 2**30, **arguments})
+        run(source, tmp_path / "a.yaml", **{"budget": 2**30, **arguments})
     assert not list(tmp_path.iterdir())
 
 
@@ -292,26 +292,23 @@ def test_a_shape_that_a_choice_cannot_pack_is_refused(
     monkeypatch.setitem(tiny_models.ARCHITECTURES, "llama-odd", odd)
     dense = save_model_with_tokenizer("llama-odd", tmp_path / "dense")
     with pytest.raises(ShapeError, match=r"in_features 44 .*down_proj"):
-        run(str(dense), tmp_path / "out", 2**30)
-    assert not (tmp_path / "out").exists()
+        run(str(dense), tmp_path / "a.yaml", 2**30)
+    assert not list(tmp_path.glob("a.yaml*"))
 
 
-def test_a_run_killed_while_measuring_and_while_packing_ends_with_the_same_bytes(
-    made: tuple[QuantizeResult, Path, dict[str, Any]], table: dict[str, Any], source: str,
-    tmp_path: Path,
-) -> None:  # fmt: skip
-    _, whole, extra = made
-    out, partial = tmp_path / "out", partial_name(tmp_path / "out")
+def test_a_run_killed_while_measuring_ends_with_the_same_file(
+    made: tuple[Assigned, dict[str, Any]], table: dict[str, Any], source: str, tmp_path: Path
+) -> None:
+    whole, extra = made
+    file, measured = tmp_path / "a.yaml", tmp_path / "a.yaml.measured"
 
-    def go_on(budget: int = table["budget"], **changed: Any) -> QuantizeResult:
-        return run(source, out, budget, resume=True, **{**extra, **changed})
+    def go_on(budget: int = table["budget"], **changed: Any) -> Assigned:
+        return run(source, file, budget, **{"resume": True, **extra, **changed})
 
-    stop(go_on, after=9)  # of 14 layers
-    assert len((partial / "errors.jsonl").read_text().splitlines()) == 9
-    with (partial / "errors.jsonl").open("a") as journal:
+    stop(go_on, after=9, calls=[(_Measuring, "pack")])  # of 14 layers
+    assert len((measured / "errors.jsonl").read_text().splitlines()) == 9
+    with (measured / "errors.jsonl").open("a") as journal:
         journal.write('["model.layers.1.')  # as a kill in the middle of a line leaves it
-    stop(go_on, after=5 + 8)
-    assert len((partial / "written.jsonl").read_text().splitlines()) == 8
     others: list[tuple[str, dict[str, Any]]] = [
         ("budget", {"budget": table["budget"] + 1}), ("choices", {"choices": CHOICES[1:]}),
         ("seed", {"seed": 2}), ("ends", {"head": Choice("plain", {"bits": 4})}),
@@ -319,19 +316,29 @@ def test_a_run_killed_while_measuring_and_while_packing_ends_with_the_same_bytes
     for named, change in others:
         with pytest.raises(CheckpointError, match=f"differs in .*{named}"):
             go_on(**change)
-    with pytest.raises(CheckpointError, match="differs in"):
-        quantize(source, out, "plain", resume=True)
-    phases: list[str] = []
-    result = go_on(progress=lambda phase, done, total: phases.append(phase))
-    assert "measuring" not in phases
-    assert stored(out) == stored(whole)
-    assert result.allocation == table
-    finished, record = go_on(), open_packed(out).record
-    assert finished.seconds == 0
-    assert finished.allocation == recorded_allocation(record, result.bytes - record.nbytes)
+    with pytest.raises(OutputError, match="holds an unfinished run of assign"):
+        go_on(resume=False)
+    result = go_on()
+    assert file.read_bytes() == Path(whole.file).read_bytes()
+    assert result.table == table
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.yaml"]
+    finished = go_on()
+    assert (finished.table, list(finished.assignment.layers)) == (
+        None, list(result.assignment.layers)
+    )  # fmt: skip
     for _, change in (*others, ("weights", {"exclude": ["*.0.self_attn.k_proj"]})):
-        with pytest.raises(OutputError, match="expected it new or empty"):
+        with pytest.raises(OutputError, match="the assignment of the same request"):
             go_on(**change)
+    with pytest.raises(OutputError, match="a file that exists"):
+        go_on(resume=False)
+
+
+def test_processes_are_refused(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modulora_planner.budget.assign.world_size", lambda: 4)
+    with pytest.raises(OptionError, match="assign: expected one process, got 4"):
+        run(source, tmp_path / "a.yaml", 2**30)
 
 
 def test_an_exception_of_a_plugin_while_measuring_has_a_note(
@@ -348,6 +355,6 @@ def test_an_exception_of_a_plugin_while_measuring_has_a_note(
 
     monkeypatch.setattr(heeding, "scale", fails)
     with pytest.raises(RuntimeError, match="boom") as raised:
-        run(source, tmp_path / "out", 2**30, calibration=FEW)
+        run(source, tmp_path / "a.yaml", 2**30, calibration=FEW)
     (note,) = raised.value.__notes__
     assert note.startswith("packing model.layers.0."), note

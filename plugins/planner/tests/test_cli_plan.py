@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from modulora_planner import remedies
 from transformers import LlamaConfig
 
 from modulora_core import registry
 from modulora_core.cli import main
-from modulora_planner import remedies
 from modulora_core.tests.cli.conftest import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")

@@ -11,17 +11,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modulora_planner import fitting, memory, remedies
+from modulora_planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
+from modulora_planner.memory import ITEMS
+from modulora_planner.model import PlannedModel, open_planned
+from modulora_planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
 from transformers import LlamaConfig
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.loading import load_model, open_packed
 from modulora_core.errors import AdapterError, OptionError, OutputError
 from modulora_core.packed_parameters import PackedParameter
-from modulora_planner import fitting, memory, remedies
-from modulora_planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
-from modulora_planner.memory import ITEMS
-from modulora_planner.model import PlannedModel, open_planned
-from modulora_planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.crude_folders import save_crude

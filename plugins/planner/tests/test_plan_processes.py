@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from modulora_planner.fitting import plan
+from modulora_planner.processes import DIVIDED
 from transformers import LlamaConfig
 
 from modulora_core.cli import main
 from modulora_core.errors import OptionError
-from modulora_planner.fitting import plan
-from modulora_planner.processes import DIVIDED
 from modulora_core.tests import width_quantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")

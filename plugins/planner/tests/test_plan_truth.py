@@ -18,12 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
-
 from modulora_planner.fitting import plan
 from modulora_planner.memory import Job
+from transformers import AutoModelForCausalLM, LlamaConfig
+
 from modulora_core.registry import Choice, entries
-from modulora_core.tests import planned_run
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 pytestmark = [
@@ -36,6 +35,8 @@ PEAK_WITHIN = WITHIN if torch.version.cuda is None else 0.15
 """Libraries of torch's build for CUDA took 450 MiB in one run of these tests, 616 in another."""
 
 TRIES = 4
+
+RUN = Path(__file__).with_name("planned_run.py")
 
 WORK: Mapping[str, tuple[str, ...]] = {
     "training": ("gradients", "activations", "workspace", "loss"),
@@ -88,7 +89,7 @@ def run(job: str, options: Mapping[str, Any]) -> Taken:
     one_thread = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     for attempt in range(TRIES):
         out = {"out": f"{options['out']}-{attempt}"} if attempt and "out" in options else {}
-        words = [sys.executable, planned_run.__file__, job, json.dumps({**options, **out})]
+        words = [sys.executable, str(RUN), job, json.dumps({**options, **out})]
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=1200, env=os.environ | one_thread
         )

@@ -31,15 +31,15 @@ __all__ = ["Budget", "assign", "plan"]
 COMMANDS = [
     CommandSpec(
         name="plan",
-        summary="Show the memory that a job will take, before a download.",
-        panel="Plan",
+        summary="Plan the memory of a model before it is downloaded.",
+        panel="Start",
         location="modulora_planner.commands.plan:command",
         protocol=2,
     ),
     CommandSpec(
         name="assign",
         summary="Choose a quantizer for each layer, within a budget of bytes.",
-        panel="Plan",
+        panel="Quantize",
         location="modulora_planner.commands.assign:command",
         protocol=2,
     ),

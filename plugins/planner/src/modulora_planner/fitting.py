@@ -11,6 +11,7 @@ from typing import Any, Literal
 from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, RequestError
 from modulora_core.models.ends import EMBEDDINGS, HEAD
+from modulora_core.registry import Choice
 from modulora_planner import memory
 from modulora_planner.dense_weights import NONE
 from modulora_planner.memory import Job
@@ -18,7 +19,6 @@ from modulora_planner.model import Dense, PlannedModel, open_planned
 from modulora_planner.rehearsal import Rehearsal, rehearse_decoding, rehearse_training
 from modulora_planner.remedies import Change, Remedies, installed_choices
 from modulora_planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
-from modulora_core.registry import Choice
 
 MOST_BATCH, MOST_SEQ_LEN = 1024, 2**17
 """The largest batch of a search, and its longest sequence if the model has no limit."""

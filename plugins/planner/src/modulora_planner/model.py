@@ -22,12 +22,12 @@ from modulora_core.models.locate import locate
 from modulora_core.models.sites import find_sites
 from modulora_core.models.skeleton import build_skeleton
 from modulora_core.models.source import ModelSource, open_config, open_dense
-from modulora_planner.dense_weights import NONE, DenseWeights, recipe_of
-from modulora_planner.request import PlanRequest
 from modulora_core.progress import quiet
-from modulora_core.quantization.layout import with_ends
+from modulora_core.quantization.layout import end_quantizer
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
+from modulora_planner.dense_weights import NONE, DenseWeights, recipe_of
+from modulora_planner.request import PlanRequest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -90,7 +90,14 @@ class Dense:
         ends = find_ends(
             outline, head, embeddings, [name for name, _ in outline.named_parameters()]
         )
-        quantizers, of_ends = with_ends(quantizers, ends)
+        of_ends: dict[str, int] = {}
+        for end in ends:
+            wanted = end_quantizer(end)
+            known = [(each.spec.name, each.options) for each in quantizers]
+            if (wanted.spec.name, wanted.options) not in known:
+                quantizers.append(wanted)
+                known.append((wanted.spec.name, wanted.options))
+            of_ends[end.site.name] = known.index((wanted.spec.name, wanted.options))
         linears = [site for site in find_sites(outline).linears if site.name not in of_ends]
         linears += [end.site for end in ends]
         chosen = {site.name: of_ends.get(site.name, 0) for site in linears}

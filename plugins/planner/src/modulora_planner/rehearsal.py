@@ -24,12 +24,12 @@ from modulora_core.adapters.settings import LoRASettings
 from modulora_core.errors import ModelError
 from modulora_core.models.config import vocabulary_of
 from modulora_core.packed_parameters import PackedParameter, PackedStack
-from modulora_planner.ledger import Bytes, Ledger, Segment, plus
-from modulora_planner.model import PlannedModel
-from modulora_planner.request import PlanRequest
 from modulora_core.progress import quiet
 from modulora_core.training.chunked_loss import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
+from modulora_planner.ledger import Bytes, Ledger, Segment, plus
+from modulora_planner.model import PlannedModel
+from modulora_planner.request import PlanRequest
 
 _OWN = frozenset({"layer_idx", "layer_id", "layer_number", "number", "training"})
 """Attributes in which blocks of one kind differ."""

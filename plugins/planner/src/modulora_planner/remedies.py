@@ -11,11 +11,11 @@ from typing import Any
 from modulora_core import registry
 from modulora_core.errors import RequestError
 from modulora_core.models.ends import EMBEDDINGS, HEAD
+from modulora_core.registry import Choice
 from modulora_planner import memory
 from modulora_planner.model import Dense, PlannedModel
 from modulora_planner.rehearsal import Rehearsal, rehearse_training
 from modulora_planner.request import PlanRequest
-from modulora_core.registry import Choice
 
 WORTH = 2**20
 """Bytes that a change must save to be listed."""

@@ -128,9 +128,7 @@ class Search:
             head=self.selection.head, embeddings=self.selection.embeddings,
         )  # fmt: skip
 
-    def _table(
-        self, found: Allocation, errors: Mapping[str, Sequence[float]]
-    ) -> dict[str, Any]:
+    def _table(self, found: Allocation, errors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         """The figures of an allocation.
 
         Returns:
@@ -254,7 +252,9 @@ def _check_included(
         for pattern in include:
             named = any(fnmatchcase(name, pattern) for name in (linear.module, linear.name))
             if named and linear.name not in ends and not linear.name.startswith(inside):
-                raise OptionError(f"--include {pattern}: {linear.module} is {OUTSIDE}; leave it out")
+                raise OptionError(
+                    f"--include {pattern}: {linear.module} is {OUTSIDE}; leave it out"
+                )
 
 
 def held_out_tokens(calibration: CalibrationText) -> int:

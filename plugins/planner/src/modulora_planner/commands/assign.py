@@ -89,7 +89,12 @@ def command(
             include=include, exclude=exclude, head=head, embeddings=embeddings,
             device=device, seed=seed, resume=resume, progress=show,
         )  # fmt: skip
-    words = ["modulora quantize", shlex.quote(model), "PACKED --assignment", shlex.quote(found.file)]
+    words = [
+        "modulora quantize",
+        shlex.quote(model),
+        "PACKED --assignment",
+        shlex.quote(found.file),
+    ]
     if found.calibrated:
         words.append(f"--calibration {shlex.quote(calibration)}")
         words += [f"--samples {samples}"] * (samples is not None)

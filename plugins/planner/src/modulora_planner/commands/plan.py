@@ -13,8 +13,8 @@ from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
 from modulora_core.cli.finetune import field_parameter
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import format_size, next_commands, table, to_paste
-from modulora_planner.request import SAMPLES, SEQ_LEN, UNPLANNED, PlanRequest, finetuning
 from modulora_core.training.config import FinetuneConfig
+from modulora_planner.request import SAMPLES, SEQ_LEN, UNPLANNED, PlanRequest, finetuning
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
