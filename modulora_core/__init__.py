@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.models.sampling import Sampling as Sampling
     from modulora_core.packed import PackedLayout as PackedLayout
     from modulora_core.packed import PackedWeight as PackedWeight
-    from modulora_core.planner.fitting import plan as plan
+    from modulora_core.quantization.assignment import Assignment as Assignment
     from modulora_core.quantization.quantize import quantize as quantize
     from modulora_core.registry import Choice as Choice
     from modulora_core.spec import Calibration as Calibration
@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     __version__: str
 
 _PUBLIC = {
+    "Assignment": "quantization.assignment",
     "Calibration": "spec",
     "CalibrationConfig": "calibration",
     "Choice": "registry",
@@ -69,7 +70,6 @@ _PUBLIC = {
     "load_model": "hf.load_model",
     "merge": "hf.merge",
     "open_to_run": "inference.opened",
-    "plan": "planner.fitting",
     "quantize": "quantization.quantize",
     "save_adapter": "hf.save_adapter",
     "tile_budget": "tiles",

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from llama import SHAPES, write_checkpoint
+from modulora_planner import plan
 from report import markdown
 from torch import nn
 from turns import Here, Job, Process

@@ -17,9 +17,8 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from modulora_planner import plan
 from transformers import LlamaConfig
-
-from modulora_core import plan
 
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 SHAPES = {  # Llama 3's; 14 B and 32 B are Qwen 3's, with the vocabulary of Llama 3

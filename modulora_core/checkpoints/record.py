@@ -183,7 +183,7 @@ class QuantizationRecord(_Frozen):
     kept: Mapping[str, list[str]] = {}
     """The parameters that stay dense: reason → names."""
     allocation: Mapping[str, Any] | None = None
-    """How a budget chose the quantizers of the layers, if one did."""
+    """How a budget chose the quantizers; older versions wrote it, and nothing reads it."""
 
     def site(self, parameter: str) -> PackedSite:
         """How a packed parameter is packed."""

@@ -44,7 +44,8 @@ def parse_choice(text: str | None, flag: str) -> Choice | None:
     return None if text is None else Choice.parse(text, flag)
 
 
-def _size(value: str | int) -> int:
+def to_bytes(value: str | int) -> int:
+    """Read a SIZE, such as 24GiB. Raises BadParameter."""
     if isinstance(value, int):  # a default
         return value
     try:
@@ -75,16 +76,12 @@ Embeddings = Annotated[
         "Pack the input embedding too. In a tied model it is also the output head.",
     ),
 ]
-StoredBudget = Annotated[
-    int | None,
-    option("--budget SIZE", "Most bytes of all stored tensors, such as 3GB.", parser=_size),
-]
 MemoryBudget = Annotated[
     int | None,
-    option("--budget SIZE", "Memory that training may take, such as 24GiB.", parser=_size),
+    option("--budget SIZE", "Memory that training may take, such as 24GiB.", parser=to_bytes),
 ]
 MaxShardSize = Annotated[
-    int, option("--max-shard-size SIZE", "Largest weight file.", parser=_size, default="5GB")
+    int, option("--max-shard-size SIZE", "Largest weight file.", parser=to_bytes, default="5GB")
 ]
 Revision = Annotated[str | None, option("--revision REV", "Branch, tag or commit on the Hub.")]
 Adapter = Annotated[str | None, option("--adapter ADAPTER", "LoRA adapter: a folder or a Hub id.")]

@@ -16,7 +16,6 @@ def modulora_commands() -> list[CommandSpec]:
         _command("demo", "Start", "Quantize, finetune, evaluate and question a small model."),
         _command("doctor", "Start", "Check this machine and each installed quantizer."),
         _command("list-quantizers", "Start", "List the installed quantizers."),
-        _command("plan", "Start", "Plan the memory of a model before it is downloaded."),
         _command("quantize", "Quantize", "Pack a model's linear layers with a quantizer."),
         _command("info", "Quantize", "Show what a quantized model or an adapter contains."),
         _command("convert", "Quantize", "Rewrite a packed checkpoint in another format."),

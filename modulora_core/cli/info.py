@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from modulora_core.cli.allocation import allocation_tables
 from modulora_core.cli.arguments import argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, format_size, table
@@ -91,13 +90,13 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         "calibration": None if record.calibration is None else dict(record.calibration),
         "quantizers": groups,
         "kept": {reason: list(names) for reason, names in record.kept.items()},
-        "allocation": _allocation(checkpoint),
+        "allocation": None if record.allocation is None else dict(record.allocation),
     }
     headings = ("quantizer", "layers", "weights", "size", "bits")
     source = record.source.get("name") or None
     shown = facts({**found, "source": source, "quantizers": None, "allocation": None})
     rows = table(headings, map(_cells, groups), numbers=True)
-    return Report(found, Group(shown, "", rows, *allocation_tables(found["allocation"])))
+    return Report(found, Group(shown, "", rows))
 
 
 def _cells(group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -110,15 +109,6 @@ def _cells(group: Mapping[str, Any]) -> tuple[str, ...]:
         format_size(group["bytes"]),
         f"{8 * group['bytes'] / max(1, group['weights']):.3f}",
     )
-
-
-def _allocation(checkpoint: PackedCheckpoint) -> dict[str, Any] | None:
-    record = checkpoint.record
-    if record.allocation is None:
-        return None
-    from modulora_core.quantization.mixed import recorded_allocation
-
-    return recorded_allocation(record, checkpoint.nbytes - record.nbytes)
 
 
 def _adapter(path: str) -> Report:

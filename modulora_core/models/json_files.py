@@ -61,9 +61,32 @@ def read_yaml(path: Path, error: type[RequestError]) -> Any:
 
     data = read_bytes(path, error, _MOST_YAML)
     try:
-        return yaml.safe_load(data.decode("utf-8"))
+        loader = yaml.SafeLoader(data.decode("utf-8"))
+        node = loader.get_single_node()
+        _check_keys(node)
+        return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as found:
         raise error(f"{path}: expected YAML, got: {' '.join(str(found).split())}") from None
+
+
+def _check_keys(root: Any) -> None:
+    """Raise ValueError if a key of a YAML mapping comes twice. Each node is visited once."""
+    nodes, visited = [root], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in visited or getattr(node, "id", "") not in ("mapping", "sequence"):
+            continue
+        visited.add(id(node))
+        if node.id == "sequence":
+            nodes += node.value
+            continue
+        seen = set[str]()
+        for key, value in node.value:
+            if key.id == "scalar" and key.value in seen:
+                line = key.start_mark.line + 1
+                raise ValueError(f"key {key.value!r} twice, again in line {line}")
+            seen.add(str(key.value))
+            nodes.append(value)
 
 
 def repair_journal(path: Path, kind: type[T]) -> dict[str, T]:

@@ -23,8 +23,9 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.models import open_dense
 from modulora_core.progress import Progress, no_progress
-from modulora_core.quantization.layout import Selection, choose_layout
-from modulora_core.quantization.quality import Quality, calibration_of, choice_of
+from modulora_core.quantization.assignment import Assignment
+from modulora_core.quantization.layout import choose_layout
+from modulora_core.quantization.quality import Quality, with_quality
 from modulora_core.quantization.quantize import QuantizeResult, quantize
 from modulora_core.registry import Choice
 
@@ -71,13 +72,11 @@ class CachedModel:
         # what was asked for, as quantize takes it: it resolves the quality by itself
         self._choice, self._calibration, self._quality = choice, calibration, quality
         self._embeddings, self._cache = embeddings, cache
-        resolved = choice_of(choice, quality)
-        config = calibration_of(calibration, quality, [resolved])
+        assignment = Assignment(default=choice, embeddings=embeddings)
+        resolved, config = with_quality(assignment, calibration, quality)
         self._source = open_dense(model)
         text = None if config is None else calibration_text(self._source, config, seed=0)
-        layout = choose_layout(
-            self._source, [resolved], (), Selection(embeddings=embeddings), calibration=text, seed=0
-        )
+        layout = choose_layout(self._source, resolved, calibration=text, seed=0)
         self.record: QuantizationRecord = layout.record
 
     def transformers_config(self) -> PretrainedConfig:

@@ -18,17 +18,17 @@ from modulora_core.calibration import (
     Tuner,
     block_prefixes,
 )
-from modulora_core.calibration.output_moments import OutputMoments
+from modulora_core.calibration.output_moments import OutputMoments, moment_bytes
 from modulora_core.calibration.sensitivity import loss_sensitivities
 from modulora_core.calibration.stages import TokenWeights
+from modulora_core.calibration.states import spilled_bytes
 from modulora_core.calibration.token_weights import token_weights
 from modulora_core.checkpoints.matrices import pack_matrices
-from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.shards import ShardWriter
 from modulora_core.dense_products import has_bfloat16_units, matmul_precision
 from modulora_core.models import ModelSource
 from modulora_core.progress import Progress
-from modulora_core.quantization.layout import Layout, uses_output_moment
+from modulora_core.quantization.layout import Layout
 from modulora_core.spec import Calibration, PackedWeight
 
 WEIGHTING = "weighting"
@@ -47,6 +47,25 @@ class PackingOutcome:
 
     unreached: Sequence[str] = ()
     tuning_errors: dict[str, tuple[float, float]] | None = None
+
+
+def disk_bytes(source: ModelSource, layout: Layout, device: torch.device) -> int:
+    """The largest size of all files to write: checkpoint, hidden states, and moments."""
+    text = layout.calibration
+    if text is None:
+        return layout.nbytes
+    tokens, spill = text.ids.numel(), text.config.spill
+    files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
+    nbytes = layout.nbytes + files * spilled_bytes(tokens, source.config, device, spill)
+    if text.config.weighting == "loss":
+        states = len(block_prefixes(source)) + 1
+        nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
+        nbytes += sum(
+            moment_bytes(entry.linear)
+            for entry in layout.packed.values()
+            if entry.uses_output_moment
+        )
+    return nbytes
 
 
 def pack_all(
@@ -78,8 +97,9 @@ def pack_all(
         progress = partial(packer.tell, "tuning")
         tuner = Tuner(text.config.tuning, text.ids, seed=layout.record.seed, progress=progress)
     walk = BlockWalk(
-        source, text, layout.linears, packer, device, writer.folder, tuner, token_weights=weights
-    )
+        source, text, [entry.linear for entry in layout.packed.values()], packer, device,
+        writer.folder, tuner, token_weights=weights,
+    )  # fmt: skip
     walk.run()
     return PackingOutcome(walk.unreached, None if tuner is None else tuner.errors)
 
@@ -98,17 +118,13 @@ def _weigh(
     text, folder = layout.calibration, folder / WEIGHTING
     if text is None or text.config.weighting != "loss":
         return {}, OutputMoments(folder, frozenset())
-    inside = block_prefixes(source)
     # without experts: quantized layers route other tokens to them than dense layers do
     linears = [
-        linear for linear in layout.linears
-        if linear.experts is None and linear.name.startswith(inside)
-        and layout.quantizer_of(linear.name).wants_calibration
+        entry.linear for entry in layout.packed.values()
+        if entry.in_block and entry.linear.experts is None and entry.quantizer.wants_calibration
     ]  # fmt: skip
-    moments = OutputMoments(folder, frozenset(
-        linear.name for linear in linears
-        if uses_output_moment(linear, layout.quantizer_of(linear.name))
-    ))  # fmt: skip
+    with_moment = [name for name, entry in layout.packed.items() if entry.uses_output_moment]
+    moments = OutputMoments(folder, frozenset(with_moment))
     if not linears:
         return {}, moments
     measure = partial(
@@ -135,12 +151,13 @@ class _Packer(BlockVisitor):
 
     def take(self, name: str, tensor: Tensor) -> None:
         """Write a parameter that needs no calibration, packed or dense, as the model stores it."""
-        if name not in self.layout.record.weights:
+        entry = self.layout.packed.get(name)
+        if entry is None:
             self.write_dense(name, tensor)
         elif self.is_written(name):
             self._count(name)
         else:
-            matrices = self._site(name).matrices(tensor)
+            matrices = entry.site.matrices(tensor)
             self.write(self.pack(name, matrices, [None] * len(matrices)))
 
     def is_written(self, name: str) -> bool:
@@ -152,18 +169,17 @@ class _Packer(BlockVisitor):
         self._count(name)
 
     def wants_calibration(self, name: str) -> bool:
-        return self.layout.quantizer_of(name).wants_calibration
+        return self.layout.packed[name].quantizer.wants_calibration
 
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> PackedMatrices:
-        site, seed = self._site(name), self.layout.record.seed
-        quantizer = self.layout.quantizer_of(name)
+        entry, seed = self.layout.packed[name], self.layout.record.seed
         on_device = (matrix.to(self.device) for matrix in matrices)
         given = self._completed(name, calibrations, len(matrices))
-        packed = pack_matrices(name, site, quantizer, on_device, given, seed=seed)
+        packed = pack_matrices(name, entry.site, entry.quantizer, on_device, given, seed=seed)
         self._count(name)
-        return PackedMatrices(name, quantizer, packed)
+        return PackedMatrices(name, entry.quantizer, packed)
 
     def _completed(
         self, name: str, calibrations: Iterable[Calibration | None], number: int
@@ -180,34 +196,31 @@ class _Packer(BlockVisitor):
             yield replace(calibration, output_hessian=H_O, progress=tell)
 
     def received(self, name: str, matrices: Sequence[PackedWeight]) -> PackedMatrices:
-        quantizer = self.layout.quantizer_of(name)
+        quantizer = self.layout.packed[name].quantizer
         self._count(name)
         return PackedMatrices(name, quantizer, [matrix.to(self.device) for matrix in matrices])
 
     def read(self, name: str) -> PackedMatrices:
-        site = self._site(name)
-        packed = []
-        for prefix in site.prefixes(name):
-            tensors = {key: self.writer.read(f"{prefix}.{key}") for key in site.layout.tensors}
-            packed.append(site.layout.fill(tensors).to(self.device))
+        entry = self.layout.packed[name]
+        layout, packed = entry.site.layout, []
+        for prefix in entry.site.prefixes(name):
+            tensors = {key: self.writer.read(f"{prefix}.{key}") for key in layout.tensors}
+            packed.append(layout.fill(tensors).to(self.device))
         self._count(name)
-        return PackedMatrices(name, self.layout.quantizer(site), packed)
+        return PackedMatrices(name, entry.quantizer, packed)
 
     def read_dense(self, name: str) -> Tensor:
         return self.writer.read(name)
 
     def write(self, packed: PackedMatrices) -> None:
         if not self.is_written(packed.name):
-            prefixes = self._site(packed.name).prefixes(packed.name)
+            prefixes = self.layout.packed[packed.name].site.prefixes(packed.name)
             tensors = {
                 f"{prefix}.{key}": value.cpu()
                 for prefix, each in zip(prefixes, packed.matrices, strict=True)
                 for key, value in each.tensors.items()
             }
             self.writer.write(packed.name, tensors)
-
-    def _site(self, name: str) -> PackedSite:
-        return self.layout.record.site(name)
 
     def _count(self, name: str) -> None:
         self.done_bytes += self.source.parameters[name].nbytes

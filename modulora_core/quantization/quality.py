@@ -13,6 +13,7 @@ from typing import Literal
 
 from modulora_core.calibration import CalibrationConfig, TuningConfig
 from modulora_core.errors import OptionError
+from modulora_core.quantization.assignment import Assignment
 from modulora_core.registry import Choice
 
 Quality = Literal["fast", "balanced", "best"]
@@ -69,3 +70,15 @@ def calibration_of(
     if config.tuning is not None and config.tuning.epochs == 0:
         config = replace(config, tuning=None)
     return config
+
+
+def with_quality(
+    assignment: Assignment, calibration: CalibrationConfig | None, quality: Quality
+) -> tuple[Assignment, CalibrationConfig | None]:
+    """Complete the choices of all layers and the calibration. Head and embedding stay as they are.
+
+    Raises: as :func:`choice_of`.
+    """
+    assignment = assignment.map_choices(lambda choice: choice_of(choice, quality))
+    choices = [choice for choice in (assignment.default, *assignment.layers.values()) if choice]
+    return assignment, calibration_of(calibration, quality, choices)

@@ -19,14 +19,7 @@ from typing import Any
 import torch
 
 from modulora_core.arguments import checked
-from modulora_core.calibration import (
-    CalibrationConfig,
-    CalibrationText,
-    block_prefixes,
-    calibration_text,
-)
-from modulora_core.calibration.output_moments import moment_bytes
-from modulora_core.calibration.states import spilled_bytes
+from modulora_core.calibration import CalibrationConfig, CalibrationText, calibration_text
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.model_card import FILE as CARD
 from modulora_core.checkpoints.written.model_card import model_card
@@ -41,23 +34,17 @@ from modulora_core.errors import OptionError, OutputError, usable_path
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.folders import REQUEST
 from modulora_core.models.tokenizer import TOKENIZER_FILES
+from modulora_core.options import validate_model
 from modulora_core.progress import Display, Progress, shown
-from modulora_core.quantization.layout import (
-    Layout,
-    Override,
-    Selection,
-    choose_layout,
-    uses_output_moment,
-)
-from modulora_core.quantization.mixed.errors import ERRORS_FILE
-from modulora_core.quantization.mixed.mixture import Budget, Mixture, find_mixture
-from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, pack_all
-from modulora_core.quantization.quality import Quality, calibration_of, choice_of
+from modulora_core.quantization.assignment import Assignment
+from modulora_core.quantization.layout import Layout, choose_layout
+from modulora_core.quantization.packer import WEIGHTING, PackingOutcome, disk_bytes, pack_all
+from modulora_core.quantization.quality import Quality, with_quality
 from modulora_core.quantization.result import QuantizeResult, result_of
-from modulora_core.quantization.resuming import check_contents, finished, unfinished
+from modulora_core.quantization.resuming import check_finished, finished, unfinished
 from modulora_core.registry import Choice
 
-__all__ = ["Budget", "Choice", "Override", "QuantizeResult", "quantize"]
+__all__ = ["Assignment", "Choice", "QuantizeResult", "quantize"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,15 +53,14 @@ logger = logging.getLogger(__name__)
 def quantize(
     model: str | Path,
     out: str | Path,
-    quantizer: str | Budget,
+    quantizer: str | Assignment,
     options: Mapping[str, Any] | None = None,
     *,
     quality: Quality = "balanced",
-    overrides: Sequence[Override] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    head: Choice | None = None,
-    embeddings: Choice | None = None,
+    head: Choice | str | None = None,
+    embeddings: Choice | str | None = None,
     calibration: CalibrationConfig | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -93,22 +79,22 @@ def quantize(
 
         text = CalibrationConfig("text.txt")
         quantize("org/model", "packed", "NAME", {"group_size": 64}, calibration=text)
-        choices = [Choice("NAME"), Choice("OTHER")]
-        quantize("org/model", "mixed", Budget(3 * 2**30, choices), calibration=text)
+        mixed = Assignment(default="NAME", layers={"*.down_proj": "NAME:bits=8"}, head="OTHER")
+        quantize("org/model", "mixed", mixed, calibration=text)
 
     Args:
         model: a Hub id, a folder of safetensors, a file, or ``package:NAME``.
         out: a new or empty folder. It appears when it is whole.
-        quantizer: a name of ``modulora list-quantizers``, or a :class:`Budget`, which chooses a
-            quantizer for each layer.
+        quantizer: a name of ``modulora list-quantizers``; or an :class:`Assignment`, which has a
+            quantizer for each layer, for the head and for the embedding.
         options: the quantizer's options, the fields of its ``Options``.
         quality: ``"fast"`` and ``"best"`` change defaults of calibration and quantizers
             (:mod:`modulora_core.quantization.quality`).
-        overrides: other quantizers for some modules; the last match counts.
         include: quantize only modules whose dotted path matches one of these patterns (fnmatch).
         exclude: leave modules dense that match one of these patterns.
-        head: also quantize the output head; embeddings: also the input embedding. In a tied model
-            they are one table, and either packs both.
+        head: also quantize the output head, by ``NAME``, ``NAME:KEY=VALUE,...`` or a
+            :class:`Choice`; embeddings: also the input embedding. In a tied model they are one
+            table, and either packs both.
         calibration: the text for quantizers that need the second moment of each layer's inputs.
             Its ``tuning`` also trains each block after it was quantized.
         device: the torch device that packs, such as ``"cuda"``; None takes a GPU if there is one.
@@ -134,99 +120,62 @@ def quantize(
             if done is None:
                 check_output(out, resume=resume)
             source = open_dense(model, revision=revision)
-            selection = Selection(include, exclude, head, embeddings)
-            asked = _choices(quantizer, options or {}, overrides)
-            choices = [choice_of(choice, quality) for choice in asked]
-            calibration = calibration_of(calibration, quality, choices)
-            text = None if calibration is None else calibration_text(source, calibration, seed)
-            check_processes(text, budget=isinstance(quantizer, Budget))
-            chosen: Layout | Mixture
-            if isinstance(quantizer, Budget):
-                budget = replace(quantizer, choices=choices)
-                chosen = find_mixture(source, budget, text, selection, seed=seed)
-            else:
-                patterns = [override.pattern for override in overrides]
-                chosen = choose_layout(
-                    source, choices, patterns, selection, calibration=text, seed=seed
-                )
+            assignment = _assignment(quantizer, options, head, embeddings)
+            assignment, config = with_quality(assignment, calibration, quality)
+            text = None if config is None else calibration_text(source, config, seed)
+            _check_processes(text)
+            layout = choose_layout(
+                source, assignment, include=include, exclude=exclude, calibration=text, seed=seed
+            )
+            mixed = assignment.default is None
             if done is not None:
-                if not chosen.made(done.record):
-                    check_output(out, resume=resume)  # it is of another request
-                check_contents(done, source, progress)
-                logger.info("%s: it is finished; nothing is left to resume", out)
-                return result_of(source, done.record, done.nbytes, PackingOutcome(), out)
+                check_finished(done, layout.record, source, progress)
+                nothing = PackingOutcome()
+                return result_of(source, done.record, done.nbytes, nothing, out, mixed=mixed)
             _warn_without_tokenizer(source)
-        request = {**chosen.request, "max_shard_bytes": max_shard_bytes}
-        nbytes = _disk_bytes(source, chosen, where)
-        run = unfinished(source, out, request, nbytes, resume, progress)
-        with run as (folder, resumes, contents):
-            layout = (
-                chosen.choose(where, folder, resume=resumes, progress=progress)
-                if isinstance(chosen, Mixture)
-                else chosen
-            )
-            record = layout.record.model_copy(update={"contents": contents})
-            layout = replace(layout, record=record)
+        request = {**layout.record.to_json(), "max_shard_bytes": max_shard_bytes}
+        nbytes = disk_bytes(source, layout, where)
+        with unfinished(source, out, request, nbytes, resume, progress) as (folder, again, digest):
+            layout = replace(layout, record=layout.record.model_copy(update={"contents": digest}))
             outcome = _write_packed(
-                source, layout, folder, where, max_shard_bytes, resume=resumes, progress=progress
+                source, layout, folder, where, max_shard_bytes, resume=again, progress=progress
             )
-    seconds = time.perf_counter() - started
-    result = result_of(source, layout.record, layout.nbytes, outcome, out, seconds, peak.nbytes)
-    return result if layout.table is None else replace(result, allocation=layout.table)
+    return result_of(
+        source, layout.record, layout.nbytes, outcome, out, mixed=mixed,
+        seconds=time.perf_counter() - started, peak=peak.nbytes,
+    )  # fmt: skip
 
 
-def _choices(
-    quantizer: str | Budget, options: Mapping[str, Any], overrides: Sequence[Override]
-) -> list[Choice]:
-    """The choices of a budget; or one for all layers, then one for each override."""
-    if not isinstance(quantizer, Budget):
-        return [Choice(quantizer, options), *(override.choice for override in overrides)]
-    if options or overrides:
-        raise OptionError(
-            "budget: expected no options and no overrides beside it; name quantizers with their "
-            "options in its choices"
-        )
-    return list(quantizer.choices)
+def _assignment(
+    quantizer: str | Assignment,
+    options: Mapping[str, Any] | None,
+    head: Choice | str | None,
+    embeddings: Choice | str | None,
+) -> Assignment:
+    if not isinstance(quantizer, Assignment):
+        ends = {"head": head, "embeddings": embeddings}
+        choice = Choice(quantizer, options or {})
+        return validate_model("quantize", Assignment, {"default": choice, **ends})
+    for name, given in (("options", options), ("head", head), ("embeddings", embeddings)):
+        if given:
+            raise OptionError(f"{name}: expected none beside an assignment; write it there")
+    return quantizer
 
 
-def check_processes(text: CalibrationText | None, *, budget: bool) -> None:
-    """Refuse a budget, tuning, and fewer samples than processes. Raises OptionError."""
+def _check_processes(text: CalibrationText | None) -> None:
+    """Refuse tuning, and fewer samples than processes. Raises OptionError."""
     processes = world_size()
-    if processes == 1:
+    if processes == 1 or text is None:
         return
-    tuning = text is not None and text.config.tuning is not None
-    for name, asked in (("budget", budget), ("tuning", tuning)):
-        if asked:
-            raise OptionError(
-                f"{name}: expected one process, got {processes}; start it without torchrun"
-            )
-    if text is not None and len(text.ids) < processes:
+    if text.config.tuning is not None:
+        raise OptionError(
+            f"tuning: expected one process, got {processes}; start it without torchrun"
+        )
+    if len(text.ids) < processes:
         raise OptionError(
             f"calibration: expected a sample for each of {processes} processes, got "
             f"{len(text.ids)}; give more text or fewer processes"
         )
-
-
-def _disk_bytes(source: ModelSource, chosen: Layout | Mixture, device: torch.device) -> int:
-    """The largest size of all files to write: checkpoint, hidden states, and moments."""
-    nbytes, text = chosen.nbytes, chosen.calibration
-    if text is None:
-        return nbytes
-    inside = block_prefixes(source)
-    spill, states = text.config.spill, len(inside) + 1
-    files = 1 if text.config.tuning is None else 2  # the dense model's hidden states too
-    nbytes += files * spilled_bytes(text.ids.numel(), source.config, device, spill)
-    weighs = text.config.weighting == "loss"
-    measured = chosen.measured_tokens if isinstance(chosen, Mixture) else 0
-    for tokens in (text.ids.numel() if weighs else 0, measured):
-        nbytes += spilled_bytes(states * tokens, source.config, device, spill is not False)
-    if weighs:
-        nbytes += sum(
-            moment_bytes(linear) for linear in chosen.linears
-            if linear.name.startswith(inside)
-            and any(uses_output_moment(linear, each) for each in chosen.candidates(linear.name))
-        )  # fmt: skip
-    return nbytes
 
 
 def _warn_without_tokenizer(source: ModelSource) -> None:
@@ -260,8 +209,7 @@ def _write_packed(
     config.quantization_config = layout.record.to_json()
     config.save_pretrained(folder)
     writer.finish()
-    for name in (REQUEST, ERRORS_FILE):
-        (folder / name).unlink(missing_ok=True)
+    (folder / REQUEST).unlink(missing_ok=True)
     if (folder / WEIGHTING).is_dir():
         shutil.rmtree(folder / WEIGHTING)
     write_digests(folder)

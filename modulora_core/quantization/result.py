@@ -8,11 +8,10 @@ from typing import Any
 
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.models import ModelSource
-from modulora_core.quantization.mixed.recorded import recorded_allocation
 from modulora_core.quantization.packer import PackingOutcome
 
 MIXED = "mixed"
-"""The name that a result gives to the quantizer of a budget."""
+"""The name that a result gives to the quantizers of an assignment without a default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +19,8 @@ class QuantizeResult:
     """A packed checkpoint that was written.
 
     Attributes:
-        quantizer, options: the choice for all layers without an override; ``"mixed"`` with a
-            budget.
+        quantizer, options: the choice for the layers that match no pattern; ``"mixed"`` if they
+            stay dense.
         bits_per_weight: the packed bits per packed weight, scales included.
         bytes: the size of all tensors; source_bytes: their size in the dense model.
         seconds: the duration; peak_memory_bytes: the peak memory of the process.
@@ -31,10 +30,6 @@ class QuantizeResult:
         unreached: experts without a calibration token. They were packed with H = I.
         tuning_errors: by decoder block tuned in this run, its error on held-out samples before
             and after; None without tuning.
-        allocation: the choice of each layer, if a budget decided
-            (:meth:`modulora_core.quantization.mixed.mixture.Mixture.table`). A run that was
-            finished before has no errors in it
-            (:func:`modulora_core.quantization.mixed.recorded.recorded_allocation`).
     """
 
     out: str
@@ -51,7 +46,6 @@ class QuantizeResult:
     calibration: dict[str, Any] | None = None
     unreached: list[str] = field(default_factory=list)
     tuning_errors: dict[str, tuple[float, float]] | None = None
-    allocation: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +57,8 @@ def result_of(
     nbytes: int,
     outcome: PackingOutcome,
     out: Path,
+    *,
+    mixed: bool,
     seconds: float = 0.0,
     peak: int = 0,
 ) -> QuantizeResult:
@@ -70,17 +66,17 @@ def result_of(
 
     Args:
         source: the dense model.
+        mixed: whether layers that match no pattern stay dense.
         peak: in bytes.
     """
-    is_mixed = record.allocation is not None
     packed_by: dict[str, int] = {}
     for _, site in record.items():
         name = record.recipes[site.recipe].quantizer
         packed_by[name] = packed_by.get(name, 0) + site.numel
     return QuantizeResult(
         out=str(out),
-        quantizer=MIXED if is_mixed else record.recipes[0].quantizer,
-        options={} if is_mixed else dict(record.recipes[0].options),
+        quantizer=MIXED if mixed else record.recipes[0].quantizer,
+        options={} if mixed else dict(record.recipes[0].options),
         bits_per_weight=record.bits_per_weight,
         bytes=nbytes,
         seconds=seconds,
@@ -92,5 +88,4 @@ def result_of(
         calibration=None if record.calibration is None else dict(record.calibration),
         unreached=list(outcome.unreached),
         tuning_errors=outcome.tuning_errors,
-        allocation=recorded_allocation(record, nbytes - record.nbytes),
     )

@@ -13,9 +13,11 @@ from pydantic import BaseModel
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.written.outputs import (
     SMALL_FILES,
     check_disk_space,
+    check_output,
     partial_name,
     whole_or_nothing,
     write_file,
@@ -49,15 +51,22 @@ def finished(out: Path) -> PackedCheckpoint | None:
     return found
 
 
-def check_contents(done: PackedCheckpoint, source: ModelSource, progress: Progress) -> None:
-    """Refuse a finished checkpoint of other weights. All values of ``source`` are read.
+def check_finished(
+    done: PackedCheckpoint, record: QuantizationRecord, source: ModelSource, progress: Progress
+) -> None:
+    """Refuse a finished checkpoint of another request or other weights. Reads all values.
 
-    A checkpoint without a digest is accepted with a warning: older versions wrote none.
+    Another version of this package may have written it. A checkpoint without a digest is accepted
+    with a warning: older versions wrote none.
 
     Raises:
+        OutputError: the request is another one.
         CheckpointError: the values differ.
         WeightError: a weight is NaN or Inf.
     """
+    request = {"core_version": record.core_version, "contents": None}
+    if done.record.model_copy(update=request).to_json() != record.to_json():
+        check_output(done.path, resume=True)  # it refuses a folder with files
     if done.record.contents is None:
         logger.warning(
             "%s: an older version wrote it, without a digest of the model's values; they aren't "
@@ -69,6 +78,7 @@ def check_contents(done: PackedCheckpoint, source: ModelSource, progress: Progre
             f"{done.path}: expected a checkpoint of {source.location.model}, got one of other "
             "weights; choose another name, or remove it"
         )
+    logger.info("%s: it is finished; nothing is left to resume", done.path)
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modulora_core.checkpoints.written.shards import ShardWriter
-from modulora_core.quantization.mixed.errors import _Measuring
 
 
 def stored(folder: Path) -> dict[str, bytes]:
@@ -20,8 +19,12 @@ class Killed(BaseException):
     """Nothing of ours catches it."""
 
 
-def stop(run: Callable[[], object], after: int) -> None:
-    """Run until ``after`` layers were measured or parameters written, and no further."""
+def stop(
+    run: Callable[[], object],
+    after: int,
+    calls: Sequence[tuple[type, str]] = ((ShardWriter, "write"),),
+) -> None:
+    """Run until ``after`` calls, by default parameters that were written, and no further."""
     count = 0
 
     def dying(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +38,6 @@ def stop(run: Callable[[], object], after: int) -> None:
         return wrapped
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(ShardWriter, "write", dying(ShardWriter.write))
-        patch.setattr(_Measuring, "pack", dying(_Measuring.pack))
+        for cls, name in calls:
+            patch.setattr(cls, name, dying(getattr(cls, name)))
         run()

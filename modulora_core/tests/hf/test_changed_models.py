@@ -19,8 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import ModelError
 from modulora_core.hf.load_model import load_model
-from modulora_core.quantization.quantize import Override, quantize
-from modulora_core.registry import Choice
+from modulora_core.quantization.quantize import Assignment, quantize
 from modulora_core.tests.adapted_models import IDS, logits, trained
 from modulora_core.tests.conftest import TOY_SITE
 from modulora_core.tests.tiny_models import save_tiny_model
@@ -35,13 +34,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def packed(request: pytest.FixtureRequest, toy: ModuleType, tmp_path: Path) -> Any:
     """A model of two quantizers, with a packed head and a packed table."""
     source = save_tiny_model(request.param, tmp_path / "dense")
-    tables = {"head": Choice.parse("toy"), "embeddings": Choice.parse("verbatim")}
+    tables = {"head": "toy", "embeddings": "verbatim"}
     tied = request.param in ("llama-tied", "gpt2")
-    quantize(
-        str(source), tmp_path / "packed", "toy",
-        overrides=[Override("*.1.*", "verbatim")],
-        **{"embeddings": Choice.parse("verbatim")} if tied else tables,
-    )  # fmt: skip
+    ends = {"embeddings": "verbatim"} if tied else tables
+    both = Assignment(default="toy", layers={"*.1.*": "verbatim"}, **ends)
+    quantize(str(source), tmp_path / "packed", both)
     return load_model(tmp_path / "packed", device="cpu")
 
 

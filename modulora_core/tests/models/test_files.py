@@ -19,7 +19,6 @@ from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import open_dense
 from modulora_core.models.installed_formats import create_writer, unread_file
-from modulora_core.planner.fitting import plan
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
 
@@ -41,7 +40,6 @@ def test_a_file_is_a_packed_model(single: Path, pack: Pack, tmp_path: Path) -> N
     assert checkpoint.format == "single"
     assert len(checkpoint.record.weights) == 14
     assert torch.equal(logits(load_model(checkpoint)), logits(load_model(packed)))
-    assert plan(str(single), seq_len=16, device="cpu").quantizer == "toy"
 
 
 def test_a_file_is_quantized_again_from_its_dense_values(single: Path, tmp_path: Path) -> None:

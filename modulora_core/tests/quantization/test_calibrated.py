@@ -28,7 +28,7 @@ from modulora_core.models.folders import MARKER
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.quantization.packer import WEIGHTING
 from modulora_core.quantization.quality import Quality
-from modulora_core.quantization.quantize import Override, QuantizeResult, quantize
+from modulora_core.quantization.quantize import Assignment, QuantizeResult, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests import scaled_quantizer, width_quantizer
 from modulora_core.tests.killed_runs import Commands
@@ -71,7 +71,9 @@ def text(**changed: Any) -> CalibrationConfig:
     return CalibrationConfig(**settings)
 
 
-def run(source: str, out: Path, quantizer: str = "heeding", **arguments: Any) -> QuantizeResult:
+def run(
+    source: str, out: Path, quantizer: str | Assignment = "heeding", **arguments: Any
+) -> QuantizeResult:
     calibration = text(tuning=TUNING if quantizer == "scaled" else None)
     return quantize(source, out, quantizer, **{"calibration": calibration, "seed": 1, **arguments})
 
@@ -142,9 +144,11 @@ def test_an_optional_calibration_may_be_left_out(source: str, tmp_path: Path) ->
 def test_layers_without_calibration_are_packed_beside_layers_with_it(
     source: str, tmp_path: Path
 ) -> None:
-    result = run(source, tmp_path / "out", overrides=[Override("*.mlp.*", "plain")])
+    mlp = Assignment(default="heeding", layers={"*.mlp.*": "plain"})
+    result = run(source, tmp_path / "out", mlp)
     assert result.packed_by.keys() == {"heeding", "plain"}
-    run(source, tmp_path / "same", "plain", overrides=[Override("*.self_attn.*", "heeding")])
+    attention = Assignment(default="plain", layers={"*.self_attn.*": "heeding"})
+    run(source, tmp_path / "same", attention)
     one, other = (tensors(tmp_path / name) for name in ("out", "same"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -175,9 +179,9 @@ def test_no_epochs_mean_no_tuning(source: str, tmp_path: Path) -> None:
 def test_weights_of_other_quantizers_are_not_rescaled(
     toy: object, source: str, tmp_path: Path
 ) -> None:
-    toys = [Override("*.mlp.*", "toy")]
-    run(source, tmp_path / "tuned", "scaled", overrides=toys)
-    run(source, tmp_path / "untuned", "scaled", overrides=toys, calibration=text())
+    toys = Assignment(default="scaled", layers={"*.mlp.*": "toy"})
+    run(source, tmp_path / "tuned", toys, calibration=text(tuning=TUNING))
+    run(source, tmp_path / "untuned", toys, calibration=text())
     tuned, untuned = (tensors(tmp_path / name) for name in ("tuned", "untuned"))
     differing = {name for name in tuned if not torch.equal(tuned[name], untuned[name])}
     assert any(name.endswith("self_attn.v_proj.weight.rows") for name in differing)

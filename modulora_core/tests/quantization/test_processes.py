@@ -56,11 +56,9 @@ def test_work_that_processes_cannot_divide_is_refused(monkeypatch: pytest.Monkey
     config = CalibrationConfig("pydoc[:10%]", samples=3, seq_len=16, tuning=TuningConfig())
     tuned = load_calibration(config, tokenizer, seed=0)
     plain = load_calibration(CalibrationConfig("pydoc[:10%]", 3, 16), tokenizer, seed=0)
-    module.check_processes(tuned, budget=True)
+    module._check_processes(tuned)
     monkeypatch.setattr(module, "world_size", lambda: 4)
-    with pytest.raises(OptionError, match="budget: expected one process, got 4"):
-        module.check_processes(plain, budget=True)
     with pytest.raises(OptionError, match="tuning: expected one process, got 4"):
-        module.check_processes(tuned, budget=False)
+        module._check_processes(tuned)
     with pytest.raises(OptionError, match="a sample for each of 4 processes, got 3"):
-        module.check_processes(plain, budget=False)
+        module._check_processes(plain)

@@ -34,7 +34,7 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.models.folders import MARKER, REQUEST
 from modulora_core.models.tokenizer import COPIED_FILES
-from modulora_core.quantization.quantize import Override, quantize
+from modulora_core.quantization.quantize import Assignment, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.tests.stopped_runs import stop, stored
@@ -101,12 +101,10 @@ def test_a_file_that_cannot_be_copied_is_refused_before_packing(
     assert not list(tmp_path.glob("out*/*.safetensors"))
 
 
-def test_the_last_override_that_matches_counts(source: str, tmp_path: Path) -> None:
-    overrides = [
-        Override("model.layers.0.*", "verbatim"),
-        Override("*.layers.0.mlp.*", "toy", {"levels": 7}),
-    ]
-    result = quantize(source, tmp_path / "out", "toy", overrides=overrides)
+def test_the_last_pattern_that_matches_counts(source: str, tmp_path: Path) -> None:
+    layers = {"model.layers.0.*": "verbatim", "*.layers.0.mlp.*": Choice("toy", {"levels": 7})}
+    assignment = Assignment(default="toy", layers=layers)
+    result = quantize(source, tmp_path / "out", assignment)
     record = open_packed(tmp_path / "out").record
     found = {}
     for name in ("0.self_attn.q_proj", "0.mlp.up_proj", "1.mlp.up_proj"):
@@ -141,7 +139,18 @@ def test_progress_is_monotone_and_ends_at_its_total(source: str, tmp_path: Path)
         ({"options": {"levels": "many"}}, OptionError, "levels"),
         ({"exclude": ["*.downproj"]}, OptionError, "down_proj"),
         ({"exclude": ["*"]}, OptionError, r"all stay as they are .*excluded by --exclude \*: 14"),
-        ({"overrides": [Override("*.upproj", "toy")]}, OptionError, "upproj"),
+        (
+            {"quantizer": Assignment(default="toy", layers={"*.upproj": "toy"})},
+            OptionError,
+            r"layers, '\*\.upproj': expected a pattern that matches one or more of the 14 ",
+        ),
+        (
+            {"quantizer": Assignment(default="toy"), "head": "toy"},
+            OptionError,
+            "head: expected none",
+        ),
+        ({"head": "toy:"}, OptionError, "got 'toy:'"),
+        ({"head": 3}, OptionError, "head: expected Choice or str or None, got 3"),
         ({"model": "/nowhere/at/all"}, ModelError, "no such file"),
         ({"device": "banana"}, OptionError, "device 'banana'"),
         ({"device": "cuda:99"}, OptionError, "device 'cuda:99'"),
@@ -157,8 +166,8 @@ def test_a_wrong_request_is_refused_and_writes_nothing(
 
 
 def test_an_end_alone_may_be_packed(source: str, tmp_path: Path) -> None:
-    head = Choice("toy")
-    assert quantize(source, tmp_path / "out", "toy", exclude=["*"], head=head).weights == 96 * 32
+    packed = quantize(source, tmp_path / "out", "toy", exclude=["*"], head="toy")
+    assert packed.weights == 96 * 32
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

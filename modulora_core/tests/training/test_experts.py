@@ -1,4 +1,4 @@
-"""A mixture of experts is finetuned: trained, resumed, continued, planned."""
+"""A mixture of experts is finetuned: trained, resumed, continued."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modulora_core.hf.load_adapter import load_adapter
-from modulora_core.hf.load_model import load_model
 from modulora_core.inference.evaluate import evaluate
-from modulora_core.lora.adapted import adapter_layers
-from modulora_core.planner.model import PlannedModel, open_planned
-from modulora_core.planner.rehearsal import rehearse_training
-from modulora_core.planner.request import PlanRequest, finetuning
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.tiny_models import tiny_config
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
@@ -84,19 +78,3 @@ def test_a_mixture_is_trained_resumed_and_continued(
         for adapter in (None, whole.out)
     ]
     assert losses[1] < losses[0]
-
-
-def test_the_planner_counts_experts(configure: Callable[..., FinetuneConfig], mixture: str) -> None:
-    counts = {}
-    for targets in ("attention", "experts", "all-linear"):
-        options = {"seq_len": 32, "batch_size": 2, "targets": targets}
-        request = PlanRequest(model=mixture, config=finetuning(options))
-        _, packed = open_planned(request)
-        assert isinstance(packed, PlannedModel)
-        counts[targets] = sum(rehearse_training(packed, request).trained)
-    assert counts["attention"] + counts["experts"] == counts["all-linear"]
-    out = finetune(configure("planned", targets="experts", steps=1)).out
-    model = load_model(mixture)
-    load_adapter(model, out, trainable=True)
-    assert counts["experts"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert all("experts" in path for path, _ in adapter_layers(model))

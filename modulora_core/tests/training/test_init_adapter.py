@@ -20,7 +20,7 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.hf.peft_format import read_adapter
 from modulora_core.lora.adapted import packed_layers
 from modulora_core.lora.settings import LoRASettings
-from modulora_core.quantization.quantize import Override, quantize
+from modulora_core.quantization.quantize import Assignment, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.tiny_models import tiny_config
 from modulora_core.training import init_adapter as module
@@ -127,8 +127,8 @@ def test_finetune_makes_the_same_start_itself(
 
 
 def test_a_mix_of_quantizers_is_corrected(dense: Path, toy: ModuleType, tmp_path: Path) -> None:
-    mixed, mlp = tmp_path / "mixed", Override("*.mlp.*", "verbatim")
-    quantize(str(dense), mixed, "toy", {"levels": 7}, overrides=[mlp])
+    mixed = tmp_path / "mixed"
+    quantize(str(dense), mixed, Assignment(default="toy:levels=7", layers={"*.mlp.*": "verbatim"}))
     layers = packed_layers(load_model(mixed)).values()
     assert len({layer.weight.quantizer.spec.name for layer in layers}) == 2
     result = init_adapter(mixed, tmp_path / "start", dense=dense, calibration=TEXT)

@@ -39,7 +39,6 @@ from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.sampling import Sampling
-from modulora_core.planner.fitting import plan
 from modulora_core.progress import quiet
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import load_with_transformers, logits
@@ -143,7 +142,7 @@ def test_the_scales_of_nvfp4_weights_are_applied(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
-    """As Q4_K_M mixes types: finetuned, measured, asked, planned, and written for llama.cpp."""
+    """As Q4_K_M mixes types: finetuned, measured, asked, and written for llama.cpp."""
     kinds = {"": "Q4_K", "ffn_down": "Q6_K", "attn_v": "Q5_K", "token_embd": "IQ4_XS",
              "output.weight": "Q6_K", "ffn_gate_inp": "F32", "up_exps": "Q3_K"}  # fmt: skip
     path = str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds, wide=True))
@@ -166,7 +165,6 @@ def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
     ]
     assert measured[1] < measured[0]
     assert generate(opened, "the ship", Sampling(4), raw=True).tokens == 4
-    assert plan(path, seq_len=16, device="cpu").fits is not False
     merged = write_merged(path, tmp_path / "m.gguf", adapter=adapter, type="Q8_0", progress=False)
     assert not merged.erased
 
@@ -230,11 +228,8 @@ def test_an_adapter_is_trained_and_loaded_again(tmp_path: Path) -> None:
     assert not torch.equal(logits(again), logits(load_model(path)))
 
 
-def test_it_is_planned_as_it_is_and_quantized_on_request(tmp_path: Path) -> None:
+def test_it_is_quantized_on_request(tmp_path: Path) -> None:
     path = str(write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q4_1"))
-    found = plan(path, seq_len=16, device="cpu")
-    assert (found.quantizer, found.options) == ("gguf", {"type": "Q4_1"})
-    assert plan(path, "gguf", seq_len=16, device="cpu").options == {"type": "Q4_0"}
     quantize(path, tmp_path / "packed", "gguf", {"type": "Q8_0"})
     assert open_packed(tmp_path / "packed").record.recipes[0].options == {"type": "Q8_0"}
 

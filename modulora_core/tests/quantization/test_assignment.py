@@ -1,0 +1,170 @@
+"""The file that says which quantizer packs which layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.cli import main
+from modulora_core.errors import ModuLoRAError, OptionError, PluginError
+from modulora_core.quantization.quantize import Assignment, Choice, quantize
+from modulora_core.tests.markdown_blocks import blocks
+from modulora_core.tests.stopped_runs import stored
+from modulora_core.tests.tiny_models import save_tiny_model
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+TEXT = """
+default: toy
+layers:
+  "model.layers.0.*": {quantizer: toy, options: {levels: 7}}
+  "*.0.mlp.up_proj": toy:levels=15
+  "*.1.mlp.*.weight": null
+head: verbatim
+"""
+ASSIGNMENT = Assignment(
+    default="toy",
+    layers={
+        "model.layers.0.*": Choice("toy", {"levels": 7}),
+        "*.0.mlp.up_proj": "toy:levels=15",
+        "*.1.mlp.*.weight": None,
+    },
+    head=Choice("verbatim"),
+)
+
+
+@pytest.fixture
+def source(toy: ModuleType, tmp_path: Path) -> str:
+    return str(save_tiny_model("llama", tmp_path / "source"))
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        (tmp_path / "mixed.yaml").write_text(text)
+        return tmp_path / "mixed.yaml"
+
+    return write
+
+
+def test_the_last_match_counts_and_null_leaves_layers_dense(
+    source: str, tmp_path: Path, write: Callable[[str], Path]
+) -> None:
+    result = quantize(source, tmp_path / "out", Assignment.read(write(TEXT)))
+    record = open_packed(tmp_path / "out").record
+    recipes = {name: record.recipes[site.recipe] for name, site in record.items()}
+    levels = {name: recipe.options.get("levels") for name, recipe in recipes.items()}
+    assert levels["model.layers.0.self_attn.q_proj.weight"] == 7
+    assert levels["model.layers.0.mlp.up_proj.weight"] == 15
+    assert levels["model.layers.1.self_attn.q_proj.weight"] == 127
+    assert recipes["lm_head.weight"].quantizer == "verbatim"
+    assert result.kept["dense in the assignment"] == [
+        f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up", "down")
+    ]
+    assert (result.quantizer, result.options) == ("toy", {"levels": 127})
+
+
+def test_a_file_python_and_options_give_the_same_bytes(
+    source: str, tmp_path: Path, write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize(source, tmp_path / "python", ASSIGNMENT)
+    words = ["quantize", source, str(tmp_path / "file"), "--assignment", str(write(TEXT))]
+    assert main(words) == 0
+    assert stored(tmp_path / "python") == stored(tmp_path / "file")
+    words = ["quantize", source, str(tmp_path / "options"), "-q", "toy", "--quantize-head"]
+    override = ["--override", "*.0.mlp.*=toy:levels=15"]
+    assert main([*words, "verbatim", *override, "--json"]) == 0
+    same = "default: toy\nlayers: {'*.0.mlp.*': 'toy:levels=15'}\nhead: verbatim"
+    quantize(source, tmp_path / "same", Assignment.read(write(same)))
+    assert stored(tmp_path / "options") == stored(tmp_path / "same")
+
+
+def test_equal_choices_are_one_recipe(source: str, tmp_path: Path) -> None:
+    layers = {"*.0.mlp.*": "toy:levels=7", "*.1.mlp.*": Choice("toy", {"levels": 7})}
+    quantize(source, tmp_path / "out", Assignment(default="toy", layers=layers, head="toy"))
+    assert len(open_packed(tmp_path / "out").record.recipes) == 2
+
+
+def test_without_a_default_other_layers_stay_dense(source: str, tmp_path: Path) -> None:
+    only = Assignment(default=None, layers={"*.down_proj": "toy"})
+    result = quantize(source, tmp_path / "out", only)
+    assert (result.quantizer, result.options) == ("mixed", {})
+    assert len(open_packed(tmp_path / "out").record.weights) == 2
+    before, after = (load_file(f / "model.safetensors") for f in (Path(source), tmp_path / "out"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert before[name].equal(after[name])
+
+
+WRONG: dict[str, tuple[type[ModuLoRAError], str]] = {
+    "default: toy\nhaed: toy": (OptionError, r"mixed\.yaml: unknown option 'haed'.*'head'"),
+    "layers: {}": (OptionError, r"mixed\.yaml: option 'default': expected a value, got none"),
+    "default: 3": (OptionError, r"mixed\.yaml: option 'default': expected NAME.*got 3"),
+    "default: {quantizer: toy, option: {}}": (OptionError, r"'default': expected NAME, NAME:KEY"),
+    "default: 'toy:'": (OptionError, r"mixed\.yaml: option 'default': .*got 'toy:'"),
+    "default: toy\nlayers: {'a.*': [toy]}": (OptionError, r"option 'layers\.a\.\*': expected NAME"),
+    "default: toy\nlayers:\n  a: toy\n  a: toy": (OptionError, r"got 'a' again in line 4"),
+    "- toy": (OptionError, r"mixed\.yaml: expected lines such as `default: NAME`, got list"),
+    "default: [": (OptionError, r"mixed\.yaml: expected YAML: .*line 1"),
+    "default: toy\nlayers: {'*.upproj': toy}": (
+        OptionError,
+        r"mixed\.yaml: layers, '\*\.upproj': expected a pattern that matches .* 14 linear layers",
+    ),
+    "default: tow": (PluginError, r"mixed\.yaml: default: .*toy"),
+    "default: toy\nlayers: {'*.up_proj': tow}": (PluginError, r"layers, '\*\.up_proj': .*toy"),
+    "default: toy\nhead: tow": (PluginError, r"mixed\.yaml: head: .*toy"),
+    "default: toy:levles=3": (OptionError, r"mixed\.yaml: default: .*levels"),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_file_is_refused_by_its_key(
+    text: str, source: str, tmp_path: Path, write: Callable[[str], Path]
+) -> None:
+    error, message = WRONG[text]
+    path = write(text)
+    with pytest.raises(error, match=message):
+        quantize(source, tmp_path / "out", Assignment.read(path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_beside_a_file_are_refused(
+    source: str, tmp_path: Path, write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["quantize", source, str(tmp_path / "out"), "--assignment", str(write(TEXT))]
+    for more in ("-q toy", "-o levels=3", "--override *=toy", "--quantize-head toy"):
+        assert main([*words, *more.split()]) == 2
+        flag = more.split()[0]
+        assert f"{flag}: expected no {flag} beside --assignment" in capsys.readouterr().err
+    assert main(words[:3]) == 2
+    assert "expected -q NAME, or --assignment FILE.yaml, got neither" in capsys.readouterr().err
+
+
+def test_a_folder_with_an_older_versions_allocation_is_shown(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize(source, tmp_path / "out", ASSIGNMENT)
+    config: dict[str, Any] = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"]["allocation"] = {"budget": 9, "choices": []}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / "out"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["allocation"] == {"budget": 9, "choices": []}
+    assert [group["parameters"] for group in facts["quantizers"]] == [4, 6, 1, 1]
+
+
+@pytest.mark.skipif(not DOCS.exists(), reason="an installed package has no docs")
+def test_the_file_in_the_docs_is_one(tmp_path: Path) -> None:
+    page = DOCS / "how-to" / "quantize.md"
+    (block,) = blocks(page, "yaml")
+    (tmp_path / "docs.yaml").write_text(block.text)
+    read = Assignment.read(tmp_path / "docs.yaml")
+    assert read.default == Choice("nf4")
+    assert read.layers["model.layers.0.*"] == Choice("int8", {"group_size": 64})

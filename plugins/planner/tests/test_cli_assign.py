@@ -1,0 +1,132 @@
+"""``modulora assign``, and the commands after it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from modulora_planner.commands.tables import allocation_tables
+from rich.console import Group
+
+from modulora_core.cli import main
+from modulora_core.cli.terminal import Report, Terminal
+from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
+from modulora_core.tests.width_quantizer import installed
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Captured = pytest.CaptureFixture[str]
+
+CALIBRATION = ["--calibration", "pydoc[:10%]", "--samples", "4", "--seq-len", "32"]
+CHOICES = ["--choices", "plain:bits=2", "heeding:bits=4", "plain:bits=8"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with installed(tmp_path_factory.mktemp("widths-site")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_model_with_tokenizer("llama", tmp_path_factory.mktemp("source") / "llama"))
+
+
+def test_object_and_tables_agree_and_the_next_command_packs(
+    source: str, tmp_path: Path, capsys: Captured
+) -> None:
+    file = tmp_path / "mixed.yaml"
+    words = ["--budget", "97KiB", *CHOICES, *CALIBRATION, "--quantize-head", "plain:bits=4"]
+    assert main(["assign", source, str(tmp_path / "json.yaml"), *words, "--json"]) == 0
+    allocation = json.loads(capsys.readouterr().out)["table"]
+    assert allocation["budget"] == 97 * 1024
+    assert [choice["name"] for choice in allocation["choices"]] == CHOICES[1:]
+    layers = sum(choice["layers"] for choice in allocation["choices"])
+    assert layers == len(allocation["layers"]) == 14
+
+    assert main(["assign", source, str(file), *words]) == 0
+    printed = capsys.readouterr().out
+    rows = [line.split() for line in printed.splitlines()]
+    for number, choice in enumerate(allocation["choices"], 1):
+        (row,) = [row for row in rows if row[:2] == [str(number), choice["name"]]]
+        assert row[2] == str(choice["layers"])
+        assert f"{choice['error']:.4f}" in row
+    assert f"{allocation['error']:.5g}" in printed.partition("estimated growth of the loss")[2]
+    numbers = {
+        f"{block}.{layer}": str(layers["choice"] + 1)
+        for name, layers in allocation["layers"].items()
+        for block, layer in [(name[:14], name.split(".")[-2])]
+    }
+    assert table_of_blocks(printed) == numbers
+    following = shlex.split(printed[printed.rindex("modulora quantize") :].replace("\\\n", " "))
+    out = str(tmp_path / "out")
+    assert main([out if word == "PACKED" else word for word in following[1:]]) == 0
+    capsys.readouterr()
+    assert main(["info", out, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["bytes"] <= allocation["budget"]
+    assert sum(group["parameters"] for group in facts["quantizers"]) == 15
+
+
+def table_of_blocks(printed: str) -> dict[str, str]:
+    """The number of each layer's choice."""
+    rows = [line.split() for line in printed[printed.index("\nblock") :].splitlines()[1:]]
+    (_, *layers), *blocks = rows[: rows.index([])]
+    return {
+        f"{name}.{layer}": n for name, *ns in blocks for layer, n in zip(layers, ns, strict=True)
+    }
+
+
+def test_a_large_budget_is_reported(source: str, tmp_path: Path, capsys: Captured) -> None:
+    words = ["--budget", "1GiB", "--choices", "plain:bits=2", "plain:bits=4", *CALIBRATION]
+    file = str(tmp_path / "a.yaml")
+    assert main(["assign", source, file, *words]) == 0
+    printed = capsys.readouterr().out
+    assert "the budget is more than enough: every layer has its best choice" in printed
+    assert "model.layers.0 to 1" in printed  # equal blocks are one row
+    assert "--calibration" not in printed[printed.rindex("modulora quantize") :]
+    assert main(["assign", source, file, *words, "--resume"]) == 0
+    assert "it is finished; nothing is left to resume" in capsys.readouterr().out
+
+
+def test_blocks_are_in_the_order_of_their_numbers(capsys: Captured) -> None:
+    names = sorted(f"model.layers.{i}.q_proj.weight" for i in range(12))  # as config.json sorts
+    layers = {name: {"choice": int(name.split(".")[2]) % 2, "errors": [0]} for name in names}
+    sizes = dict.fromkeys(("packed_bytes", "ends_bytes", "kept_bytes", "budget"), 1)
+    allocation: dict[str, Any] = {
+        "choices": [],
+        "ends": {},
+        "layers": layers,
+        **sizes,
+        "error": 1.0,
+        "bound": 0.5,
+    }
+    Terminal().show(Report({}, Group(*allocation_tables(allocation))))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "model." in line]
+    assert rows == [[f"model.layers.{i}", str(i % 2 + 1)] for i in range(12)]
+
+
+WRONG = {
+    "": "Missing option '--budget'",
+    "--budget 1GiB --calibration pydoc": "Missing option '--choices'",
+    "--budget 1GiB --choices plain heeding": "Missing option '--calibration'",
+    "--budget 1GiB --choices plain: heeding --calibration pydoc": "got 'plain:'",
+    "--budget 1GiB --choices :bits=2 heeding --calibration pydoc": "got ':bits=2'",
+    "--budget 1GiB --choices --calibration pydoc": "--choices: expected one or more words",
+    "--budget much --choices plain": "expected a size such as 24GiB",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(
+    words: str, source: str, tmp_path: Path, capsys: Captured
+) -> None:
+    assert main(["assign", source, str(tmp_path / "a.yaml"), *words.split()]) == 2
+    printed = capsys.readouterr().err
+    assert WRONG[words].lower() in printed.lower()
+    assert printed.count("\n") == 1
+    assert not list(tmp_path.iterdir())

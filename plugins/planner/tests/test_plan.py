@@ -1,0 +1,282 @@
+"""Plans add up, need a config alone, and answer a budget."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modulora_planner import fitting, memory, remedies
+from modulora_planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
+from modulora_planner.memory import ITEMS
+from modulora_planner.model import PlannedModel, open_planned
+from modulora_planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
+from transformers import LlamaConfig
+
+from modulora_core.calibration import CalibrationConfig
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.errors import AdapterError, OptionError, OutputError
+from modulora_core.hf.load_model import load_model
+from modulora_core.packed_parameters import PackedParameter
+from modulora_core.quantization.quantize import quantize
+from modulora_core.registry import Choice
+from modulora_core.tests.crude_folders import save_crude
+from modulora_core.tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread", "toy")
+
+Pack = Callable[..., tuple[Path, Path]]
+HIDDEN, KEYS, INTERMEDIATE, BLOCKS, VOCABULARY = 1024, 512, 2816, 8, 8192
+SAVED = {"gradient_checkpointing": False}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with the config of a Llama of 100 million weights, and nothing else."""
+    folder = tmp_path_factory.mktemp("config")
+    LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=BLOCKS,
+        num_attention_heads=8, num_key_value_heads=4, vocab_size=VOCABULARY,
+    ).save_pretrained(folder)  # fmt: skip
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return str(folder)
+
+
+def planned(model: str | Path, quantizer: str | None = "toy", **options: Any) -> MemoryPlan:
+    return plan(str(model), quantizer, **{"batch_size": 2, "seq_len": 256, **options})
+
+
+def test_items_add_up_and_dense_weights_are_the_models(llama: str) -> None:
+    found = planned(llama)
+    items = found.training.items
+    assert items["packed_codes"] + items["packed_scales"] == found.packed_bytes
+    assert items["embeddings_and_head"] == 2 * 4 * VOCABULARY * HIDDEN
+    assert items["norms_and_biases"] == 4 * (2 * BLOCKS + 1) * HIDDEN
+    per_layer = 4 * HIDDEN + 2 * (HIDDEN + KEYS) + 3 * (HIDDEN + INTERMEDIATE)
+    assert items["adapter"] == 4 * BLOCKS * 8 * per_layer
+    assert set(found.jobs) == {"training", "decoding", "quantizing"}
+    for job in found.jobs.values():
+        assert sum(job.items.values()) == job.nbytes
+        assert set(job.items) <= set(ITEMS)
+
+
+def test_packing_is_planned_with_the_memory_that_the_spec_promises(llama: str) -> None:
+    job = planned(llama).quantizing
+    assert job is not None
+    units = 8.0 - 1  # the default, without the copy of a weight that is fp32 already
+    assert job.items["workspace"] == units * 4 * HIDDEN * INTERMEDIATE
+
+
+def test_a_checkpoint_has_the_plan_of_its_model(pack: Pack, tmp_path: Path) -> None:
+    dense, packed = pack("llama-tied", "toy")
+    shutil.copy(packed / "config.json", tmp_path)  # without its weights
+    before, after = planned(dense, seq_len=64), planned(tmp_path, None, seq_len=64)
+    assert (after.training, after.decoding) == (before.training, before.decoding)
+    assert (after.quantizing, after.quantizer) == (None, "toy")
+    assert after.packed_bytes == open_packed(str(packed)).record.nbytes
+
+
+def test_packed_ends_are_planned_as_they_are_packed(pack: Pack, tmp_path: Path) -> None:
+    dense, _ = pack("llama", "toy")
+    ends = {"head": Choice("toy"), "embeddings": Choice("verbatim")}
+    quantize(str(dense), tmp_path / "out", "toy", **ends)
+    before, after = planned(dense, seq_len=64, **ends), planned(tmp_path / "out", None, seq_len=64)
+    assert (after.training, after.decoding) == (before.training, before.decoding)
+    assert after.packed_bytes == before.packed_bytes > planned(dense, seq_len=64).packed_bytes
+    assert "embeddings_and_head" not in after.training.items
+
+
+def test_loaded_weights_are_the_planned_ones(pack: Pack) -> None:
+    _, folder = pack("gemma3_text", "toy")
+    model = load_model(folder, dtype="bfloat16", device="cpu")
+    packed = [m.packed.tensors.values() for m in model.modules() if isinstance(m, PackedParameter)]
+    tensors = [*model.parameters(), *(tensor for weight in packed for tensor in weight)]
+    stored = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
+    run = {"dtype": "bfloat16", "seq_len": 64}
+    request = PlanRequest(model=str(folder), config=finetuning(run))
+    _, found = open_planned(request)
+    assert isinstance(found, PlannedModel)
+    assert sum(memory.loaded(found, request).values()) == sum(stored.values())
+
+
+@pytest.mark.slow
+def test_each_setting_changes_its_item(llama: str) -> None:
+    def items(**options: Any) -> dict[str, int]:
+        return dict(planned(llama, **{"grad_accum": 4, **options}).training.items)
+
+    before = items()
+    assert before["gradients"] == before["adapter"] == before["optimizer"] / 2
+    assert items(rank=16)["adapter"] == 2 * before["adapter"]
+    assert items(targets="q_proj")["adapter"] < before["adapter"] / 4
+    assert items(dtype="bfloat16")["embeddings_and_head"] == before["embeddings_and_head"] / 2
+    assert items(padded=True)["activations"] > before["activations"], "attention has a mask"
+    assert "optimizer" not in items(steps=1, grad_accum=1, **SAVED), "before the first step ends"
+    saved = items(grad_accum=1, **SAVED)
+    assert saved["activations"] > 2 * before["activations"]
+    assert saved.get("gradients", 0) < before["gradients"], "with all activations there are none"
+    products = 2 * 256 * BLOCKS * (3 * HIDDEN + 2 * KEYS + 2 * INTERMEDIATE)
+    kept = items(keep_products=True)["activations"] - before["activations"]
+    assert kept == pytest.approx(4 * products, rel=0.15)
+    on_gpu = items(device="cuda", offload_activations=True, **SAVED)
+    assert on_gpu.get("activations", 0) < items(device="cuda", **SAVED)["activations"] / 4
+
+
+@pytest.mark.parametrize(
+    ("optim", "device", "nbytes"),
+    [
+        ("adamw_torch_fused", "cpu", 8),
+        ("adamw_bnb_8bit", "cuda", 2 * (1 + 4 / 256)),
+        ("paged_adamw_32bit", "cuda", 0),
+        ("lion_32bit", "cuda", 4),
+        ("adafactor", "cpu", 0),
+    ],
+)
+def test_an_optimizer_has_the_states_of_its_name(
+    optim: str, device: str, nbytes: float, llama: str
+) -> None:
+    items = planned(llama, optim=optim, device=device).training.items
+    assert items.get("optimizer", 0) == pytest.approx(nbytes / 4 * items["adapter"], rel=1e-6)
+
+
+def test_a_mapped_model_has_one_block_in_memory(llama: str) -> None:
+    resident, mapped = (planned(llama, mapped=mapped) for mapped in (False, True))
+    assert mapped.packed_bytes == resident.packed_bytes, "of the whole model"
+    packed = {"packed_codes", "packed_scales"}
+    assert sum(mapped.training.items[item] for item in packed) == resident.packed_bytes / BLOCKS
+    for before, after in zip(resident.jobs.values(), mapped.jobs.values(), strict=True):
+        rest = [{k: v for k, v in job.items.items() if k not in packed} for job in (before, after)]
+        assert rest[0] == rest[1]
+
+
+def test_a_foreign_checkpoint_is_not_mapped(tmp_path: Path) -> None:
+    save_crude(tmp_path / "foreign")
+    request = PlanRequest(model=str(tmp_path / "foreign"), config=finetuning({"mapped": True}))
+    for ask in (fitting.plan_request, plan_all):
+        with pytest.raises(OptionError, match="expected a checkpoint of modulora's own format"):
+            ask(request)
+
+
+@pytest.mark.slow
+def test_mapping_a_foreign_checkpoint_is_no_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remedies, "WORTH", -(2**40))  # so small a model saves nothing
+    save_crude(tmp_path / "foreign")
+    quantize(str(save_tiny_model("llama", tmp_path / "dense")), tmp_path / "ours", "toy")
+    foreign, ours = (
+        {change.change for change in planned(tmp_path / name, None, seq_len=32, budget=1).changes}
+        for name in ("foreign", "ours")
+    )
+    assert ours - foreign == {"--mapped"}
+
+
+def test_a_budget_finds_the_longest_sequence_and_the_largest_batch(llama: str) -> None:
+    found = planned(llama, **SAVED, budget=planned(llama, **SAVED).training.nbytes)
+    assert (found.fits, found.changes, found.largest_batch_size) == (True, (), 2)
+    assert found.longest_seq_len is not None
+    assert 256 <= found.longest_seq_len <= 256 * (1 + CLOSE) + 1
+
+
+@pytest.mark.slow
+def test_without_room_it_lists_settings_that_save_memory(llama: str) -> None:
+    before = planned(llama, **SAVED)
+    found = planned(llama, **SAVED, budget=before.training.nbytes - 2**25)
+    assert (found.fits, found.largest_batch_size) == (False, 1)
+    changes = {change.change: change for change in found.changes}
+    assert "-q toy" not in changes, "it saves nothing"
+    after = {"--gradient-checkpointing": {}, "--mapped": {**SAVED, "mapped": True}}
+    for words, options in after.items():
+        change, real = changes[words], planned(llama, **options).training.nbytes
+        assert (change.nbytes, change.saves) == (real, before.training.nbytes - real)
+        assert change.fits == (real <= before.training.nbytes - 2**25)
+    [both] = [word for word in changes if "--quantize-head" in word and "embeddings" in word]
+    choice = Choice.parse(both.split()[1])
+    packed = planned(llama, **SAVED, head=choice, embeddings=choice)
+    assert changes[both].nbytes == pytest.approx(packed.training.nbytes, rel=0.02)
+
+
+def test_nothing_fits_into_nothing(llama: str) -> None:
+    found = planned(llama, budget=1000)
+    assert (found.fits, found.longest_seq_len, found.largest_batch_size) == (False, 0, 0)
+    assert not any(change.fits for change in found.changes)
+
+
+@given(st.integers(1, 1000), st.integers(0, 10**6), st.integers(0, 10**7), st.integers(1, 5000))
+@settings(deadline=None)
+def test_a_search_comes_within_2_percent(
+    slope: int, constant: int, budget: int, start: int
+) -> None:
+    def nbytes(n: int) -> int:
+        return constant + slope * n + n * n // 5000
+
+    found = largest(nbytes, budget, start, range(1, 5001))
+    fits = max((n for n in range(1, 5001) if nbytes(n) <= budget), default=0)
+    assert fits * (1 - CLOSE) - 1 <= found <= fits
+
+
+def test_the_calibration_has_the_defaults_of_quantize() -> None:
+    config = CalibrationConfig("pydoc")
+    assert (config.max_samples, config.seq_len) == (SAMPLES, SEQ_LEN)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"quantizer": None}, OptionError, "expected a quantizer, got none"),
+        ({"targets": "nothing"}, AdapterError, "target 'nothing'"),
+        ({"offload_activations": True}, OptionError, "expected a GPU, got a CPU"),
+        ({"optimizer": "adamw"}, OptionError, "optim"),
+        ({"optim": "adamw_torhc"}, OptionError, "no such optimizer; expected adamw_torch"),
+    ],
+)
+def test_a_wrong_setting_is_refused(
+    options: dict[str, Any], error: type[Exception], message: str, llama: str
+) -> None:
+    with pytest.raises(error, match=message):
+        planned(llama, **options)
+
+
+def test_sequences_fit_the_context(tmp_path: Path) -> None:
+    LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=64, max_position_embeddings=128,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    found, expected = (plan(str(tmp_path), "toy", **each) for each in ({}, {"seq_len": 128}))
+    assert found.training.items == expected.training.items
+    with pytest.raises(OptionError, match="seq_len 129: expected at most 128, the context of /"):
+        plan(str(tmp_path), "toy", seq_len=129)
+
+
+def test_a_picture_has_a_bar_for_each_plan(llama: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from modulora_planner.picture import check_picture, draw
+
+    found = planned(llama)
+    for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")):
+        path = tmp_path / f"plan{suffix}"
+        check_picture(path)
+        draw([found, replace(found, quantizer="other")], path)
+        assert path.read_bytes().startswith(start)
+    with pytest.raises(OutputError, match="expected an existing folder"):
+        check_picture(tmp_path / "nowhere" / "plan.svg")
+
+
+@pytest.mark.parametrize(("device", "width"), [("cpu", 4), ("cuda", 2)])
+def test_without_a_quantizer_the_weights_are_dense_and_nothing_is_packed(
+    llama: str, device: str, width: int
+) -> None:
+    found = planned(llama, "none", device=device)
+    per_block = 2 * HIDDEN * (HIDDEN + KEYS) + 3 * HIDDEN * INTERMEDIATE
+    assert found.training.items["dense_weights"] == width * BLOCKS * per_block
+    assert not {"packed_codes", "packed_scales"} & found.training.items.keys()
+    assert set(found.jobs) == {"training", "decoding"}
+    assert found.bits_per_weight == 8 * width
+    packed = planned(llama, device=device)
+    assert found.training.nbytes - packed.training.nbytes == pytest.approx(
+        found.packed_bytes - packed.packed_bytes, rel=0.01
+    )

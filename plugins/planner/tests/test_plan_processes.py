@@ -1,0 +1,92 @@
+"""The plan of one process of a distributed run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from modulora_planner.fitting import plan
+from modulora_planner.processes import DIVIDED
+from transformers import LlamaConfig
+
+from modulora_core.cli import main
+from modulora_core.errors import OptionError
+from modulora_core.tests import width_quantizer
+
+pytestmark = pytest.mark.usefixtures("one_thread", "toy")
+
+HIDDEN, BLOCKS, VOCABULARY = 256, 8, 4096
+
+
+@pytest.fixture(scope="module", autouse=True)
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with width_quantizer.installed(tmp_path_factory.mktemp("site")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=512, num_hidden_layers=BLOCKS, vocab_size=VOCABULARY,
+        num_attention_heads=4,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_ddp_copies_and_fsdp2_divides(llama: Path) -> None:
+    options = {"seq_len": 32, "batch_size": 1}
+    one = plan(str(llama), "toy", **options)
+    copied = plan(str(llama), "toy", processes=4, **options)
+    split = plan(str(llama), "toy", processes=4, shard=True, **options)
+    items = dict(one.training.items)
+    adapter = items["adapter"]
+    assert copied.training.items == {**items, "gradients": items["gradients"] + adapter}
+    found = dict(split.training.items)
+    block = (items["packed_codes"] + items["packed_scales"] + adapter) / BLOCKS
+    assert found.pop("gathered") == pytest.approx(2 * block + 4 * VOCABULARY * HIDDEN, rel=1e-3)
+    parts = {name: round(items[name] / 4) if name in DIVIDED else items[name] for name in items}
+    assert found == parts
+    assert split.decoding == one.decoding
+
+
+def test_calibration_divides_the_samples(llama: Path) -> None:
+    def quantizing(processes: int) -> int:
+        found = plan(
+            str(llama), "heeding", processes=processes, calibration_samples=64,
+            calibration_seq_len=128, seq_len=32,
+        )  # fmt: skip
+        assert found.quantizing is not None
+        return found.quantizing.items["calibration"]
+
+    states = 4 * 64 * 128 * HIDDEN
+    assert quantizing(1) - quantizing(4) == pytest.approx(states * 3 / 4, rel=1e-3)
+
+
+def test_the_command_plans_for_each_process(
+    llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", str(llama), "-q", "toy", "--seq-len", "32", "--processes", "2"]
+    assert main([*command, "--shard"]) == 0
+    assert "one of 2 processes sharing the weights" in " ".join(capsys.readouterr().out.split())
+    assert main([*command, "--json", "--budget", "100MiB"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["processes"] == 2
+    assert "--shard" in [change["change"] for change in told["changes"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shard": True}, "shard: expected several processes, got one"),
+        ({"processes": 0}, "processes: expected at least 1, got 0"),
+        ({"processes": 2, "shard": True, "mapped": True}, "mapped: expected no shard"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(
+    llama: Path, options: dict[str, int], message: str
+) -> None:
+    with pytest.raises(OptionError, match=message):
+        plan(str(llama), "toy", **options)
