@@ -32,7 +32,7 @@ from report import markdown
 from torch import nn
 from turns import Here, Job, Process
 
-from modulora_core import LoRASettings, add_lora, load_model, plan
+from modulora_core import LoRASettings, add_lora, load_model
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.lora.adapted import adapter_layers

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
+from modulora_core import registry
 from modulora_core.cli.arguments import Resume, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
@@ -35,7 +35,7 @@ PANELS = {
         "gradient_checkpointing", "keep_products", "offload_activations", "mapped", "shard",
         "dtype", "matmul_precision", "parity_check",
     ),
-    "Output": ("save_every", "report_to", "report", "lora_file"),
+    "Output": ("save_every", "report_to", "baseline", "lora_file"),
     "Trainer": ("trainer",),
 }  # fmt: skip
 
@@ -117,8 +117,8 @@ def _next_commands(model: str, request: FinetuneConfig) -> Text:
     if spec and spec.writer and not request.train_scales and not request.lora_file:
         out = f"ADAPTER{spec.file_suffix} --to {spec.name}"
         commands.append(f"modulora convert {adapter} {out} --model {base}")
-    if (report := Path(request.out) / "report.html").is_file():
-        commands.append(f"open {shlex.quote(str(report))} in a browser")
+    if any(each.name == "report" and each.status == "ok" for each in registry.commands()):
+        commands.append(f"modulora report {adapter}")
     return next_commands(*commands)
 
 

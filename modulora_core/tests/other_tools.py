@@ -101,7 +101,7 @@ def assert_used(folder: Path, out: Path) -> nn.Module:
     options = {
         "model": str(folder), "out": str(out / "adapter"), "data": str(out / "text.txt"),
         "steps": 2, "batch_size": 1, "grad_accum": 1, "seq_len": 32, "lr": 1e-2,
-        "report": False,
+        "baseline": False,
     }  # fmt: skip
     finetune(FinetuneConfig.build(options))
     adapted = open_to_run(str(folder), adapter=str(out / "adapter"))

@@ -252,11 +252,10 @@ class FinetuneConfig(BaseModel):
         default=(),
         description="experiment trackers, separated by commas: tensorboard, wandb, mlflow, ...",
     )
-    report: bool = Field(
+    baseline: bool = Field(
         default=True,
-        description="write report.html: curves, settings, a loss on examples that the run did not "
-        "reach, and answers before and after; the loss takes at most a fifth of the run's time, "
-        "the answers a tenth or 5 seconds",
+        description="also measure the loss without the adapter: on eval_data, or on examples that "
+        "the run did not reach, which takes at most a fifth of the run's time",
     )
     lora_file: PathName | None = Field(
         default=None,
@@ -385,8 +384,8 @@ class FinetuneConfig(BaseModel):
 
         Not of outputs, nor of how a batch is divided over processes and forward passes.
         """
-        left_out = {"out", "report", "report_to", "lora_file", "batch_size", "grad_accum", "shard",
-                    "parity_check"}  # fmt: skip
+        left_out = {"out", "baseline", "report_to", "lora_file", "batch_size", "grad_accum",
+                    "shard", "parity_check"}  # fmt: skip
         mine = self.model_dump(mode="json", exclude=left_out)
         others = other.model_dump(mode="json", exclude=left_out)
         names = [name for name in mine if mine[name] != others[name]]

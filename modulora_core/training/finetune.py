@@ -4,7 +4,7 @@ OUT/finetune.yaml                 the config, written before training; resume co
 OUT/checkpoints/checkpoint-N/     during training; each is an adapter folder too
 OUT/checkpoints/predictions-*     during training with distill; the dense model's predictions
 OUT/README.md                     a model card
-OUT/report.html                   curves, settings, answers without and with the adapter
+OUT/log.json                      the losses of all steps, for a report
 OUT/modulora.json                 the base of the adapter
 OUT/adapter_model.safetensors
 OUT/modulora_scales.safetensors   with channel scales only
@@ -48,13 +48,14 @@ from modulora_core.training.batches import check_joined
 from modulora_core.training.checked_run import CheckedRun, checked_run
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.held_out import HeldOut, held_out
+from modulora_core.training.held_out import held_out
 from modulora_core.training.init_adapter import Corrector
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import eval_loss_before, worsening
 from modulora_core.training.methods import method_arguments, method_trainer, trainer_refused
 from modulora_core.training.outputs import Trained, write_outputs
 from modulora_core.training.resuming import CHECKPOINTS, record_examples
+from modulora_core.training.run_log import HeldOut
 from modulora_core.training.sharding import is_sharded
 from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
 
@@ -70,7 +71,7 @@ class FinetuneResult:
         losses: the loss of each optimizer step, over the trained tokens of its batch.
         eval_loss: the loss after the last step; None without evaluation data.
         eval_loss_before: the loss before the first step; None without evaluation data, or if the
-            run began without report.
+            run began without ``baseline``.
         seconds: duration of training in this call and of the evaluations in it, without the steps
             before a resume.
         tokens_per_second: trained tokens, without padding, divided by ``seconds``.
@@ -79,7 +80,7 @@ class FinetuneResult:
         model: the packed model: the config's, or its folder in the cache.
         files: the ``lora_file`` and the files beside it that the first process wrote.
         padding: share of padding in the training batches of this call; None for DPO.
-        held_out: the loss on examples that the run did not reach, if there is a report and no
+        held_out: the loss on examples that the run did not reach, with ``baseline`` and without
             evaluation data; None after a whole epoch.
     """
 
@@ -147,7 +148,7 @@ def finetune(
     checkpoint = _packed(run.base, progress)
     trained = _train(run, checkpoint, progress, on_step, on_eval, callbacks)
     losses, eval_loss = trained.logged("loss"), trained.eval_loss
-    files = write_outputs(run, checkpoint, trained, progress)
+    files = write_outputs(run, checkpoint, trained)
     worse = worsening(losses, eval_loss, vocabulary_of(trained.model.config))
     if worse:
         advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
@@ -190,7 +191,7 @@ def _train(
             with trainer_refused(config.trainer, out / CHECKPOINTS):
                 arguments = method_arguments(config, out / CHECKPOINTS, run.steps, device)
             begins = run.begun.checkpoint is None
-            arguments.eval_on_start = config.report and "eval" in examples and begins
+            arguments.eval_on_start = config.baseline and "eval" in examples and begins
             model = _loaded(checkpoint, config, device)
             settings = _put_adapter(model, config, run.start, show)
             if config.packing:
@@ -218,8 +219,8 @@ def _train(
             interruption.check()
             seconds = time.perf_counter() - started
             eval_loss = trainer.final_eval_loss() if "eval" in examples else None
-            asked = config.report and "eval" not in examples and isinstance(trainer, AdapterTrainer)
-            unread = held_out(trainer) if asked else None
+            asked = config.baseline and "eval" not in examples
+            unread = held_out(trainer) if asked and isinstance(trainer, AdapterTrainer) else None
     return Trained(
         model=model, trainer=trainer, settings=settings, tokens=tokens, seconds=seconds,
         peak_bytes=peak.nbytes, eval_loss=eval_loss, held_out=unread,

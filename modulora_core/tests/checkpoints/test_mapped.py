@@ -102,7 +102,7 @@ def test_training_on_a_mapped_model_changes_no_bit(
         out = tmp_path / f"adapter-{mapped}"
         result = finetune(FinetuneConfig.build({
             "model": str(tunable), "out": str(out), "data": str(tmp_path / "text.txt"), "steps": 2,
-            "batch_size": 2, "grad_accum": 1, "seq_len": 32, "mapped": mapped, "report": False,
+            "batch_size": 2, "grad_accum": 1, "seq_len": 32, "mapped": mapped, "baseline": False,
             "gradient_checkpointing": checkpointing,
         }))  # fmt: skip
         adapters.append((result.losses, (out / "adapter_model.safetensors").read_bytes()))

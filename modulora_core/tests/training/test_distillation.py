@@ -208,7 +208,7 @@ def test_predictions_of_other_data_are_replaced(
 
 
 @pytest.mark.parametrize("options", [
-    {"batch_size": 7, "report": True}, {"batch_size": 2, "grad_accum": 4},
+    {"batch_size": 7, "baseline": True}, {"batch_size": 2, "grad_accum": 4},
     {"batch_size": 7, "packing": True},
     {"batch_size": 7, "distill_weight": 0.25},
 ], ids=["a batch", "accumulated", "packing", "weighted"])  # fmt: skip
@@ -238,7 +238,7 @@ def test_it_brings_the_model_nearer_to_the_dense_one_and_leaves_no_file(
     """The loss on evaluation data is the cross-entropy alone."""
     result = finetune(
         configure(steps=20, distill=str(teacher), distill_weight=1, eval_data=str(text),
-                  report=True)
+                  baseline=True)
     )  # fmt: skip
     assert result.losses[-1] < 0.7 * result.losses[0]
     model = load_model(tunable)

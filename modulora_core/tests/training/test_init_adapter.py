@@ -105,7 +105,7 @@ def test_it_brings_the_model_nearer_and_finetune_continues_it(
     assert distance(model) < left * before
     config = FinetuneConfig.build(
         {"model": str(tunable), "out": str(tmp_path / "out"), "data": str(text), "steps": 1,
-         "adapter": str(tmp_path / "start"), "seq_len": 32, "report": False, "dropout": 0}
+         "adapter": str(tmp_path / "start"), "seq_len": 32, "baseline": False, "dropout": 0}
     )  # fmt: skip
     finetune(config)
 
@@ -116,7 +116,7 @@ def test_finetune_makes_the_same_start_itself(
     calibration = CalibrationConfig(str(text), max_samples=32, seq_len=32)
     init_adapter(tunable, tmp_path / "start", dense=dense, calibration=calibration)
     common = {"model": str(tunable), "data": str(text), "steps": 3, "save_every": 1,
-              "seq_len": 32, "report": False, "dropout": 0}  # fmt: skip
+              "seq_len": 32, "baseline": False, "dropout": 0}  # fmt: skip
     one = {"out": str(tmp_path / "one"), "init": "qera", "dense": str(dense),
            "calibration": str(text)}  # fmt: skip
     two = {"out": str(tmp_path / "two"), "adapter": str(tmp_path / "start")}
@@ -140,7 +140,7 @@ def test_a_resumed_run_does_not_correct_again(
 ) -> None:
     config = FinetuneConfig.build(
         {"model": str(tunable), "out": str(tmp_path / "out"), "data": str(text), "steps": 4,
-         "save_every": 2, "seq_len": 32, "report": False, "init": "qera", "dense": str(dense),
+         "save_every": 2, "seq_len": 32, "baseline": False, "init": "qera", "dense": str(dense),
          "calibration": str(text)}
     )  # fmt: skip
     whole = finetune(config.model_copy(update={"out": str(tmp_path / "whole")})).losses
@@ -162,7 +162,7 @@ def test_finetune_quantizes_and_corrects_in_one_command(
     config = FinetuneConfig.build(
         {"model": str(dense), "quantizer": "toy", "out": str(tmp_path / "out"),
          "data": str(text), "calibration": str(text), "steps": 1, "seq_len": 32,
-         "report": False, "init": "qera"}
+         "baseline": False, "init": "qera"}
     )  # fmt: skip
     assert not Choice("toy").create().wants_calibration
     finetune(config)

@@ -36,7 +36,7 @@ def options(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     (folder / "eval.txt").write_text(text[50_000:50_600])
     return {
         "model": str(tunable), "data": str(folder / "train.txt"), "dropout": 0.0, "steps": 4,
-        "eval_data": str(folder / "eval.txt"), "seq_len": 32, "save_every": 2, "report": False,
+        "eval_data": str(folder / "eval.txt"), "seq_len": 32, "save_every": 2, "baseline": False,
     }  # fmt: skip
 
 

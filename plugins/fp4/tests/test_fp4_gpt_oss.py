@@ -74,7 +74,7 @@ def test_the_command_line_trains_and_runs_it(
     data, adapter = tmp_path / "notes.txt", tmp_path / "adapter"
     data.write_text("The ship sailed north, and the crew sang.\n" * 40)
     short = "--data", str(data), "--seq-len", "32"
-    once = "--steps", "8", "--batch-size", "1", "--grad-accum", "1", "--lr", "0.02", "--no-report"
+    once = "--steps", "8", "--batch-size", "1", "--grad-accum", "1", "--lr", "0.02", "--no-baseline"
     for words in (
         ("info", folder), ("plan", folder, "--seq-len", "32", "--device", "cpu"),
         ("finetune", folder, adapter, *short, *once),

@@ -154,7 +154,7 @@ def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
     data.write_text("the ship sailed north and the crew sang " * 30)
     options = {
         "model": path, "out": adapter, "data": str(data), "steps": 4, "batch_size": 1,
-        "report": False, "grad_accum": 1, "seq_len": 32, "lora_gguf": str(tmp_path / "lora.gguf"),
+        "baseline": False, "grad_accum": 1, "seq_len": 32, "lora_gguf": str(tmp_path / "lora.gguf"),
     }  # fmt: skip
     losses = finetune(FinetuneConfig.build(options)).losses
     assert losses[-1] < losses[0]
@@ -270,7 +270,7 @@ def test_the_package_is_finetuned_as_it_is(tmp_path: Path) -> None:
     data.write_text("The ship sailed north, and the crew sang.\n" * 60)
     options = {
         "model": PACKAGE, "out": str(adapter), "data": str(data), "steps": 3, "batch_size": 1,
-        "report": False, "grad_accum": 1, "seq_len": 32,
+        "baseline": False, "grad_accum": 1, "seq_len": 32,
     }  # fmt: skip
     losses = finetune(FinetuneConfig.build(options)).losses
     assert losses[-1] < losses[0]

@@ -138,7 +138,7 @@ def test_finetuning_works_straight_on_a_folder(gptq: ModuleType, tmp_path: Path)
     make_tokenizer().save_pretrained(tmp_path / "m")
     before = gptq.logits(load_model(tmp_path / "m"))
     model, adapter = str(tmp_path / "m"), str(tmp_path / "adapter")
-    words = ["finetune", model, adapter, "--data", "pydoc[:1%]", "--steps", "2", "--no-report"]
+    words = ["finetune", model, adapter, "--data", "pydoc[:1%]", "--steps", "2", "--no-baseline"]
     words += ["--batch-size", "1", "--grad-accum", "1", "--seq-len", "32"]
     assert main(words) == 0
     record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())

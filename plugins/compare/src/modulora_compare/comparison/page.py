@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from modulora_core.comparison.measure import ANSWER_TOKENS, Measured, Method, Request, difference
-from modulora_core.training.curves import Curve
-from modulora_core.training.report import template
+from modulora_compare.comparison.measure import ANSWER_TOKENS, Measured, Method, Request, difference
+from modulora_compare.report.curves import Curve
+from modulora_compare.report.page import template
 from modulora_core.version import VERSION
 
 HEADS = ("", "MiB", "perplexity", "nats beside original", "finetuned", "nats beside original",

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from modulora_compare.cli.compare import PAGE
+from modulora_compare.comparison import measure as comparison
+from modulora_compare.comparison.measure import Request, compare, difference
+from modulora_compare.comparison.page import page
 from safetensors.torch import load_file, save_file
 
 from modulora_core.cli import main
-from modulora_core.cli.compare import PAGE
-from modulora_core.comparison import measure as comparison
-from modulora_core.comparison.measure import Request, compare, difference
-from modulora_core.comparison.page import page
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
@@ -102,7 +102,7 @@ def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(
 ) -> None:
     config = FinetuneConfig(
         model=request_.model, out=str(tmp_path / "adapter"), data=request_.train, quantizer="toy",
-        steps=1, batch_size=1, seq_len=16, report=False,
+        steps=1, batch_size=1, seq_len=16, baseline=False,
     )  # fmt: skip
     packed = finetune(config).model
     out = tmp_path / "out"

@@ -248,7 +248,7 @@ def _trained(request: Request, model: str, out: Path, progress: Display) -> dict
     config = FinetuneConfig(
         model=model, out=str(out), data=request.train, steps=request.steps,
         batch_size=request.batch_size, seq_len=request.seq_len, seed=request.seed,
-        matmul_precision=request.matmul_precision, report=False,
+        matmul_precision=request.matmul_precision, baseline=False,
     )  # fmt: skip
     found = finetune(config, resume=out.exists(), progress=progress)
     return {"training_peak_bytes": found.peak_memory_bytes or None}

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+from modulora_compare.cli.installed import embedding_quantizer
 from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option
-from modulora_core.cli.installed import embedding_quantizer
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import next_commands, table
 from modulora_core.errors import OptionError, OutputError
@@ -74,8 +74,8 @@ def command(
         raise OptionError(f"--eval-data: expected a source beside the part {data}, got none")
     from rich.console import Group
 
-    from modulora_core.comparison.measure import Request, compare, has_large_embedding
-    from modulora_core.comparison.page import HEADS, page
+    from modulora_compare.comparison.measure import Request, compare, has_large_embedding
+    from modulora_compare.comparison.page import HEADS, page
 
     if quantize_embeddings is None and has_large_embedding(model):
         quantize_embeddings = embedding_quantizer()
