@@ -210,7 +210,9 @@ def test_a_name_with_options_in_it_says_where_they_go(site: FakeSite) -> None:
         match=r"expected a name alone, .* give -q alpha -o bits=3 -o group_size=64$",
     ):
         registry.create("alpha:bits=3,group_size=64")
-    with pytest.raises(UnknownQuantizerError, match=r"other:bits=3' .*run `pip install -r plugins/requirements"):
+    with pytest.raises(
+        UnknownQuantizerError, match=r"other:bits=3' .*run `pip install -r plugins/requirements"
+    ):
         registry.create("other:bits=3")
 
 

@@ -67,19 +67,6 @@ def test_it_can_be_left_out(configure: Configure, text: Path, tmp_path: Path) ->
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.parametrize("options", [{"packing": True}, {"init": "qera"}, {}])
-def test_a_run_with_a_teacher_has_a_report(
-    configure: Configure, tunable: Path, text: Path, tmp_path: Path, options: dict[str, Any]
-) -> None:
-    rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
-    data, dense = str(write_jsonl(tmp_path / "rows.jsonl", *rows)), str(tunable.parent / "dense")
-    if "init" in options:
-        options = {**options, "dense": dense, "calibration": str(text)}
-    config = configure(data=data, steps=10, report=True, distill=dense, **options)
-    finetune(config)
-    assert (tmp_path / "out" / "report.html").is_file()
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_held_out_loss_is_on_examples_that_no_step_read(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
