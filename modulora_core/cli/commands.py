@@ -19,7 +19,6 @@ def modulora_commands() -> list[CommandSpec]:
         _command("info", "Quantize", "Show what a quantized model or an adapter contains."),
         _command("convert", "Quantize", "Rewrite a packed checkpoint in another format."),
         _command("finetune", "Train", "Train a LoRA adapter on a quantized or dense model."),
-        _command("init-adapter", "Train", "Make an adapter that corrects a quantizer's errors."),
         _command("generate", "Use", "Answer a prompt, and print tokens as they come."),
         _command("chat", "Use", "Chat with a model."),
         _command("evaluate", "Use", "Measure perplexity, accuracy, ROUGE or benchmark tasks."),

@@ -71,8 +71,6 @@ def write_outputs(
             files = _write_lora_file(run, checkpoint)
     with together():
         save_adapter(trained.model, out, settings=trained.settings)
-        if run.predictions is not None and is_first():
-            run.predictions.file.unlink()
         if not (out / RUN_FILE).is_file():
             raise OutputError(
                 f"output folder {out}: somebody removed it, or its {RUN_FILE}, while the run "
@@ -85,7 +83,7 @@ def _card(run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained) -> st
     scaled = any(layer.input_scale for _, layer in adapter_layers(trained.model))
     return model_card(
         run.config, checkpoint, trained.logged("loss"), trained.eval_loss, data=run.data,
-        channel_scales=scaled,
+        method=run.method.in_words, channel_scales=scaled,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.progress import Display, Progress, shown
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.methods import method_examples
+from modulora_core.training.methods import METHODS
 from modulora_core.training.run_log import RunLog
 
 COUNT, PROMPT = 5, 32
@@ -54,7 +54,7 @@ def sample_answers(
     assert isinstance(opened.origin, PackedCheckpoint)  # a dense model with an adapter is refused
     tokenizer = opened.tokenizer
     vocabulary = vocabulary_of(opened.origin.transformers_config())
-    examples = method_examples(source, config, tokenizer, vocabulary)
+    examples = METHODS[config.method]().examples(source, config, tokenizer, vocabulary)
     with shown(progress, "loading the model", "layers"):
         model = opened.load()
     with shown(progress, "answering", "tokens") as show:

@@ -1,9 +1,4 @@
-"""Distills a dense model into the adapter: its predictions of the trained tokens, in a file.
-
-    loss = 1/N Σ (1 - x) (-log p(y)) + x KL(t ‖ p)      x : distill_weight
-
-p is the prediction of the model with its adapter, and t the dense model's (Hinton et al. 2015,
-arXiv 1503.02531; :mod:`modulora_core.training.chunked_loss`).
+"""The dense model's predictions of the trained tokens, in a file.
 
 A row of the file has the :data:`TOP` most likely tokens in the place of one trained token. Examples
 that no step trains have no rows. The dense model passes through memory a decoder block at a time,
@@ -14,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -28,21 +22,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from modulora_core.calibration.blocks import Block, for_each_block
 from modulora_core.calibration.calls import OuterModel
 from modulora_core.calibration.text import BATCH_TOKENS
 from modulora_core.data import Collator
-from modulora_core.data.examples import Examples
+from modulora_core.data.examples import DataReport, Examples
 from modulora_core.data.rendering import IGNORED
-from modulora_core.distributed import world_size
-from modulora_core.errors import OptionError, WorkError
-from modulora_core.models import ModelSource, open_dense
-from modulora_core.models.config import vocabulary_of, window_of
+from modulora_core.errors import WorkError
+from modulora_core.models import ModelSource
+from modulora_core.models.config import vocabulary_of
 from modulora_core.progress import Progress
 from modulora_core.training.chunked_loss import deferred_logits, label_logits
-from modulora_core.training.config import FinetuneConfig
 
 TOP = 64
 """Tokens in a row, of 6 bytes each. The loss counts all other tokens as one class."""
@@ -57,55 +48,6 @@ Labelled = tuple[Sequence[int], Sequence[int]]
 """Tokens and labels of one sequence."""
 
 Rows = np.ndarray[Any, Any]
-
-logger = logging.getLogger(__name__)
-
-
-def predictions_of(
-    config: FinetuneConfig,
-    examples: Examples,
-    steps: int,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
-    folder: Path,
-) -> Predictions | None:
-    """Open the dense model of ``distill``, if there is one, and log the size of its predictions.
-
-    Args:
-        examples: the training examples; steps: the optimizer steps of the run.
-        tokenizer: the quantized model's tokenizer; vocabulary: the number of its tokens.
-        folder: the folder of the predictions.
-
-    Raises:
-        OptionError: the dense model has another tokenizer or vocabulary, or too short a context.
-        ModelError, CheckpointError: it cannot be opened.
-    """
-    if config.distill is None:
-        return None
-    teacher = open_dense(config.distill)
-    _check_teacher(teacher, tokenizer, vocabulary, config.seq_len)
-    seen = steps * config.batch_size * config.grad_accum * world_size()
-    predictions = Predictions(teacher, examples, seen, config.seed, folder)
-    logger.info(
-        "distill: the predictions of %s for %s trained tokens take %s MiB in %s",
-        config.distill, f"{predictions.ends[-1]:,}", f"{predictions.nbytes / 2**20:,.1f}", folder,
-    )  # fmt: skip
-    return predictions
-
-
-def _check_teacher(teacher: ModelSource, tokenizer: Any, vocabulary: int, seq_len: int) -> None:
-    name, config = teacher.location.model, teacher.config.get_text_config()
-    if config.vocab_size != vocabulary or teacher.tokenizer().get_vocab() != tokenizer.get_vocab():
-        raise OptionError(
-            f"distill {name}: expected the tokenizer of the quantized model and its {vocabulary} "
-            f"tokens, got another one, with {config.vocab_size}; give the model that it was "
-            "quantized from"
-        )
-    longest = window_of(config)
-    if longest is not None and longest < seq_len:
-        raise OptionError(
-            f"distill {name}: expected a context of seq_len {seq_len}, got {longest} tokens"
-        )
 
 
 class Predictions:
@@ -229,7 +171,7 @@ class Predictions:
         total = logits.float().logsumexp(1, keepdim=True)
         if not bool(torch.isfinite(total).all()):
             raise WorkError(
-                f"distill {self.teacher.location.model}: expected finite logits on the training "
+                f"original {self.teacher.location.model}: expected finite logits on the training "
                 "data, got NaN or Inf"
             )
         values, tokens = logits.topk(self.row["token"].shape[0])
@@ -246,6 +188,11 @@ class Distilled(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._predictions.numbers)
+
+    @property
+    def report(self) -> DataReport:
+        """The report of all examples."""
+        return self._predictions.examples.report
 
     @property
     def lengths(self) -> list[int]:

@@ -53,7 +53,7 @@ def command(
     from modulora_core.calibration import CalibrationConfig
     from modulora_core.calibration.text import SEQ_LEN
     from modulora_core.lora.settings import LoRASettings
-    from modulora_core.training.init_adapter import CORRECTION_SAMPLES, init_adapter
+    from modulora_recover.init_adapter import CORRECTION_SAMPLES, init_adapter
 
     names = tuple(part.strip() for part in targets.split(","))
     settings = LoRASettings(rank, alpha, targets=names, seed=seed)

@@ -1,4 +1,4 @@
-"""Distillation learns the dense model's predictions, computed once, whatever the batches are."""
+"""A recovery learns the dense model's predictions, computed once, whatever the batches are."""
 
 from __future__ import annotations
 
@@ -12,32 +12,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from modulora_recover import predictions as module
+from modulora_recover.config import RecoverConfig
+from modulora_recover.init_adapter import init_adapter
+from modulora_recover.predictions import Distilled, DistilledCollator, Predictions
+from modulora_recover.recover import recover
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from modulora_core.data import load_examples
+from modulora_core.calibration import CalibrationConfig
+from modulora_core.cli import main
+from modulora_core.data import Collator, load_examples
 from modulora_core.data.examples import DataReport, Examples
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.models import open_dense
+from modulora_core.tests.processes import run_in_processes
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import write_jsonl
-from modulora_core.training import distillation
-from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.distillation import Distilled, DistilledCollator, Predictions
-from modulora_core.training.finetune import finetune
 
-Configure = Callable[..., FinetuneConfig]
+Configure = Callable[..., RecoverConfig]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def dense(tunable: Path) -> Path:
-    """The dense model that ``tunable`` was quantized from."""
-    return tunable.parent / "dense"
 
 
 @pytest.fixture
@@ -102,9 +100,9 @@ def test_rows_are_the_dense_models_own_predictions(
     dense: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: bool
 ) -> None:
     """Padding, batches, chunks and other parts of a row change nothing."""
-    monkeypatch.setattr(distillation, "TOP", 5)
-    monkeypatch.setattr(distillation, "CHUNK_TOKENS", 150)
-    monkeypatch.setattr(distillation, "BATCH_TOKENS", 130)
+    monkeypatch.setattr(module, "TOP", 5)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 150)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 130)
     examples = examples.joined(96) if joined else examples
     predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
     predictions.compute(torch.device("cpu"), lambda *_: None)
@@ -177,7 +175,7 @@ def test_a_dense_model_without_values_for_its_head_is_refused(
 def test_a_killed_run_goes_on_from_its_whole_rows(
     dense: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(module, "CHUNK_TOKENS", 1)
     predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
     calls: list[tuple[str, int, int]] = []
     predictions.compute(torch.device("cpu"), lambda *call: calls.append(call))
@@ -210,16 +208,16 @@ def test_predictions_of_other_data_are_replaced(
 @pytest.mark.parametrize("options", [
     {"batch_size": 7, "baseline": True}, {"batch_size": 2, "grad_accum": 4},
     {"batch_size": 7, "packing": True},
-    {"batch_size": 7, "distill_weight": 0.25},
+    {"batch_size": 7, "weight": 0.25},
 ], ids=["a batch", "accumulated", "packing", "weighted"])  # fmt: skip
 def test_the_first_loss_is_the_divergence_of_the_two_models(
     configure: Configure, teacher: Path, tunable: Path, chats: Path, examples: Examples,
     options: dict[str, Any],
 ) -> None:  # fmt: skip
     """A step takes all data, and a new adapter changes nothing."""
-    config = configure(data=str(chats), epochs=1, seq_len=96, dropout=0, distill=str(teacher),
-                       **{"distill_weight": 1.0, "grad_accum": 1, **options})  # fmt: skip
-    first = finetune(config).losses[0]
+    config = configure(data=str(chats), epochs=1, seq_len=96, dropout=0, original=str(teacher),
+                       **{"grad_accum": 1, **options})  # fmt: skip
+    first = recover(config).losses[0]
     models = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32), load_model(tunable)
     divergence, entropy, count = 0.0, 0.0, 0
     for number in range(len(examples)):
@@ -228,7 +226,7 @@ def test_the_first_loss_is_the_divergence_of_the_two_models(
         goals = [label for label in examples[number]["labels"][1:] if label != -100]
         entropy -= float(log_p.gather(1, torch.tensor(goals)[:, None]).sum())
         count += len(goals)
-    x = config.distill_weight
+    x = config.weight
     assert first == pytest.approx(((1 - x) * entropy + x * divergence) / count, rel=2e-3)
 
 
@@ -236,10 +234,7 @@ def test_it_brings_the_model_nearer_to_the_dense_one_and_leaves_no_file(
     configure: Configure, teacher: Path, tunable: Path, text: Path, tmp_path: Path
 ) -> None:
     """The loss on evaluation data is the cross-entropy alone."""
-    result = finetune(
-        configure(steps=20, distill=str(teacher), distill_weight=1, eval_data=str(text),
-                  baseline=True)
-    )  # fmt: skip
+    result = recover(configure(steps=20, original=str(teacher), eval_data=str(text), baseline=True))
     assert result.losses[-1] < 0.7 * result.losses[0]
     model = load_model(tunable)
     load_adapter(model, tmp_path / "out")
@@ -247,17 +242,17 @@ def test_it_brings_the_model_nearer_to_the_dense_one_and_leaves_no_file(
     assert not [*(tmp_path / "out" / "checkpoints").glob("predictions-*")]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "with the predictions of the dense model" in card
-    assert "| distill_weight | 1.0 |" in card
+    assert "| weight | 1.0 |" in card
     assert str(teacher) not in card
 
 
 @pytest.mark.parametrize("stopped_at", [0, 3])
 def test_a_resumed_run_has_the_same_losses(
-    configure: Configure, dense: Path, tmp_path: Path, stopped_at: int,
+    configure: Configure, tmp_path: Path, stopped_at: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    options = {"distill": str(dense), "steps": 6, "save_every": 2}
-    whole = finetune(configure(out=str(tmp_path / "whole"), **options))
+    options = {"weight": 0.5, "steps": 6, "save_every": 2}
+    whole = recover(configure(out=str(tmp_path / "whole"), **options))
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -269,24 +264,21 @@ def test_a_resumed_run_has_the_same_losses(
     if stopped_at == 0:
         monkeypatch.setattr(Predictions, "_rows", stop)
     with pytest.raises(KeyboardInterrupt):
-        finetune(configure(**options), on_step=at_step)
+        recover(configure(**options), on_step=at_step)
     monkeypatch.undo()
-    resumed = finetune(configure(**options), resume=True)
+    resumed = recover(configure(**options), resume=True)
     assert resumed.losses == whole.losses
 
 
-def test_a_resumed_run_refuses_another_weight(
-    configure: Configure, dense: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_refuses_another_weight(configure: Configure) -> None:
     def stop(step: Any) -> None:
         if step.step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        finetune(configure(distill=str(dense), save_every=2), on_step=stop)
-    changed = configure(distill=str(dense), save_every=2, distill_weight=0.9)
-    with pytest.raises(OptionError, match=r"distill_weight 0\.5 → 0\.9"):
-        finetune(changed, resume=True)
+        recover(configure(save_every=2), on_step=stop)
+    with pytest.raises(OptionError, match=r"weight 1\.0 → 0\.9"):
+        recover(configure(save_every=2, weight=0.9), resume=True)
 
 
 def test_another_tokenizer_or_context_is_refused_before_work_starts(
@@ -306,25 +298,22 @@ def test_another_tokenizer_or_context_is_refused_before_work_starts(
             config[name] += change
         (other / "config.json").write_text(json.dumps(config))
         expected = "tokenizer of the quantized" if name == "vocab_size" else "context of seq_len"
-        with pytest.raises(OptionError, match=f"^distill .*{expected}"):
-            finetune(configure(distill=str(other)))
+        with pytest.raises(OptionError, match=f"^original .*{expected}"):
+            recover(configure(original=str(other)))
         assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("options", [
-    {"distill_weight": 0.7}, {"distill": "x", "distill_weight": 0},
-    {"distill": "x", "distill_weight": 1.5}, {"distill": "x", "method": "dpo"},
+    {"weight": 0}, {"weight": 1.5}, {"method": "dpo"}, {"adapter": "a", "rank": 4},
 ])  # fmt: skip
 def test_options_without_sense_are_refused(configure: Configure, options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="distill"):
+    with pytest.raises(OptionError, match=r"recover.*(weight|method|rank)"):
         configure(**options)
 
 
 def test_a_batch_has_the_rows_of_its_examples_behind_each_other(
     dense: Path, examples: Examples, tmp_path: Path
 ) -> None:
-    from modulora_core.data import Collator
-
     predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
     predictions.compute(torch.device("cpu"), lambda *_: None)
     dataset = Distilled(predictions)
@@ -335,3 +324,52 @@ def test_a_batch_has_the_rows_of_its_examples_behind_each_other(
     np.testing.assert_array_equal(
         batch["teacher_tokens"], np.concatenate([dataset[i]["rows"]["token"] for i in (4, 1)])
     )
+
+
+def test_the_command_gives_a_start_that_finetune_continues(
+    tunable: Path, dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*words: str) -> Any:
+        more = ("--data", str(text), "--seq-len", "32", "--steps", "2", "--json")
+        assert main([*words, *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    start = str(tmp_path / "start")
+    found = run("recover", str(tunable), start, "--original", str(dense))
+    assert len(found["losses"]) == 2
+    assert run("recover", str(tunable), start, "--original", str(dense), "--resume")["steps"] == 0
+    trained = run("finetune", str(tunable), str(tmp_path / "out"), "--adapter", start)
+    assert len(trained["losses"]) == 2
+
+
+def test_a_recovery_begins_with_another_start(
+    configure: Configure, tunable: Path, dense: Path, tmp_path: Path
+) -> None:
+    init_adapter(tunable, tmp_path / "start", dense=dense, calibration=CalibrationConfig(
+        "pydoc[:2%]", samples=8, seq_len=32))  # fmt: skip
+    losses = recover(configure(adapter=str(tmp_path / "start"), dropout=0)).losses
+    assert losses[0] < 0.9 * recover(configure(out=str(tmp_path / "zero"), dropout=0)).losses[0]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_run_measures_the_loss_on_examples_that_it_did_not_reach(
+    configure: Configure, tmp_path: Path, packing: bool
+) -> None:
+    rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
+    data = str(write_jsonl(tmp_path / "rows.jsonl", *rows))
+    result = recover(configure(data=data, steps=10, baseline=True, packing=packing))
+    assert result.held_out is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
+def test_processes_learn_from_one_dense_model(
+    configure: Configure, tmp_path: Path, shard: bool
+) -> None:
+    """The first process computes the predictions; each reads the rows of its examples."""
+    expected = recover(configure(dropout=0.0, weight=0.8)).losses
+    of_two = {"dropout": 0.0, "weight": 0.8, "grad_accum": 1, "shard": shard}
+    config = configure(**of_two, out=str(tmp_path / "two"))
+    for found in run_in_processes(2, recover, config):
+        assert found.losses == pytest.approx(expected, abs=1e-4)
+    assert not [*(tmp_path / "two" / "checkpoints").glob("predictions-*")]

@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from modulora_recover import init_adapter as module
+from modulora_recover.init_adapter import best_correction, init_adapter
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -23,20 +25,12 @@ from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import Assignment, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.tiny_models import tiny_config
-from modulora_core.training import init_adapter as module
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
-from modulora_core.training.init_adapter import best_correction, init_adapter
-from modulora_core.training.trainer import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32)
-
-
-@pytest.fixture
-def dense(tunable: Path) -> Path:
-    return tunable.parent / "dense"
 
 
 def save_model(architecture: str, folder: Path, tokenizer: Path) -> Path:
@@ -110,22 +104,6 @@ def test_it_brings_the_model_nearer_and_finetune_continues_it(
     finetune(config)
 
 
-def test_finetune_makes_the_same_start_itself(
-    dense: Path, tunable: Path, text: Path, tmp_path: Path
-) -> None:
-    calibration = CalibrationConfig(str(text), max_samples=32, seq_len=32)
-    init_adapter(tunable, tmp_path / "start", dense=dense, calibration=calibration)
-    common = {"model": str(tunable), "data": str(text), "steps": 3, "save_every": 1,
-              "seq_len": 32, "baseline": False, "dropout": 0}  # fmt: skip
-    one = {"out": str(tmp_path / "one"), "init": "qera", "dense": str(dense),
-           "calibration": str(text)}  # fmt: skip
-    two = {"out": str(tmp_path / "two"), "adapter": str(tmp_path / "start")}
-    losses = [finetune(FinetuneConfig.build({**common, **each})).losses for each in (one, two)]
-    assert losses[0] == losses[1]
-    zero = finetune(FinetuneConfig.build({**common, "out": str(tmp_path / "zero")})).losses
-    assert losses[0][0] != zero[0]
-
-
 def test_a_mix_of_quantizers_is_corrected(dense: Path, toy: ModuleType, tmp_path: Path) -> None:
     mixed = tmp_path / "mixed"
     quantize(str(dense), mixed, Assignment(default="toy:levels=7", layers={"*.mlp.*": "verbatim"}))
@@ -133,52 +111,6 @@ def test_a_mix_of_quantizers_is_corrected(dense: Path, toy: ModuleType, tmp_path
     assert len({layer.weight.quantizer.spec.name for layer in layers}) == 2
     result = init_adapter(mixed, tmp_path / "start", dense=dense, calibration=TEXT)
     assert result.corrected == result.layers == len(layers)
-
-
-def test_a_resumed_run_does_not_correct_again(
-    dense: Path, tunable: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = FinetuneConfig.build(
-        {"model": str(tunable), "out": str(tmp_path / "out"), "data": str(text), "steps": 4,
-         "save_every": 2, "seq_len": 32, "baseline": False, "init": "qera", "dense": str(dense),
-         "calibration": str(text)}
-    )  # fmt: skip
-    whole = finetune(config.model_copy(update={"out": str(tmp_path / "whole")})).losses
-
-    def stop(step: TrainingStep) -> None:
-        if step.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config, on_step=stop)
-    monkeypatch.setattr(module.Corrector, "open", None)
-    assert finetune(config, resume=True).losses == whole
-
-
-def test_finetune_quantizes_and_corrects_in_one_command(
-    dense: Path, toy: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
-    config = FinetuneConfig.build(
-        {"model": str(dense), "quantizer": "toy", "out": str(tmp_path / "out"),
-         "data": str(text), "calibration": str(text), "steps": 1, "seq_len": 32,
-         "baseline": False, "init": "qera"}
-    )  # fmt: skip
-    assert not Choice("toy").create().wants_calibration
-    finetune(config)
-    assert "| init | qera |" in (tmp_path / "out" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("options", [
-    {"init": "qera"}, {"init": "qera", "dense": "d"}, {"init": "qera", "calibration": "t"},
-    {"init": "qera", "dense": "d", "calibration": "t", "quantizer": "toy"},
-    {"init": "qera", "dense": "d", "calibration": "t", "method": "dpo"},
-    {"init": "qera", "dense": "d", "calibration": "t", "adapter": "a"},
-    {"dense": "d"}, {"calibration": "t"}, {"init": "distill"},
-])  # fmt: skip
-def test_a_wrong_start_is_refused(options: dict[str, str]) -> None:
-    with pytest.raises(OptionError, match=r"init|dense|calibration"):
-        FinetuneConfig.build({"model": "m", "out": "o", "data": "d", **options})
 
 
 def test_the_command_gives_the_same_bytes(

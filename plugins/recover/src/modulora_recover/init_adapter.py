@@ -98,7 +98,7 @@ def init_adapter(
 ) -> InitialAdapter:
     """Write an adapter that corrects the layers of a quantized model, as a start of training.
 
-    ``finetune`` trains it further as its ``adapter``; with ``init="qera"`` it makes one itself.
+    ``finetune`` trains it further as its ``adapter``.
     Experts, an output head and layers without targets are not corrected: their B is zero.
 
     Args:
