@@ -42,6 +42,9 @@ def add_lora(
     model, such as the classifier of AutoModelForSequenceClassification, trains in its own dtype,
     and is saved with the adapter.
 
+    Any torch module works. transformers' models say which part is the base model, the output head
+    or the text decoder; of a module without such methods all packed layers are treated alike.
+
     Args:
         model: its linear layers are QuantLinear, and its fused experts are packed stacks.
         settings: equal settings give equal values of A on one kind of device.
