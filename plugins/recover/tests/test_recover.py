@@ -351,16 +351,6 @@ def test_a_recovery_begins_with_another_start(
     assert losses[0] < 0.9 * recover(configure(out=str(tmp_path / "zero"), dropout=0)).losses[0]
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_run_measures_the_loss_on_examples_that_it_did_not_reach(
-    configure: Configure, tmp_path: Path, packing: bool
-) -> None:
-    rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
-    data = str(write_jsonl(tmp_path / "rows.jsonl", *rows))
-    result = recover(configure(data=data, steps=10, baseline=True, packing=packing))
-    assert result.held_out is not None
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
 def test_processes_learn_from_one_dense_model(

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 from typing_extensions import override
@@ -74,13 +73,6 @@ class DistillingTrainer(AdapterTrainer):
     def row_loss(self, inputs: dict[str, Any]) -> RowLoss:
         tokens, log_p = (inputs.pop(name) for name in TEACHER)
         return TeacherLoss(tokens, log_p.exp(), self.weight)
-
-    @override
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        inputs = {name: value for name, value in inputs.items() if name not in TEACHER}
-        return super().prediction_step(model, inputs, *arguments, **options)
 
 
 class Distillation(Method):
