@@ -1,8 +1,8 @@
-"""Which quantizer packs which layers: a small YAML file that people write, or a planner.
+"""Which quantizer packs which layers: a small YAML file that people write, or a program.
 
 ::
 
-    default: nf4                       # or NAME:KEY=VALUE,... or null, which leaves layers dense
+    default: NAME                      # or NAME:KEY=VALUE,... or null, which leaves layers dense
     layers:                            # the last pattern that matches counts
       "model.layers.*.mlp.down_proj": NAME:bits=4
       "model.layers.0.*": {quantizer: NAME, options: {bits: 8}}

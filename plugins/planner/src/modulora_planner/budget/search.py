@@ -1,4 +1,4 @@
-"""The choices of a budget for one model: every layer's sizes, and what is found for its errors."""
+"""Chooses among a budget's quantizers for each layer of a model, given sizes and errors."""
 
 from __future__ import annotations
 
