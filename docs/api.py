@@ -11,7 +11,9 @@ from pathlib import PurePosixPath
 from typing import Any
 
 ITEM = re.compile(
-    r"^\* \[`([\w.]+)`\]\(\.\./\.\./(modulora_core/[\w/.]+\.py)\)(.*(?:\n  .+)*)", re.M
+    r"^\* \[`([\w.]+)`\]\(\.\./\.\./(?:plugins/\w+/src/)?(modulora_\w+/[\w/.]+\.py)\)"
+    r"(.*(?:\n  .+)*)",
+    re.M,
 )
 
 
@@ -22,7 +24,8 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def directive(item: re.Match[str]) -> str:
     """The item's directive, with the members that the item names after a colon."""
-    name, file, text = f"modulora_core.{item[1]}", PurePosixPath(item[2]), item[3]
+    file, text = PurePosixPath(item[2]), item[3]
+    name = item[1] if item[1].startswith(file.parts[0]) else f"modulora_core.{item[1]}"
     module, package = (".".join(path.parts) for path in (file.with_suffix(""), file.parent))
     members = re.findall(r"`(\w+)`", text) if text.startswith(":") else []
     options = []

@@ -1,8 +1,8 @@
 """ModuLoRA: finetune quantized language models with any quantizer.
 
 The public names are imported on first use: ``import modulora_core`` takes milliseconds, and never
-imports torch. Beside transformers it registers our checkpoints, so that ``from_pretrained`` loads
-them.
+imports torch. ``import modulora_core.hf`` lets transformers' ``from_pretrained`` load our
+checkpoints.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; a test compares these imports with _PUBLIC
-    from modulora_core.adapters.load import load_adapter as load_adapter
-    from modulora_core.adapters.lora import add_lora as add_lora
-    from modulora_core.adapters.merge import merge as merge
-    from modulora_core.adapters.save import save_adapter as save_adapter
-    from modulora_core.adapters.settings import LoRASettings as LoRASettings
     from modulora_core.calibration import CalibrationConfig as CalibrationConfig
     from modulora_core.checkpoints.convert import convert as convert
-    from modulora_core.checkpoints.hf.hf_quantizer import ModuLoRAConfig as ModuLoRAConfig
-    from modulora_core.checkpoints.hf.hf_quantizer import register as register
-    from modulora_core.checkpoints.loading import load_model as load_model
+    from modulora_core.hf.hf_quantizer import ModuLoRAConfig as ModuLoRAConfig
+    from modulora_core.hf.load_adapter import load_adapter as load_adapter
+    from modulora_core.hf.load_model import load_model as load_model
+    from modulora_core.hf.merge import merge as merge
+    from modulora_core.hf.save_adapter import save_adapter as save_adapter
     from modulora_core.hookspecs import hookimpl as hookimpl
     from modulora_core.inference.evaluate import evaluate as evaluate
     from modulora_core.inference.generate import generate as generate
@@ -28,6 +25,8 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.inference.tasks import evaluate_tasks as evaluate_tasks
     from modulora_core.layers import LoRALinear as LoRALinear
     from modulora_core.layers import QuantLinear as QuantLinear
+    from modulora_core.lora.adapting import add_lora as add_lora
+    from modulora_core.lora.settings import LoRASettings as LoRASettings
     from modulora_core.models.sampling import Sampling as Sampling
     from modulora_core.packed import PackedLayout as PackedLayout
     from modulora_core.packed import PackedWeight as PackedWeight
@@ -51,8 +50,8 @@ _PUBLIC = {
     "Choice": "registry",
     "FinetuneConfig": "training.config",
     "LoRALinear": "layers",
-    "LoRASettings": "adapters.settings",
-    "ModuLoRAConfig": "checkpoints.hf.hf_quantizer",
+    "LoRASettings": "lora.settings",
+    "ModuLoRAConfig": "hf.hf_quantizer",
     "PackedLayout": "packed",
     "PackedWeight": "packed",
     "Promise": "spec",
@@ -60,20 +59,19 @@ _PUBLIC = {
     "Quantizer": "spec",
     "QuantizerSpec": "spec",
     "Sampling": "models.sampling",
-    "add_lora": "adapters.lora",
+    "add_lora": "lora.adapting",
     "convert": "checkpoints.convert",
     "evaluate": "inference.evaluate",
     "evaluate_tasks": "inference.tasks",
     "finetune": "training.finetune",
     "generate": "inference.generate",
     "hookimpl": "hookspecs",
-    "load_adapter": "adapters.load",
-    "load_model": "checkpoints.loading",
-    "merge": "adapters.merge",
+    "load_adapter": "hf.load_adapter",
+    "load_model": "hf.load_model",
+    "merge": "hf.merge",
     "open_to_run": "inference.opened",
     "quantize": "quantization.quantize",
-    "register": "checkpoints.hf.hf_quantizer",
-    "save_adapter": "adapters.save",
+    "save_adapter": "hf.save_adapter",
     "tile_budget": "tiles",
 }
 """Each public name, and its module within this package."""
@@ -95,6 +93,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-importlib.import_module(f"{__name__}.checkpoints.hf.registration").register_with_transformers()

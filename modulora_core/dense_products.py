@@ -76,6 +76,17 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(kind, enabled=False)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread in this block, since LAPACK's last bits depend on the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def product(x: Tensor, w: Tensor) -> Tensor:
     """X W, of two matrices of one dtype, in that dtype, without a gradient."""
     return _by_onednn(x, w) if _is_onednns(x, w) else torch.mm(x, w)

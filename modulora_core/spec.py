@@ -372,6 +372,22 @@ class Quantizer(ABC):
             CheckpointError: a scale is NaN or infinite; the message begins with ``subject``.
         """
 
+    def check_kernels(self, packed: PackedWeight, dtype: torch.dtype) -> list[str]:
+        """Compare kernels with a reference for this weight, where it is, and drop wrong ones.
+
+        The core calls it once for each layout of packed weights that a model loads on a GPU, and
+        warns of each sentence. The default has no kernels to compare.
+
+        Args:
+            packed: a result of :meth:`pack`.
+            dtype: of the tiles and products to compare.
+
+        Returns:
+            a sentence for each kernel that differs. This process does not use it again.
+        """
+        del packed, dtype
+        return []
+
     def layout(self, shape: tuple[int, int]) -> PackedLayout:
         """The layout of :meth:`pack`'s result for this shape, for plans and disk-space checks.
 

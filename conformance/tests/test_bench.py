@@ -18,12 +18,12 @@ from modulora_conformance.bench.quantizer_bench import (
     measure_speed,
 )
 from modulora_conformance.bench.timing import Timing, cold_copies, in_turns, rotating
+from modulora_kernels.triton import clock
 from modulora_zoo.healthy import Healthy
 from rich.console import Console
 
 from modulora_core.autograd import FrozenWeight, lora_linear
 from modulora_core.errors import OptionError, ShapeError, WorkError
-from modulora_core.kernels.triton import clock
 
 SMALL = BenchConfig(shape=(24, 40), rows=(1, 5), seconds=1e-6)
 

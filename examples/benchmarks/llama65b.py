@@ -33,9 +33,9 @@ from torch import nn
 from turns import Here, Job, Process
 
 from modulora_core import LoRASettings, add_lora, load_model
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.checkpoints.loading import open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.lora.adapted import adapter_layers
 from modulora_core.registry import Choice
 from modulora_core.training.chunked_loss import chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations

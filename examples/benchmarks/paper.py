@@ -132,7 +132,7 @@ def run(task: str, method: str, flags: argparse.Namespace) -> dict[str, list[flo
             model=str(packed), out=adapter, data=train, prompt=TASKS[task],
             completion=" {answer}", steps=flags.steps, batch_size=flags.batch_size,
             rank=8, alpha=32, dropout=0.1, targets=("q_proj", "v_proj"), lr=1e-3,
-            scheduler="cosine", warmup=0.06, matmul_precision="high", report=False,
+            scheduler="cosine", warmup=0.06, matmul_precision="high", baseline=False,
             gradient_checkpointing=False,
         )  # fmt: skip
         finetune(config)

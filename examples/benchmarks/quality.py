@@ -38,13 +38,13 @@ from typing import Any
 
 from methods import BASE_DTYPE, Dense, Method, Packed
 from models import ModelJob, model_files, nbytes, prepare_methods
+from modulora_compare.comparison import measure
+from modulora_compare.comparison.measure import ORIGINAL, Request
 from report import Result, Run, arguments, markdown
 from transformers import AutoTokenizer
 from turns import NotMeasuredError
 from typing_extensions import override
 
-from modulora_core.comparison import measure
-from modulora_core.comparison.measure import ORIGINAL, Request
 from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import perplexity
 

@@ -158,7 +158,7 @@ def test_quality_finetunes_each_seed_alike_and_draws(
         assert len({before[source], *seeds}) == 3, "each adapter changes the model"
     assert "→" in found["printed"]
     assert "<svg" in plot.read_text()
-    monkeypatch.setattr("modulora_core.comparison.measure._measured", None)
+    monkeypatch.setattr("modulora_compare.comparison.measure._measured", None)
     assert run("quality", *models, *flags)["results"] == found["results"], "nothing is done again"
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.registry import Choice
 
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modulora_core.calibration.observe import Listener, observe
-from modulora_core.checkpoints.hf.packed_modules import use_eager_experts
+from modulora_core.checkpoints.packed_modules import use_eager_experts
 from modulora_core.errors import ModelError
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite, find_sites, outermost_lists

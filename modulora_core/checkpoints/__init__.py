@@ -1,7 +1,7 @@
-"""Packed checkpoints: opened, loaded, converted and written.
+"""Packed checkpoints: opened, converted and written.
 
-``loading`` opens any MODEL, and loads a packed one. ``packed_checkpoint`` is an opened one,
-``record`` its part of config.json, and ``mapped`` its files in memory. ``matrices`` calls
-quantizers, ``written`` writes folders, ``foreign`` reads other tools' folders, and ``hf`` is called
-by transformers.
+``opening`` opens any MODEL. ``packed_checkpoint`` is an opened one, ``record`` its part of
+config.json, and ``mapped`` its files in memory. ``packed_modules`` puts packed modules into a
+model. ``matrices`` calls quantizers, ``written`` writes folders, and ``foreign`` reads other tools'
+folders.
 """

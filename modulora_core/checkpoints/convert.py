@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.loading import open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite

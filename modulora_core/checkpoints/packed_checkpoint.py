@@ -165,12 +165,10 @@ class PackedCheckpoint:
             CheckpointError: the record names a parameter that the model hasn't got.
             PluginError: a quantizer isn't installed or can't be used.
         """
-        from modulora_core.checkpoints.hf.hf_quantizer import ModuLoRAConfig  # slow to import
-        from modulora_core.checkpoints.hf.packed_modules import install
+        from modulora_core.checkpoints.packed_modules import install  # slow to import
 
         with quiet():
             model = self._dense_outline()
-        model.config.quantization_config = ModuLoRAConfig(record=self.record)
         install(model, self.record)
         return model
 

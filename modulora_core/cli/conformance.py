@@ -72,7 +72,7 @@ def command(
 
     Without -o it checks every configuration for which the quantizer makes promises. The exit code
     is 1 if a check failed, or if --certified isn't reached. The kit is a package of its own,
-    modulora-conformance: in a clone, run `pip install ./conformance`.
+    modulora-conformance: in a clone, run `pip install ./plugins/kernels ./conformance`.
 
     Examples:
         modulora conformance NAME
@@ -120,7 +120,7 @@ def check_kit(command: str) -> None:
     if importlib.util.find_spec(KIT) is None:
         raise MissingExtraError(
             f"modulora {command}: expected the conformance kit, which isn't installed; "
-            "run `pip install ./conformance` in a clone of ModuLoRA, or install its wheel"
+            "run `pip install ./plugins/kernels ./conformance` in a clone of ModuLoRA"
         )
 
 

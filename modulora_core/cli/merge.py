@@ -90,7 +90,7 @@ def command(
             )
     from rich.console import Group
 
-    from modulora_core.adapters.merge import merge
+    from modulora_core.hf.merge import merge
 
     with terminal().progress("merging", "parameters") as show:
         result = merge(model, out, adapter=adapter, dtype=dtype or "bfloat16", progress=show)
@@ -107,7 +107,7 @@ def _to_file(
     data: str,
     segments: int | None,
 ) -> dict[str, Any]:
-    from modulora_core.adapters.files import file_writer
+    from modulora_core.checkpoints.foreign.files import file_writer
     from modulora_core.data import token_segments
     from modulora_core.inference.divergence import divergence
     from modulora_core.inference.opened import open_to_run

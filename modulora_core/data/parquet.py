@@ -1,8 +1,7 @@
-"""Read parquet files, decoded in a process with a limit of memory."""
+"""Read parquet files by pyarrow, some rows at a time."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,15 +9,9 @@ from typing import Any
 
 from modulora_core.data.tables import table_row
 from modulora_core.errors import DataError, MissingExtraError
-from modulora_core.models.workers import ask, worker
-
-MEMORY = 2**30
-"""The bytes that decoding may take."""
 
 _ROWS = 64
 """Rows that are decoded at once."""
-
-_SCRIPT = Path(__file__).with_name("parquet_worker.py")
 
 
 def parquet_rows(
@@ -41,33 +34,28 @@ def parquet_rows(
             f"{path}: reading parquet needs pyarrow, which is missing; "
             "pip install 'modulora-core[data]'"
         )
-    from pyarrow import ipc
+    import pyarrow
+    from pyarrow import parquet
 
-    request = {"path": str(path), "columns": [*columns], "rows": _ROWS, "most_rows": most_rows,
-               "most": most}  # fmt: skip
-    number = 0
-    with worker(_SCRIPT, str(MEMORY)) as process:
-        ask(process, json.dumps(request).encode("ascii"))
-        assert process.stdout is not None
-        while size := int.from_bytes(process.stdout.read(8), "little"):
-            if len(message := process.stdout.read(size)) < size:
-                break
-            try:
-                rows = ipc.open_stream(message).read_all().to_pylist()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}: expected text in UTF-8, got {error}") from None
-            for row in rows:
+    number = read = 0
+    try:
+        file = parquet.ParquetFile(path, memory_map=True)
+        names = [name for name in file.schema_arrow.names if name in columns]
+        # with no known column, the reader of records says which ones it misses
+        for batch in file.iter_batches(_ROWS, columns=names or None, use_threads=False):
+            read += batch.nbytes
+            if batch.nbytes > most_rows or read > most:
+                limit = most_rows if batch.nbytes > most_rows else most
+                raise DataError(
+                    f"{path}: expected at most {limit // 2**20} MiB of values"
+                    f"{f' in {_ROWS} rows' if limit == most_rows else ''}, got more; cut it into "
+                    "several files"
+                )
+            for row in batch.to_pylist():
                 number += 1
                 yield table_row(row), f"row {number}"
-        end = process.stdout.readline()
-        if not end:  # the kernel ended it, or it ended itself
-            raise _too_much(path, f"{MEMORY // 2**20} MiB of memory to decode it")
-    found = json.loads(end)
-    if "most" in found:
-        raise _too_much(path, found["most"])
-    if "error" in found:
-        raise DataError(f"{path}: expected a parquet file, got {found['error']}")
-
-
-def _too_much(path: Path, most: str) -> DataError:
-    return DataError(f"{path}: expected at most {most}, got more; cut it into several files")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected text in UTF-8, got {error}") from None
+    except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: expected a parquet file, got {reason}") from None

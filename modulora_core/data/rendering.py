@@ -23,7 +23,7 @@ from modulora_core.data.formats import Conversation
 from modulora_core.data.messages import Message
 from modulora_core.errors import DataError
 from modulora_core.models.chat_templates import render
-from modulora_core.models.tokenizer_checks import panics_refused
+from modulora_core.models.tokenizer import panics_refused
 
 IGNORED = -100
 """The label of a token that isn't trained, as in torch's cross-entropy."""

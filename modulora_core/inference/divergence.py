@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.switching import without_adapter
 from modulora_core.errors import WorkError
 from modulora_core.inference.evaluate import perplexity_of
 from modulora_core.inference.opened import Opened
 from modulora_core.inference.passes import batches, evaluating
+from modulora_core.lora.switching import without_adapter
 from modulora_core.progress import Progress, no_progress
 
 _ROWS = 64

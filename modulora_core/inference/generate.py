@@ -23,7 +23,7 @@ from modulora_core.models.chat_templates import render
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.models.stops import model_stops
-from modulora_core.models.tokenizer_checks import panics_refused
+from modulora_core.models.tokenizer import panics_refused
 
 Message = Mapping[str, str]
 """``{"role": "user", "content": "..."}``"""

@@ -15,19 +15,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modulora_core.adapters.load import adapter_for, put_on
-from modulora_core.adapters.peft_format import SavedAdapter
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.loading import (
-    check_mapped,
-    load_dense,
-    load_model,
-    open_model,
-    resolved_dtype,
-)
+from modulora_core.checkpoints.opening import open_model
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import pick_device
 from modulora_core.errors import AdapterError, ModelError, OptionError
+from modulora_core.hf.load_adapter import adapter_for, put_on
+from modulora_core.hf.load_model import check_mapped, load_dense, load_model, resolved_dtype
+from modulora_core.hf.peft_format import SavedAdapter
 from modulora_core.models import ModelSource
 from modulora_core.models.config import window_of
 
@@ -91,7 +86,7 @@ def open_to_run(
             which is then loaded dense.
         adapter: a LoRA adapter in PEFT's format, a folder or Hub id, for a packed model.
         dtype, device, mapped, parity_check: as for
-            :func:`modulora_core.checkpoints.loading.load_model`; ``mapped`` is for a packed one.
+            :func:`modulora_core.hf.load_model.load_model`; ``mapped`` is for a packed one.
         revision: a revision of a Hub model.
 
     Raises:

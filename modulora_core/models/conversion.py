@@ -4,7 +4,7 @@ transformers ≥ 5 renames and fuses tensors while it loads. A Mixtral folder ho
 ``w3`` of every expert; the model holds ``gate_up_proj`` and ``down_proj`` of all experts. We use
 transformers' own tables and operations, one conversion at a time instead of all at once. The order
 follows ``core_model_loading.convert_and_load_state_dict_in_model``. These tables are semi-private:
-the only other file that uses them is ``checkpoints/hf/packing_on_load.py``.
+the only other file that uses them is ``hf/packing_on_load.py``.
 """
 
 from __future__ import annotations

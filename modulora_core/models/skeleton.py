@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PACK_IN_PYTHON = (
     "a model of another kind is packed in Python, with its own class: "
-    "CLASS.from_pretrained(MODEL, quantization_config=ModuLoRAConfig(NAME))"
+    "CLASS.from_pretrained(MODEL, quantization_config=modulora_core.ModuLoRAConfig(NAME))"
 )
 
 

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from modulora_core.errors import ModelError, first_line
-from modulora_core.models.chat_templates import LONGEST
 from modulora_core.models.config import vocabulary_of
 from modulora_core.models.json_files import read_json
 from modulora_core.models.stops import stop_ids
-from modulora_core.models.tokenizer_checks import (
-    check_sentencepiece,
-    check_steps,
-    check_tokenizer_file,
-    panics_refused,
-)
 from modulora_core.progress import quiet
 
 if TYPE_CHECKING:
@@ -72,7 +66,7 @@ def load_tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of ``folder``; messages name ``model``.
 
     Raises:
-        ModelError: there is none that transformers can read, or its chat template is too long.
+        ModelError: there is none that transformers can read, or its chat template is no text.
     """
     if not has_tokenizer(folder):  # some versions of transformers make an empty tokenizer of it
         raise ModelError(
@@ -84,21 +78,7 @@ def load_tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
         if (folder / name).exists()
     ]
     exact = any(file.tokenizer_class == "TokenizersBackend" for file in small)
-    if (folder / TOKENIZER_FILES[0]).is_file():
-        check_tokenizer_file(folder / TOKENIZER_FILES[0])
-        return checked_tokenizer(model, lambda: _from_folder(folder, exact))
-    pieces = [name for name in TOKENIZER_FILES if (folder / name).is_file() and _is_model(name)]
-    for name in pieces[:1]:
-        check_sentencepiece(folder, name)
-    tokenizer = checked_tokenizer(model, lambda: _from_folder(folder, exact))
-    if pieces and hasattr(tokenizer, "backend_tokenizer"):
-        check_steps(folder / pieces[0], tokenizer.backend_tokenizer.to_str())
-    return tokenizer
-
-
-def _is_model(name: str) -> bool:
-    """Whether a file is a SentencePiece model, or one of tiktoken, by its name."""
-    return name.endswith(".model")
+    return checked_tokenizer(model, lambda: _from_folder(folder, exact))
 
 
 def checked_tokenizer(
@@ -130,14 +110,31 @@ def _from_folder(folder: Path, exact: bool) -> PreTrainedTokenizerBase:
 
 
 def _check_templates(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that is no text, or a very long one. Each rendering has limits too."""
+    """Refuse a chat template that is no text. Raises ModelError."""
     found = tokenizer.chat_template
     for template in found.values() if isinstance(found, dict) else [found]:
-        if template is not None and not (isinstance(template, str) and len(template) <= LONGEST):
+        if template is not None and not isinstance(template, str):
             raise ModelError(
-                f"model {model}: chat template: expected text of at most {LONGEST:,} characters, "
-                f"got {str(template)!r:.60}; take another template"
+                f"model {model}: chat template: expected text, got {str(template)!r:.60}; take "
+                "another template"
             )
+
+
+@contextmanager
+def panics_refused(subject: str) -> Iterator[None]:
+    """Make a panic of the library tokenizers a ModelError about ``subject``.
+
+    A panic of Rust is a BaseException in Python, which ``except Exception`` does not catch.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            f"{subject}: the library tokenizers fails on it: {' '.join(str(error).split())[:200]}; "
+            "take another tokenizer"
+        ) from None
 
 
 def copy_tokenizer(folder: Path, out: Path) -> list[str]:

@@ -18,7 +18,7 @@ from huggingface_hub.constants import HF_HOME
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, calibration_text
-from modulora_core.checkpoints.loading import is_packed, open_packed
+from modulora_core.checkpoints.opening import is_packed, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.models import open_dense
@@ -93,7 +93,7 @@ class CachedModel:
 
         Raises: as :attr:`PackedCheckpoint.outline`.
         """
-        from modulora_core.checkpoints.hf.packed_modules import install  # slow to import
+        from modulora_core.checkpoints.packed_modules import install  # slow to import
 
         model = self._source.skeleton()
         install(model, self.record)

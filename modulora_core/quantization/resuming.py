@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from modulora_core.checkpoints.loading import open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.checkpoints.written.outputs import (

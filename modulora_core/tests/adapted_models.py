@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 IDS = torch.arange(3, 27).view(2, 12)  # [batch, sequence]

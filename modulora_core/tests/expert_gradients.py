@@ -8,13 +8,13 @@ from typing import Any
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.expert_format import stacks_of, to_file
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.merge import merge
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.expert_format import stacks_of, to_file
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.tests.adapted_models import IDS, randomize
 
 

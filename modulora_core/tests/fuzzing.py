@@ -18,8 +18,9 @@ import torch
 from hypothesis import HealthCheck, event, settings
 from hypothesis import strategies as st
 
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import RequestError
+from modulora_core.hf.load_model import load_model
 
 T = TypeVar("T")
 

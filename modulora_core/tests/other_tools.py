@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models.sampling import Sampling
@@ -101,7 +101,7 @@ def assert_used(folder: Path, out: Path) -> nn.Module:
     options = {
         "model": str(folder), "out": str(out / "adapter"), "data": str(out / "text.txt"),
         "steps": 2, "batch_size": 1, "grad_accum": 1, "seq_len": 32, "lr": 1e-2,
-        "report": False,
+        "baseline": False,
     }  # fmt: skip
     finetune(FinetuneConfig.build(options))
     adapted = open_to_run(str(folder), adapter=str(out / "adapter"))

@@ -110,9 +110,9 @@ def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[flo
     from torch.distributed.fsdp import fully_shard
 
     from modulora_core import distributed
-    from modulora_core.adapters.lora import add_lora
-    from modulora_core.adapters.settings import LoRASettings
-    from modulora_core.checkpoints.loading import load_model
+    from modulora_core.hf.load_model import load_model
+    from modulora_core.lora.adapting import add_lora
+    from modulora_core.lora.settings import LoRASettings
     from modulora_core.training.chunked_loss import chunked_loss
     from modulora_core.training.deferred_logits import DeferredLogits
     from modulora_core.training.gradient_checkpointing import checkpoint_activations

@@ -21,6 +21,9 @@ ROOT = CORE.parent
 
 KNOWN_PLUGINS = {"nf4", "int8", "optq", "quip"}
 
+WORDS = {"compare", "kernels", "recover"}
+"""Plugins whose name is a word that the core may use."""
+
 
 def sources(folder: Path) -> list[Path]:
     hidden = {path for path in folder.rglob(".*") if path.is_dir()}
@@ -37,7 +40,7 @@ def plugin_names() -> set[str]:
 
 def naming(name: str) -> str:
     """A pattern for a plugin's name. If other things have the name, it finds the plugin only."""
-    if name in BITS_OF_DTYPE:
+    if name in BITS_OF_DTYPE or name in WORDS:
         return rf"modulora[-_]{name}|-q {name}\b|={name}\b"
     return rf"(?<![A-Za-z]){name}(?![a-z])"
 

@@ -280,7 +280,7 @@ def test_the_python_of_the_docs_runs(tmp_path: Path) -> None:
 
 KERNELS_CHECK = """
 import sys, torch
-from modulora_core.kernels import compiled
+from modulora_kernels import compiled
 from modulora_rounding.quantizer import Options, RoundingQuantizer
 
 quantizer = RoundingQuantizer(Options(bits=3, group_size=16))

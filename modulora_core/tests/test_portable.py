@@ -51,7 +51,7 @@ def test_quantizing_finetuning_and_measuring_work(
     packed, adapter, notes = (str(tmp_path / name) for name in ("packed", "adapter", "notes.txt"))
     quantize(tmp_path / "dense", packed, "toy")
     config = FinetuneConfig(
-        model=packed, out=adapter, data=notes, steps=2, batch_size=1, seq_len=16, report=False
+        model=packed, out=adapter, data=notes, steps=2, batch_size=1, seq_len=16, baseline=False
     )
     result = finetune(config, progress=False)
     assert len(result.losses) == 2
@@ -71,6 +71,6 @@ def test_mapped_weights_need_no_advice_to_the_kernel(
     quantize(tmp_path / "dense", tmp_path / "packed", "toy")
     config = FinetuneConfig(
         model=str(tmp_path / "packed"), out=str(tmp_path / "adapter"), steps=1, batch_size=1,
-        data=str(tmp_path / "notes.txt"), seq_len=16, mapped=True, report=False,
+        data=str(tmp_path / "notes.txt"), seq_len=16, mapped=True, baseline=False,
     )  # fmt: skip
     assert len(finetune(config, progress=False).losses) == 1

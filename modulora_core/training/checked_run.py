@@ -9,20 +9,17 @@ from typing import Any
 
 import torch
 
-from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.data.sources import Source, source_name
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import OptionError
+from modulora_core.hf.peft_format import read_adapter
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.arguments import total_steps, warn_of_settings
 from modulora_core.training.checks import check_adapter, check_lora_file, checked_model
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.distillation import Predictions, predictions_of
-from modulora_core.training.init_adapter import CORRECTION_SAMPLES, Corrector
-from modulora_core.training.methods import method_examples
+from modulora_core.training.methods import METHODS, Method
 from modulora_core.training.resuming import CHECKPOINTS, Begun, begun, check_examples, check_new
 
 logger = logging.getLogger(__name__)
@@ -36,10 +33,8 @@ class CheckedRun:
         config: the run, with a ``seq_len`` in the model's window.
         data: the name of the training data.
         examples: the examples of ``"train"``, and of ``"eval"`` if there is evaluation data.
-        predictions: the dense model's predictions; None without ``distill``.
-        start: the dense model and the text that make a corrected adapter; None for ``init="zero"``.
-        begun: the part of the run that ``out`` has. A finished run has neither predictions nor a
-            start.
+        method: the method, which has begun unless the run is finished.
+        begun: the part of the run that ``out`` has.
     """
 
     config: FinetuneConfig
@@ -50,8 +45,7 @@ class CheckedRun:
     data: str
     examples: dict[str, Any]
     steps: int
-    predictions: Predictions | None
-    start: Corrector | None
+    method: Method
     begun: Begun
 
     @property
@@ -66,16 +60,18 @@ def checked_run(
     eval_data: Source | None,
     out: Path,
     resume: bool,
+    method: Method | None = None,
 ) -> CheckedRun:
-    """Check the request, and read the data.
+    """Check the request, and read the data. The method is the config's, unless one is given.
 
     Raises:
         RequestError: as :func:`modulora_core.finetune`.
     """
-    sources = _sources(config, data, eval_data)
+    sources, method = _sources(config, data, eval_data), method or METHODS[config.method]()
     device = pick_device()
     if not resume:
         check_new(out)  # a bad one is refused before a model is downloaded
+    method.check(config)
     base = checked_model(config, device)
     model_config = base.transformers_config()
     config = config.in_window(window_of(model_config), config.model)
@@ -88,26 +84,22 @@ def checked_run(
     tokenizer = base.tokenizer()
     vocabulary = vocabulary_of(model_config)
     examples = {
-        name: method_examples(source, config, tokenizer, vocabulary)
+        name: method.examples(source, config, tokenizer, vocabulary)
         for name, source in sources.items()
     }
     if config.packing and examples["train"].report.format != "text":  # its windows are full
         examples["train"] = examples["train"].joined(config.seq_len)
     check_examples(out, examples, out if found.finished else found.checkpoint)
     steps = total_steps(config, len(examples["train"]), world_size())
-    predictions = start = None
     if found.finished:
         logger.info("%s: it is finished; nothing is left to resume", out)
     else:
-        predictions = predictions_of(
-            config, examples["train"], steps, tokenizer, vocabulary, out / CHECKPOINTS
-        )
-        start = None if found.checkpoint is not None else _start(config)
+        method.begin(config, examples["train"], steps, tokenizer, vocabulary, out / CHECKPOINTS)
         warn_of_settings(config, examples["train"], steps)
     return CheckedRun(
         config=config, out=out, device=device, base=base, tokenizer=tokenizer,
         data=source_name(sources["train"]), examples=examples, steps=steps,
-        predictions=predictions, start=start, begun=found,
+        method=method, begun=found,
     )  # fmt: skip
 
 
@@ -129,13 +121,3 @@ def _sources(
     if "train" not in found:
         raise OptionError("data: expected training data, got none; give --data SOURCE")
     return found
-
-
-def _start(config: FinetuneConfig) -> Corrector | None:
-    """The dense model and the text of a corrected adapter, for ``init="qera"``."""
-    if config.init == "zero" or config.calibration is None:
-        return None
-    text = CalibrationConfig(
-        config.calibration, max_samples=CORRECTION_SAMPLES, seq_len=config.seq_len
-    )
-    return Corrector.open(config.dense or config.model, text, config.seed)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import torch
 
-from modulora_core.adapters.files import base_file, file_writer
-from modulora_core.adapters.lora import selected_layers
-from modulora_core.adapters.peft_format import read_adapter
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.loading import check_mapped, open_packed
+from modulora_core.checkpoints.foreign.files import base_file, file_writer
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.distributed import world_size
-from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.errors import OptionError
+from modulora_core.hf.load_model import check_mapped
+from modulora_core.hf.peft_format import read_adapter
+from modulora_core.lora.adapting import selected_layers
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.registry import Choice
 from modulora_core.training.arguments import check_optimizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.devices import check_device
 from modulora_core.training.sharding import check_fsdp_version, is_sharded
-from modulora_core.training.trainer_options import check_reporters, trainer_options
+from modulora_core.training.trainer_options import check_reporters
 
 
 def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpoint | CachedModel:
@@ -36,13 +36,10 @@ def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpo
         check_fsdp_version()
     check_optimizer(config.optim)
     check_reporters(config.report_to)
-    _check_method(config)
     checkpoint: PackedCheckpoint | CachedModel
     if config.quantizer is not None:
         choice = Choice.parse(config.quantizer, "quantizer")
-        corrects = config.init == "qera" and not choice.create().wants_calibration
         text = CalibrationConfig(config.calibration) if config.calibration else None
-        text = None if corrects else text
         checkpoint = CachedModel(config.model, choice, calibration=text, quality=config.quality)
     else:
         checkpoint = open_packed(config.model)
@@ -85,20 +82,3 @@ def check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | Cache
             f"the file later: modulora convert {config.out} {config.lora_file} --to {spec.name} "
             f"--model FILE{spec.file_suffix}"
         )
-
-
-def _check_method(config: FinetuneConfig) -> None:
-    if config.method == "sft":
-        trainer_options(config.trainer)
-        return
-    if importlib.util.find_spec("trl") is None:
-        raise MissingExtraError(
-            f"method {config.method}: expected the library trl, which is not installed; "
-            "pip install 'modulora-core[preferences]'"
-        )
-    if is_sharded(config):
-        raise OptionError(f"method {config.method}: expected whole weights in each process, got "
-                          "shard; leave shard out")  # fmt: skip
-    from trl import DPOConfig
-
-    trainer_options(config.trainer, DPOConfig)

@@ -3,13 +3,7 @@
     loss = 1/N Σ -log p(y)          p = softmax(z)    z : logits of a row, [vocabulary]
     ∂(-log p(y)) / ∂z = p - e_y     y : its label     e_y : one at y, zero elsewhere
 
-With a teacher (Hinton et al. 2015, arXiv 1503.02531) that names the k most likely tokens of a row,
-
-    loss = 1/N Σ (1 - x) (-log p(y)) + x KL(t ‖ p)       x : the weight of the teacher
-    KL(t ‖ p) = Σ_v t_v log (t_v / p_v) + T log (T / P)  t : its probabilities, [k]
-    ∂ KL / ∂z = p - t̃                                    T, P : of all other tokens, by t and by p
-
-The other tokens are one class in KL. So t̃ is t at the k tokens, and T p / P elsewhere.
+A :data:`RowLoss` may take the place of -log p(y).
 
 512 tokens × 49,152 entries of a vocabulary take 96 MiB in fp32, and the usual loss has three or
 four such tensors. Here the logits of one chunk exist at a time, and p - e_y overwrites them. The
@@ -21,11 +15,9 @@ The loss is exact: no approximation, and sums in fp32 or wider.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from typing import Any, TypeGuard
 
 import torch
@@ -52,33 +44,27 @@ _FACTOR = 2.0**10
 (6e-5). A power of two changes no bit in the other dtypes."""
 
 
-_SMALLEST = 1e-20
-"""The least P: in fp32, all tokens outside of the teacher's can have probability 0."""
+RowLoss = Callable[[Tensor, Tensor, slice, bool], Tensor]
+"""``row_loss(z, goals, rows, gradient)`` of some rows gives their losses, ``[n, 1]``.
+
+z is ``[n, vocabulary]``, in fp32 or wider. With ``gradient``, ∂loss / ∂z overwrites it. goals has
+the labels y, ``[n, 1]``. ``rows`` are their places among the batch's labels that are not ignored.
+"""
 
 
-@dataclass(frozen=True, slots=True)
-class Teacher:
-    """A teacher's predictions of the labels that are not ignored, row by row.
-
-    Attributes:
-        tokens: the teacher's most likely tokens, int64 ``[rows, k]``.
-        probabilities: their probabilities, ``[rows, k]``.
-        weight: x, from 0 to 1.
-    """
-
-    tokens: Tensor
-    probabilities: Tensor
-    weight: float
-
-    def split(self, size: int) -> Iterator[Teacher]:
-        """The predictions of ``size`` rows at a time."""
-        parts = zip(self.tokens.split(size), self.probabilities.split(size), strict=True)
-        return (Teacher(tokens, probabilities, self.weight) for tokens, probabilities in parts)
+def cross_entropy(z: Tensor, goals: Tensor, rows: slice, gradient: bool) -> Tensor:  # noqa: ARG001
+    """-log p(y), a :data:`RowLoss`."""
+    at_goal = z.gather(1, goals)
+    largest = z.amax(1, keepdim=True)
+    total = z.sub_(largest).exp_().sum(1, keepdim=True)
+    if gradient:
+        z.div_(total).scatter_add_(1, goals, torch.full_like(total, -1.0))
+    return total.log() + largest - at_goal
 
 
 @contextmanager
 def chunked_loss(
-    model: Any, chunk_bytes: int | None = None, teacher: Teacher | None = None
+    model: Any, chunk_bytes: int | None = None, row_loss: RowLoss = cross_entropy
 ) -> Iterator[None]:
     """Let ``model`` compute its loss from ``labels`` without whole logits, in this block.
 
@@ -90,15 +76,15 @@ def chunked_loss(
         model: a transformers model, not wrapped.
         chunk_bytes: limit of a chunk's logits in fp32, at least one row. None: the default for the
             device, :data:`CHUNK_BYTES_CPU` or :data:`CHUNK_BYTES_GPU`.
-        teacher: its predictions, for a model with transformers' causal loss.
+        row_loss: the loss of a row, for a model with transformers' causal loss.
     """
     before = model.loss_function
     if before is not ForCausalLMLoss:
-        assert teacher is None, "another loss knows no teacher"
+        assert row_loss is cross_entropy, "the model has a loss of its own"
         yield
         return
     with deferred_logits(model):
-        model.loss_function = partial(_causal_lm_loss, chunk_bytes=chunk_bytes, teacher=teacher)
+        model.loss_function = partial(_causal_lm_loss, chunk_bytes=chunk_bytes, row_loss=row_loss)
         try:
             yield
         finally:
@@ -125,7 +111,7 @@ def token_losses(logits: Tensor, labels: Tensor, chunk_bytes: int | None = None)
     losses = torch.zeros(goals.shape, dtype=_wide(logits.dtype), device=logits.device)
     with torch.no_grad():
         for at, z in _chunks(logits, goals, chunk_bytes):
-            losses[at] = _softmax_loss(z, goals[at], gradient=False)
+            losses[at] = _row_losses(z, goals[at], cross_entropy, gradient=False)
             del z  # before the next chunk is computed
     return losses
 
@@ -157,17 +143,17 @@ def _causal_lm_loss(
     shift_labels: Tensor | None = None,
     *,
     chunk_bytes: int | None = None,
-    teacher: Teacher | None = None,
+    row_loss: RowLoss = cross_entropy,
     **options: Any,
 ) -> Tensor:
-    """The loss, with the arguments of transformers' ``ForCausalLMLoss``, and a teacher."""
+    """The loss, with the arguments of transformers' ``ForCausalLMLoss``, and a loss of a row."""
     goals = shift_labels
     if goals is None:  # tokens < t predict t
         goals = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     hidden, head = logits, Head(lambda z: z, ())  # whole logits
     if _is_deferred(logits) and logits.shape == (*goals.shape, vocab_size):
         hidden, head = logits.hidden, logits.head
-    elif teacher is None:
+    elif row_loss is cross_entropy:
         return ForCausalLMLoss(  # type: ignore[no-any-return]
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options
         )
@@ -175,7 +161,7 @@ def _causal_lm_loss(
     rows = (goals != ignore_index).nonzero().squeeze(1)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     size = _chunk_rows(logits, chunk_bytes)
-    loss: Tensor = _SummedLoss.apply(hidden, goals, rows, size, head, teacher, *head.parameters)
+    loss: Tensor = _SummedLoss.apply(hidden, goals, rows, size, head, row_loss, *head.parameters)
     count = len(rows) if num_items_in_batch is None else num_items_in_batch
     return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
 
@@ -191,7 +177,7 @@ class _SummedLoss(torch.autograd.Function):
         rows: Tensor,
         size: int,
         head: Head,
-        teacher: Teacher | None,
+        row_loss: RowLoss,
         *parameters: Tensor,
     ) -> Tensor:
         sources = [hidden, *parameters]
@@ -201,10 +187,8 @@ class _SummedLoss(torch.autograd.Function):
             for source, is_needed in zip(sources, needed, strict=True)
         ]
         total = hidden.new_zeros((), dtype=_wide(hidden.dtype))
-        chunks = rows.split(size)
-        teachers = repeat(None, len(chunks)) if teacher is None else teacher.split(size)
-        for chunk, of_chunk in zip(chunks, teachers, strict=True):
-            total += _chunk_loss(hidden, goals, chunk, head, of_chunk, gradients)
+        for i, chunk in enumerate(rows.split(size)):
+            total += _chunk_loss(hidden, goals, chunk, head, row_loss, i * size, gradients)
         ctx.dtypes = [source.dtype for source in sources]
         ctx.save_for_backward(*gradients)
         return total
@@ -225,7 +209,8 @@ def _chunk_loss(
     goals: Tensor,
     rows: Tensor,
     head: Head,
-    teacher: Teacher | None,
+    row_loss: RowLoss,
+    start: int,
     gradients: list[Tensor | None],
 ) -> Tensor:
     """The sum over one chunk. Adds its gradients, times :data:`_FACTOR`, to ``gradients``.
@@ -239,7 +224,7 @@ def _chunk_loss(
     dz = z.detach()
     if needed and head.steps:  # the backward of a step may need z
         dz = dz.clone()
-    loss = _softmax_loss(dz, goals[rows], gradient=bool(needed), teacher=teacher).sum()
+    loss = _row_losses(dz, goals[rows], row_loss, start, gradient=bool(needed)).sum()
     if needed:
         sources = [x, *head.parameters]
         made = torch.autograd.grad(z, [sources[i] for i in needed], dz, materialize_grads=True)
@@ -253,50 +238,27 @@ def _chunk_loss(
     return loss
 
 
-def _softmax_loss(
-    z: Tensor, goals: Tensor, *, gradient: bool, teacher: Teacher | None = None
+def _row_losses(
+    z: Tensor, goals: Tensor, row_loss: RowLoss, start: int = 0, *, gradient: bool
 ) -> Tensor:
     """The loss of each row, ``[n]``, in fp32 or wider. It overwrites z.
 
     Args:
         z: ``[n, vocabulary]``.
         goals: y, ``[n]``.
+        start: the number of the first row, for ``row_loss``.
         gradient: leave the gradient, times :data:`_FACTOR`, in z.
-        teacher: the predictions of these rows.
     """
     losses = []
     size = max(1, -(-len(z) // _PIECES))
-    pieces = z.split(size)
-    teachers = repeat(None, len(pieces)) if teacher is None else teacher.split(size)
-    for piece, y, of_piece in zip(pieces, goals[:, None].split(size), teachers, strict=True):
+    for piece, y in zip(z.split(size), goals[:, None].split(size), strict=True):
         p = piece.to(_wide(z.dtype))  # the piece itself if it is wide
-        at_goal = p.gather(1, y)
-        largest = p.amax(1, keepdim=True)
-        total = p.sub_(largest).exp_().sum(1, keepdim=True)
-        loss = total.log() + largest - at_goal
-        if gradient or of_piece is not None:
-            p.div_(total)
-        weight = 0.0
-        if of_piece is not None:
-            weight = of_piece.weight
-            loss = (1 - weight) * loss + weight * _divergence(p, of_piece)
-        losses.append(loss.squeeze(1))
+        losses.append(row_loss(p, y, slice(start, start + len(p)), gradient).squeeze(1))
+        start += len(p)
         if gradient:
-            p.scatter_add_(1, y, torch.full_like(total, weight - 1))
             piece.copy_(p.mul_(_FACTOR))
         del p  # before the next piece is widened
     return torch.cat(losses)
-
-
-def _divergence(p: Tensor, teacher: Teacher) -> Tensor:
-    """KL(t ‖ p) of each row, ``[n, 1]``. It replaces p by ``p - weight * t̃``."""
-    tokens, t = teacher.tokens.to(p.device), teacher.probabilities.to(p.device, p.dtype)
-    T = (1 - t.sum(1, keepdim=True)).clamp_min(0)
-    chosen = p.gather(1, tokens)
-    P = p.scatter_(1, tokens, 0.0).sum(1, keepdim=True).clamp_min(_SMALLEST)
-    p.mul_(1 - teacher.weight * T / P).scatter_(1, tokens, chosen - teacher.weight * t)
-    known = torch.xlogy(t, t) - torch.xlogy(t, chosen.clamp_min(_SMALLEST))
-    return known.sum(1, keepdim=True) + torch.xlogy(T, T) - torch.xlogy(T, P)
 
 
 def _is_deferred(logits: Tensor) -> TypeGuard[DeferredLogits]:

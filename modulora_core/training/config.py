@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
@@ -28,14 +28,12 @@ from modulora_core.options import validate_model
 _EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
     "steps": ("epochs",),
     "epochs": ("steps",),
-    "adapter": ("rank", "alpha", "targets", "train_scales", "init"),
+    "adapter": ("rank", "alpha", "targets", "train_scales"),
 }
 """Fields of a file that give way to a flag."""
 
 _DPO: Mapping[str, float] = {"lr": 5e-5, "dropout": 0.0}
 """Defaults of DPO: small steps; noise in the adapter would blur its difference from the base."""
-
-_DISTILL_WEIGHT = 0.5
 
 _LARGEST = 1e30
 """Limit of a factor: float32 ends at 3.4e38, and a run multiplies factors."""
@@ -95,6 +93,12 @@ class FinetuneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    command: ClassVar[str] = "finetune"
+    """The command whose options are these fields; a subclass of a plugin has another one."""
+
+    private: ClassVar[frozenset[str]] = frozenset({"model", "out", "data", "eval_data"})
+    """Fields with names of folders, which the model card leaves out."""
+
     model: PathName = Field(
         description="quantized model: a folder of `modulora quantize` or of another tool, a "
         "plugin's file, or a Hub id; with quantizer, a dense model"
@@ -110,7 +114,7 @@ class FinetuneConfig(BaseModel):
     )
     calibration: PathName | None = Field(
         default=None,
-        description="calibration text, of a quantizer that needs one, and of init qera",
+        description="calibration text, of a quantizer that needs one",
     )
     quality: Literal["fast", "balanced", "best"] = Field(
         default="balanced", description="of quantizing: less time, or less loss, at the same size"
@@ -128,18 +132,6 @@ class FinetuneConfig(BaseModel):
         default="sft",
         description="training method: sft for next tokens; dpo for preferences (prompt, chosen, "
         "rejected), with TRL, by default with lr 5e-05 and dropout 0",
-    )
-    distill: PathName | None = Field(
-        default=None,
-        description="dense model whose predictions of the training data the adapter also learns, "
-        "usually the one that was quantized; they are computed once, block by block, and take 384 "
-        "bytes a trained token in OUT until the end",
-    )
-    distill_weight: float = Field(
-        default=_DISTILL_WEIGHT,
-        gt=0,
-        le=1,
-        description="weight of distill in the loss, beside the data's",
     )
     eval_data: Sources | None = Field(
         default=None, description="data to measure the loss on; not trained"
@@ -170,14 +162,6 @@ class FinetuneConfig(BaseModel):
     )
     adapter: PathName | None = Field(
         default=None, description="train this adapter further, instead of a new one"
-    )
-    init: Literal["zero", "qera"] = Field(
-        default="zero",
-        description="start of the adapter: zero; or qera, the best correction of the quantizer's "
-        "errors on the calibration text, which needs the dense model",
-    )
-    dense: PathName | None = Field(
-        default=None, description="model before quantization, for init qera; not with quantizer"
     )
 
     steps: int | None = Field(default=None, ge=1, description="optimizer steps, instead of epochs")
@@ -252,11 +236,10 @@ class FinetuneConfig(BaseModel):
         default=(),
         description="experiment trackers, separated by commas: tensorboard, wandb, mlflow, ...",
     )
-    report: bool = Field(
+    baseline: bool = Field(
         default=True,
-        description="write report.html: curves, settings, a loss on examples that the run did not "
-        "reach, and answers before and after; the loss takes at most a fifth of the run's time, "
-        "the answers a tenth or 5 seconds",
+        description="also measure the loss without the adapter: on eval_data, or on examples that "
+        "the run did not reach, which takes at most a fifth of the run's time",
     )
     lora_file: PathName | None = Field(
         default=None,
@@ -297,28 +280,13 @@ class FinetuneConfig(BaseModel):
             raise ValueError(f"format {self.format}: expected no other format beside prompt")
         if self.quantizer is None and self.quality != "balanced":
             raise ValueError("quality: expected quantizer beside it, got none")
-        if self.quantizer is None and self.calibration and self.init == "zero":
-            raise ValueError("calibration: expected quantizer or init qera beside it, got none")
-        if self.init == "qera" and (self.dense is None) == (self.quantizer is None):
-            got = "both" if self.dense else "none"
-            raise ValueError(
-                f"init qera: expected dense, or a dense model and quantizer, got {got}"
-            )
-        if self.init == "qera" and self.calibration is None:
-            raise ValueError("init qera: expected calibration, the text to correct on, got none")
-        if self.init == "qera" and self.method == "dpo":
-            raise ValueError("init qera: expected method sft beside it, got dpo")
-        if self.init == "zero" and self.dense is not None:
-            raise ValueError("dense: expected init qera beside it, got none")
+        if self.quantizer is None and self.calibration:
+            raise ValueError("calibration: expected quantizer beside it, got none")
         if self.keep_products and not self.gradient_checkpointing:
             raise ValueError(
                 "keep_products: expected gradient_checkpointing, got none; without it, the "
                 "backward saves all products anyway"
             )
-        if self.distill is None and self.distill_weight != _DISTILL_WEIGHT:
-            raise ValueError("distill_weight: expected distill beside it, got none")
-        if self.method == "dpo" and self.distill is not None:
-            raise ValueError("distill: expected method sft beside it, got dpo")
         if self.method == "dpo" and self.packing:
             raise ValueError("packing: expected method sft beside it, got dpo")
         if self.method == "dpo" and (self.format != "auto" or self.prompt is not None):
@@ -355,7 +323,7 @@ class FinetuneConfig(BaseModel):
         for name in given:
             for other in _EXCLUSIVE.get(name, ()):
                 values.pop(other, None)
-        subject = "finetune" if file is None else f"finetune with {file}"
+        subject = cls.command if file is None else f"{cls.command} with {file}"
         named = dict(map(_renamed, {**values, **given}.items()))
         return cls.model_validate(named, context=subject)
 
@@ -378,15 +346,16 @@ class FinetuneConfig(BaseModel):
         adapter = set() if self.adapter is None else set(_EXCLUSIVE["adapter"])
         values = self.model_dump(mode="json", exclude_none=True, exclude=adapter)
         text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        return f"# modulora finetune --config FILE repeats this run; flags override it.\n{text}"
+        command = f"modulora {self.command} --config FILE"
+        return f"# {command} repeats this run; flags override it.\n{text}"
 
     def differences(self, other: FinetuneConfig) -> list[str]:
         """The fields that differ from ``other``'s: ``"lr 0.001 → 0.01"``.
 
         Not of outputs, nor of how a batch is divided over processes and forward passes.
         """
-        left_out = {"out", "report", "report_to", "lora_file", "batch_size", "grad_accum", "shard",
-                    "parity_check"}  # fmt: skip
+        left_out = {"out", "baseline", "report_to", "lora_file", "batch_size", "grad_accum",
+                    "shard", "parity_check"}  # fmt: skip
         mine = self.model_dump(mode="json", exclude=left_out)
         others = other.model_dump(mode="json", exclude=left_out)
         names = [name for name in mine if mine[name] != others[name]]

@@ -2,9 +2,8 @@
 
 OUT/finetune.yaml                 the config, written before training; resume compares with it
 OUT/checkpoints/checkpoint-N/     during training; each is an adapter folder too
-OUT/checkpoints/predictions-*     during training with distill; the dense model's predictions
 OUT/README.md                     a model card
-OUT/report.html                   curves, settings, answers without and with the adapter
+OUT/log.json                      the losses of all steps, for a report
 OUT/modulora.json                 the base of the adapter
 OUT/adapter_model.safetensors
 OUT/modulora_scales.safetensors   with channel scales only
@@ -24,37 +23,35 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.loading import load_model, resolved_dtype
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.written.outputs import check_disk_space, only_writer, write_file
 from modulora_core.data.sources import Source
 from modulora_core.dense_products import matmul_precision
 from modulora_core.distributed import is_first, together
-from modulora_core.errors import OptionError
-from modulora_core.layers import QuantLinear
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model, resolved_dtype
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.config import vocabulary_of
 from modulora_core.models.folders import RUN_FILE
-from modulora_core.progress import Display, Progress, quiet, shown
+from modulora_core.progress import Display, quiet, shown
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.batches import check_joined
 from modulora_core.training.checked_run import CheckedRun, checked_run
 from modulora_core.training.checkpoints import remove_half_written
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.held_out import HeldOut, held_out
-from modulora_core.training.init_adapter import Corrector
+from modulora_core.training.gradient_checkpointing import checkpoint_activations
+from modulora_core.training.held_out import held_out
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.losses import eval_loss_before, worsening
-from modulora_core.training.methods import method_arguments, method_trainer, trainer_refused
+from modulora_core.training.methods import Method, trainer_refused
 from modulora_core.training.outputs import Trained, write_outputs
 from modulora_core.training.resuming import CHECKPOINTS, record_examples
+from modulora_core.training.run_log import HeldOut
 from modulora_core.training.sharding import is_sharded
 from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
 
@@ -70,7 +67,7 @@ class FinetuneResult:
         losses: the loss of each optimizer step, over the trained tokens of its batch.
         eval_loss: the loss after the last step; None without evaluation data.
         eval_loss_before: the loss before the first step; None without evaluation data, or if the
-            run began without report.
+            run began without ``baseline``.
         seconds: duration of training in this call and of the evaluations in it, without the steps
             before a resume.
         tokens_per_second: trained tokens, without padding, divided by ``seconds``.
@@ -79,7 +76,7 @@ class FinetuneResult:
         model: the packed model: the config's, or its folder in the cache.
         files: the ``lora_file`` and the files beside it that the first process wrote.
         padding: share of padding in the training batches of this call; None for DPO.
-        held_out: the loss on examples that the run did not reach, if there is a report and no
+        held_out: the loss on examples that the run did not reach, with ``baseline`` and without
             evaluation data; None after a whole epoch.
     """
 
@@ -110,6 +107,7 @@ def finetune(
     on_step: OnStep | None = None,
     on_eval: OnEval | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    method: Method | None = None,
     progress: Display = True,
 ) -> FinetuneResult:
     """Train an adapter and write it to ``config.out``, in PEFT's format.
@@ -126,6 +124,7 @@ def finetune(
         on_step: called after each optimizer step.
         on_eval: called after each evaluation.
         callbacks: callbacks of transformers' Trainer.
+        method: a plugin's own method, instead of the config's.
         progress: called with a title, the steps done and their number; by default a bar on a
             terminal, and False shows none. :class:`~modulora_core.progress.Bars` draws its own.
 
@@ -140,14 +139,14 @@ def finetune(
     """
     out = Path(config.out)
     with together():
-        run = checked_run(config, data, eval_data, out, resume)
+        run = checked_run(config, data, eval_data, out, resume, method)
     if run.begun.finished:
         return FinetuneResult(out=config.out, model=run.model)
     config = run.config
     checkpoint = _packed(run.base, progress)
     trained = _train(run, checkpoint, progress, on_step, on_eval, callbacks)
     losses, eval_loss = trained.logged("loss"), trained.eval_loss
-    files = write_outputs(run, checkpoint, trained, progress)
+    files = write_outputs(run, checkpoint, trained)
     worse = worsening(losses, eval_loss, vocabulary_of(trained.model.config))
     if worse:
         advice = f"the adapter makes the model worse; lower the learning rate (lr {config.lr:g})"
@@ -178,7 +177,7 @@ def _train(
 ) -> Trained:
     """Load the model, put the adapter on, and train it."""
     config, out, device, examples = run.config, run.out, run.device, run.examples
-    predictions, interruption = run.predictions, Interruption()
+    method, interruption = run.method, Interruption()
     watcher = Watcher(on_step, on_eval, interruption)
     with (
         PeakMemory(device) as peak,
@@ -186,31 +185,33 @@ def _train(
         only_writer(out) if is_first() else nullcontext(),
         matmul_precision(config.matmul_precision),
     ):
-        with together(), shown(progress, "loading the model", "layers") as show:
+        with together(), shown(progress, "loading the model", "layers"):
             with trainer_refused(config.trainer, out / CHECKPOINTS):
-                arguments = method_arguments(config, out / CHECKPOINTS, run.steps, device)
+                arguments = method.arguments(config, out / CHECKPOINTS, run.steps, device)
             begins = run.begun.checkpoint is None
-            arguments.eval_on_start = config.report and "eval" in examples and begins
+            arguments.eval_on_start = config.baseline and "eval" in examples and begins
             model = _loaded(checkpoint, config, device)
-            settings = _put_adapter(model, config, run.start, show)
+            method.check_model(model, checkpoint.name)
+            settings = _put_adapter(model, config)
             if config.packing:
                 check_joined(model, config.batch_size)
-            check_disk_space(out, _nbytes(model) + (predictions.nbytes if predictions else 0))
+            check_disk_space(out, _nbytes(model) + method.nbytes)
             with trainer_refused(config.trainer, out / CHECKPOINTS):
-                trainer = method_trainer(
-                    model, config, arguments, examples, run.tokenizer, predictions,
+                trainer = method.trainer(
+                    model, config, arguments, examples, run.tokenizer,
                     settings=settings, memory=peak,
                     callbacks=[watcher, *callbacks],
                 )  # fmt: skip
+                if config.gradient_checkpointing:
+                    checkpoint_activations(model, keep_products=config.keep_products)
                 trainer.get_train_dataloader()
         if is_first():
             write_file(out / RUN_FILE, config.to_yaml())
             record_examples(out, examples)
             remove_half_written(out / CHECKPOINTS)
-        if predictions is not None:
-            with together(), shown(progress, "predicting", "blocks") as show:
-                if is_first():
-                    predictions.compute(device, show)
+        with together():
+            if is_first():
+                method.prepare(device, progress)
         with shown(progress, "training", "steps") as watcher.show:
             started = time.perf_counter()
             with interruption.watched():
@@ -218,8 +219,8 @@ def _train(
             interruption.check()
             seconds = time.perf_counter() - started
             eval_loss = trainer.final_eval_loss() if "eval" in examples else None
-            asked = config.report and "eval" not in examples and isinstance(trainer, AdapterTrainer)
-            unread = held_out(trainer) if asked else None
+            asked = config.baseline and "eval" not in examples
+            unread = held_out(trainer) if asked and isinstance(trainer, AdapterTrainer) else None
     return Trained(
         model=model, trainer=trainer, settings=settings, tokens=tokens, seconds=seconds,
         peak_bytes=peak.nbytes, eval_loss=eval_loss, held_out=unread,
@@ -240,27 +241,13 @@ def _loaded(
     """The model, on the CPU if FSDP2 will split it: as a whole it may not fit on a GPU."""
     dtype = str(resolved_dtype(config.dtype, device.type)).removeprefix("torch.")
     place = "cpu" if is_sharded(config) else str(device)
-    model = load_model(
+    return load_model(
         checkpoint, dtype=dtype, device=place, mapped=config.mapped,
         parity_check=config.parity_check,
     )  # fmt: skip
-    if config.distill is not None and model.loss_function is not ForCausalLMLoss:
-        raise OptionError(
-            f"distill: expected a model with transformers' causal loss, and {type(model).__name__} "
-            "has its own; leave distill out"
-        )
-    if config.method == "dpo" and isinstance(model.get_output_embeddings(), QuantLinear):
-        raise OptionError(
-            f"method dpo: expected a dense output head, by which TRL multiplies itself, and the "
-            f"head of {checkpoint.name} is packed; quantize without --quantize-head and "
-            "--quantize-embeddings"
-        )
-    return model
 
 
-def _put_adapter(
-    model: PreTrainedModel, config: FinetuneConfig, start: Corrector | None, progress: Progress
-) -> LoRASettings | None:
+def _put_adapter(model: PreTrainedModel, config: FinetuneConfig) -> LoRASettings | None:
     """Put on a new adapter, and return its settings; or load the adapter to continue."""
     if config.adapter is not None:
         load_adapter(model, config.adapter, trainable=True)
@@ -270,10 +257,7 @@ def _put_adapter(
     settings = LoRASettings(
         config.rank, config.alpha, config.dropout, config.targets, config.seed, config.train_scales
     )
-    if start is None:
-        add_lora(model, settings)
-    else:
-        start.put_on(model, config.model, settings, progress)
+    add_lora(model, settings)
     return settings
 
 

@@ -6,30 +6,17 @@ Nothing of the training changes: a run of few steps leaves most of its data unre
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Subset
 
-from modulora_core.adapters.switching import without_adapter
 from modulora_core.distributed import world_size
+from modulora_core.lora.switching import without_adapter
+from modulora_core.training.run_log import HeldOut
 from modulora_core.training.trainer import AdapterTrainer
 
 MOST, LEAST = 32, 8
 """Number of examples; fewer than the least say little."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOut:
-    """The loss on ``examples`` of the training data that the run did not reach.
-
-    Attributes:
-        before: the loss without the adapter; after: the loss with it.
-    """
-
-    before: float
-    after: float
-    examples: int
 
 
 def held_out(trainer: AdapterTrainer) -> HeldOut | None:

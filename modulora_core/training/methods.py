@@ -1,7 +1,11 @@
-"""The parts of a run that differ by method: supervised finetuning, or DPO on preferences."""
+"""The parts of a run that differ by method: supervised finetuning, or DPO on preferences.
+
+A plugin's own method is a subclass of :class:`Method`, for ``finetune(config, method=...)``.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,74 +13,176 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
+from typing_extensions import override
 
 from modulora_core.data import Collator, load_examples
 from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
-from modulora_core.errors import ModuLoRAError, OptionError
+from modulora_core.errors import MissingExtraError, ModuLoRAError, OptionError
+from modulora_core.layers import QuantLinear
+from modulora_core.progress import Display
 from modulora_core.training.arguments import training_arguments
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.distillation import Distilled, DistilledCollator, Predictions
-from modulora_core.training.gradient_checkpointing import checkpoint_activations
+from modulora_core.training.sharding import is_sharded
 from modulora_core.training.trainer import AdapterRun, AdapterTrainer
+from modulora_core.training.trainer_options import trainer_options
 
 
-def method_examples(source: Source, config: FinetuneConfig, tokenizer: Any, vocabulary: int) -> Any:
-    """Read a source as examples for the trainer of the method. Raises RequestError."""
-    if config.method == "dpo":
-        return load_preferences(source, tokenizer, seq_len=config.seq_len, vocabulary=vocabulary)
-    template = Template.of(config.prompt, config.completion)
-    examples = load_examples(
-        source, tokenizer, format=config.format, seq_len=config.seq_len, template=template
-    )
-    examples.check_ids(vocabulary, source_name(source))
-    return examples
+class Method:
+    """Supervised finetuning on next tokens. Subclasses replace the parts in which they differ.
 
+    A run calls the methods in their order here. A subclass of AdapterTrainer may have another loss
+    (:meth:`~modulora_core.training.trainer.AdapterTrainer.row_loss`).
 
-def method_arguments(
-    config: FinetuneConfig, folder: Path, steps: int, device: torch.device
-) -> TrainingArguments:
-    """The Trainer's arguments for the method of ``config``."""
-    if config.method == "dpo":
-        from modulora_core.training.preference import preference_arguments
+    Attributes:
+        trainer_class: the class of the trainer.
+        in_words: how the model card describes it: ``" with TRL's DPOTrainer"``.
+        nbytes: number of bytes that :meth:`prepare` writes, known after :meth:`begin`.
+    """
 
-        return preference_arguments(config, folder, steps, device)
-    return training_arguments(config, folder, steps, device)
+    trainer_class: type[AdapterTrainer] = AdapterTrainer
+    in_words = ""
+    nbytes = 0
 
+    def check(self, config: FinetuneConfig) -> None:
+        """Check the options before the model is opened. Raises RequestError."""
+        trainer_options(config.trainer)
 
-def method_trainer(
-    model: PreTrainedModel,
-    config: FinetuneConfig,
-    arguments: TrainingArguments,
-    data: Mapping[str, Any],
-    tokenizer: Any,
-    predictions: Predictions | None,
-    **common: Any,
-) -> AdapterRun:
-    """The trainer of the method, with the model's gradient checkpointing turned on."""
-    if config.method == "dpo":
-        from modulora_core.training.preference import preference_trainer
+    def examples(
+        self, source: Source, config: FinetuneConfig, tokenizer: Any, vocabulary: int
+    ) -> Any:
+        """Read a source as examples for the trainer. Raises RequestError."""
+        template = Template.of(config.prompt, config.completion)
+        examples = load_examples(
+            source, tokenizer, format=config.format, seq_len=config.seq_len, template=template
+        )
+        examples.check_ids(vocabulary, source_name(source))
+        return examples
 
-        trainer = preference_trainer(model, config, arguments, data, tokenizer, **common)
-    else:
+    def begin(
+        self,
+        config: FinetuneConfig,
+        examples: Any,
+        steps: int,
+        tokenizer: Any,
+        vocabulary: int,
+        folder: Path,
+    ) -> None:
+        """Check the request with the training examples, before weights are loaded.
+
+        Args:
+            config: the run; steps: the number of its optimizer steps.
+            examples: the training examples.
+            tokenizer: the model's; vocabulary: the number of tokens that the model knows.
+            folder: the folder of the checkpoints, for files until the end of the run.
+
+        Raises:
+            RequestError: something can't be used.
+        """
+
+    def arguments(
+        self, config: FinetuneConfig, folder: Path, steps: int, device: torch.device
+    ) -> TrainingArguments:
+        """The Trainer's arguments."""
+        return training_arguments(config, folder, steps, device)
+
+    def check_model(self, model: PreTrainedModel, name: str) -> None:
+        """Check the loaded model. Raises OptionError."""
+
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        config: FinetuneConfig,
+        arguments: TrainingArguments,
+        data: Mapping[str, Any],
+        tokenizer: Any,
+        **common: Any,
+    ) -> AdapterRun:
+        """The trainer.
+
+        Args:
+            model: with its adapter; data: the examples of ``"train"``, and perhaps of ``"eval"``.
+            common: the arguments of AdapterRun.
+        """
         # any id will do to pad: attention and labels mask it
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        collator = Collator(next(int(pad) for pad in pads if pad is not None))
-        trainer = AdapterTrainer(
+        return self.trainer_class(
             model=model,
             args=arguments,
-            data_collator=DistilledCollator(collator) if predictions else collator,
-            train_dataset=Distilled(predictions) if predictions else data["train"],
+            data_collator=Collator(next(int(pad) for pad in pads if pad is not None)),
+            train_dataset=data["train"],
             eval_dataset=data.get("eval"),
             offload_activations=config.offload_activations,
             group_by_length=data["train"].report.format != "text",
-            distill_weight=config.distill_weight,
             **common,
         )
-    if config.gradient_checkpointing:
-        checkpoint_activations(model, keep_products=config.keep_products)
-    return trainer
+
+    def prepare(self, device: torch.device, progress: Display) -> None:
+        """Compute what the training reads from files; in the first process only."""
+
+
+class Preferences(Method):
+    """DPO, by TRL's trainer."""
+
+    in_words = " with TRL's DPOTrainer"
+
+    @override
+    def check(self, config: FinetuneConfig) -> None:
+        if importlib.util.find_spec("trl") is None:
+            raise MissingExtraError(
+                f"method {config.method}: expected the library trl, which is not installed; "
+                "pip install 'modulora-core[preferences]'"
+            )
+        if is_sharded(config):
+            raise OptionError(
+                f"method {config.method}: expected whole weights in each process, got shard; "
+                "leave shard out"
+            )
+        from trl import DPOConfig
+
+        trainer_options(config.trainer, DPOConfig)
+
+    @override
+    def examples(
+        self, source: Source, config: FinetuneConfig, tokenizer: Any, vocabulary: int
+    ) -> Any:
+        return load_preferences(source, tokenizer, seq_len=config.seq_len, vocabulary=vocabulary)
+
+    @override
+    def arguments(
+        self, config: FinetuneConfig, folder: Path, steps: int, device: torch.device
+    ) -> TrainingArguments:
+        from modulora_core.training.preference import preference_arguments
+
+        return preference_arguments(config, folder, steps, device)
+
+    @override
+    def check_model(self, model: PreTrainedModel, name: str) -> None:
+        if isinstance(model.get_output_embeddings(), QuantLinear):
+            raise OptionError(
+                f"method dpo: expected a dense output head, by which TRL multiplies itself, and "
+                f"the head of {name} is packed; quantize without --quantize-head and "
+                "--quantize-embeddings"
+            )
+
+    @override
+    def trainer(
+        self,
+        model: PreTrainedModel,
+        config: FinetuneConfig,
+        arguments: TrainingArguments,
+        data: Mapping[str, Any],
+        tokenizer: Any,
+        **common: Any,
+    ) -> AdapterRun:
+        from modulora_core.training.preference import preference_trainer
+
+        return preference_trainer(model, config, arguments, data, tokenizer, **common)
+
+
+METHODS: Mapping[str, type[Method]] = {"sft": Method, "dpo": Preferences}
+"""The methods by their names in a config."""
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from modulora_core.adapters.peft_format import SCALES_FILE
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.hf.peft_format import SCALES_FILE
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.losses import loss_in_words
 from modulora_core.version import VERSION
@@ -26,6 +26,7 @@ def model_card(
     eval_loss: float | None,
     *,
     data: str,
+    method: str = "",
     channel_scales: bool = False,
 ) -> str:
     """Markdown with the Hub's metadata: base, data, settings, losses, and usage.
@@ -34,6 +35,7 @@ def model_card(
         config: the run; checkpoint: its model.
         losses: the loss of each step; eval_loss: the loss on the evaluation data.
         data: the name of the training data.
+        method: how the method of training is described, after the name of this package.
         channel_scales: the adapter has channel scales, which PEFT ignores.
     """
     record = checkpoint.record
@@ -44,17 +46,11 @@ def model_card(
         metadata = f"base_model: {json.dumps(base)}\n{metadata}"
     if not channel_scales:  # the Hub shows how to load it with this library
         metadata = f"library_name: peft\n{metadata}"
-    excluded = {"model", "out", "data", "eval_data", "distill", "dense"}
-    if config.distill is None:
-        excluded.add("distill_weight")
-    settings = config.model_dump(mode="json", exclude_none=True, exclude=excluded)
+    settings = config.model_dump(mode="json", exclude_none=True, exclude=set(config.private))
     rows = "\n".join(
         f"| {name} | {', '.join(value) if isinstance(value, list) else value} |"
         for name, value in settings.items()
     )
-    method = " with TRL's DPOTrainer" if config.method == "dpo" else ""
-    if config.distill is not None:
-        method = " with the predictions of the dense model"
     evaluated = ""
     if eval_loss is not None:
         evaluated = (

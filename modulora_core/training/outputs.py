@@ -1,8 +1,8 @@
-"""Write a finished training: the adapter, its model card, and its report."""
+"""Write a finished training: the adapter, its model card, and its log."""
 
 from __future__ import annotations
 
-import logging
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,24 +10,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.files import base_file, file_writer
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
+from modulora_core.checkpoints.foreign.files import base_file, file_writer
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.distributed import is_first, together
 from modulora_core.errors import OutputError
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.folders import RUN_FILE
-from modulora_core.progress import Display, shown
 from modulora_core.training.checked_run import CheckedRun
-from modulora_core.training.held_out import HeldOut
 from modulora_core.training.model_card import model_card
-from modulora_core.training.report import REPORT_FILE, report
 from modulora_core.training.resuming import CHECKPOINTS
-from modulora_core.training.samples import LEAST, Sample, answers
-
-logger = logging.getLogger(__name__)
+from modulora_core.training.run_log import LOG_FILE, HeldOut, RunLog
 
 _ADAPTER = Path(CHECKPOINTS) / "adapter"
 """The adapter while the ``lora_file`` is made of it."""
@@ -51,9 +46,9 @@ class Trained:
 
 
 def write_outputs(
-    run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained, progress: Display
+    run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained
 ) -> tuple[str, ...]:
-    """Write the card, the report and the adapter. All processes call it; the first one writes.
+    """Write the card, the log and the adapter. All processes call it; the first one writes.
 
     The adapter comes last: with it, OUT is finished. Until then ``--resume`` writes all again.
 
@@ -66,20 +61,16 @@ def write_outputs(
     """
     out = run.out
     files: tuple[str, ...] = ()
-    page = _report(run, checkpoint, trained, progress) if run.config.report else None
     if run.config.lora_file is not None:
         with together():  # a file is made of a saved adapter, and OUT's comes last
             save_adapter(trained.model, out / _ADAPTER, settings=trained.settings)
     with together():
         if is_first():
             write_file(out / "README.md", _card(run, checkpoint, trained))
-            if page is not None:
-                write_file(out / REPORT_FILE, page)
+            write_file(out / LOG_FILE, _log(run, checkpoint, trained).model_dump_json(indent=1))
             files = _write_lora_file(run, checkpoint)
     with together():
         save_adapter(trained.model, out, settings=trained.settings)
-        if run.predictions is not None and is_first():
-            run.predictions.file.unlink()
         if not (out / RUN_FILE).is_file():
             raise OutputError(
                 f"output folder {out}: somebody removed it, or its {RUN_FILE}, while the run "
@@ -92,7 +83,7 @@ def _card(run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained) -> st
     scaled = any(layer.input_scale for _, layer in adapter_layers(trained.model))
     return model_card(
         run.config, checkpoint, trained.logged("loss"), trained.eval_loss, data=run.data,
-        channel_scales=scaled,
+        method=run.method.in_words, channel_scales=scaled,
     )  # fmt: skip
 
 
@@ -106,33 +97,18 @@ def _write_lora_file(run: CheckedRun, checkpoint: PackedCheckpoint) -> tuple[str
     return (written.out, *written.beside)
 
 
-def _report(
-    run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained, progress: Display
-) -> str:
-    return report(
-        run.config, checkpoint, trained.trainer.state.log_history,
-        _answers(run, trained, progress), model=run.model,
-        seconds=trained.seconds, peak_memory_bytes=trained.peak_bytes,
-        sampled="evaluation" if "eval" in run.examples else "training",
+def _log(run: CheckedRun, checkpoint: PackedCheckpoint, trained: Trained) -> RunLog:
+    record = checkpoint.record
+    return RunLog(
+        model=run.model,
+        source=str(record.source.get("name") or checkpoint.name),
+        quantizers=tuple(dict.fromkeys(group["quantizer"] for group in record.quantizers())),
+        bits_per_weight=record.bits_per_weight,
+        seconds=trained.seconds,
+        peak_memory_bytes=trained.peak_bytes,
         held_out=trained.held_out,
-    )  # fmt: skip
-
-
-def _answers(run: CheckedRun, trained: Trained, progress: Display) -> list[Sample]:
-    """The report's answers, or none if they fail: the adapter is not written yet."""
-    trainer, seconds = trained.trainer, trained.seconds
-    try:
-        with shown(progress, f"answering prompts for {REPORT_FILE}", "tokens") as show:
-            return answers(
-                trained.model, run.tokenizer, trainer.eval_dataset or trainer.train_dataset,
-                seconds=max(LEAST, seconds / 10), tokens_per_second=trained.tokens / seconds,
-                show=show,
-            )  # fmt: skip
-    except Exception as error:  # generation may fail in any way
-        if trainer.is_fsdp_enabled:  # other processes may wait for this one in a layer
-            raise
-        logger.warning(
-            "%s: it has no sample answers, since they failed with %s: %s",
-            REPORT_FILE, type(error).__name__, " ".join(str(error).split()),
-        )  # fmt: skip
-        return []
+        log_history=[  # JSON has neither NaN nor infinity
+            {k: v for k, v in entry.items() if not isinstance(v, float) or math.isfinite(v)}
+            for entry in trained.trainer.state.log_history
+        ],
+    )

@@ -66,7 +66,7 @@ def begun(out: Path, config: FinetuneConfig) -> Begun:
     if (out / ADAPTER_CONFIG).is_file():
         changed = ["another tool wrote it"]
         if (out / RUN_FILE).is_file():
-            changed = config.differences(FinetuneConfig.build({}, file=out / RUN_FILE))
+            changed = config.differences(type(config).build({}, file=out / RUN_FILE))
         if changed:
             raise OutputError(
                 f"{_finished(out)} of another run ({'; '.join(changed)}); to continue training, "
@@ -76,7 +76,7 @@ def begun(out: Path, config: FinetuneConfig) -> Begun:
     checkpoint = _last_checkpoint(out, resume=True)
     if checkpoint is None:
         return Begun()
-    before = FinetuneConfig.build({}, file=out / RUN_FILE)
+    before = type(config).build({}, file=out / RUN_FILE)
     batches = [
         run.batch_size * run.grad_accum * processes
         for run, processes in ((before, processes_of(checkpoint)), (config, world_size()))

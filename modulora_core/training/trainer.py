@@ -30,24 +30,24 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput
 from typing_extensions import override
 
-from modulora_core.adapters.load import restore_adapter
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data.examples import longest_first
 from modulora_core.data.rendering import IGNORED
 from modulora_core.distributed import barrier, world_size
 from modulora_core.errors import WorkError
+from modulora_core.hf.load_adapter import restore_adapter
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.progress import Progress
 from modulora_core.training.batches import SimilarLengths, attending_within_parts
 from modulora_core.training.checkpoints import seal, trainer_state
 from modulora_core.training.chunked_loss import (
-    Teacher,
+    RowLoss,
     chunked_loss,
+    cross_entropy,
     deferred_logits,
     token_losses,
 )
-from modulora_core.training.distillation import TEACHER
 from modulora_core.training.interruption import Interruption
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
 from modulora_core.training.sharding import split_without_gpus
@@ -186,7 +186,6 @@ class AdapterTrainer(AdapterRun):
     Args:
         offload_activations: keep the activations of training in CPU memory.
         group_by_length: batch examples of similar length.
-        distill_weight: weight of the teacher's predictions that batches bring along.
         arguments: the arguments of AdapterRun.
     """
 
@@ -195,13 +194,15 @@ class AdapterTrainer(AdapterRun):
         *,
         offload_activations: bool,
         group_by_length: bool,
-        distill_weight: float,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self._offload, self._group = offload_activations, group_by_length
-        self._weight = distill_weight
         self._positions = self._padding = 0
+
+    def row_loss(self, inputs: dict[str, Any]) -> RowLoss:  # noqa: ARG002  # a subclass reads it
+        """The loss of the rows of a training batch. It takes entries of its own from ``inputs``."""
+        return cross_entropy
 
     @override
     def padding(self) -> float:
@@ -228,13 +229,9 @@ class AdapterTrainer(AdapterRun):
             self._positions += mask.numel()
             self._padding += int((mask == 0).sum())
         inputs = attending_within_parts(inputs)
-        offload, teacher = self._offload and model.training, None
-        if "teacher_tokens" in inputs:
-            rows = [inputs[name] for name in TEACHER]
-            inputs = {name: value for name, value in inputs.items() if name not in TEACHER}
-            teacher = Teacher(rows[0], rows[1].exp(), self._weight)
+        offload, row_loss = self._offload and model.training, self.row_loss(inputs)
         with (
-            chunked_loss(self.model, teacher=teacher),
+            chunked_loss(self.model, row_loss=row_loss),
             save_on_cpu(pin_memory=True) if offload else nullcontext(),
         ):
             return super().compute_loss(model, inputs, *arguments, **options)

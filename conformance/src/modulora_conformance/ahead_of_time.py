@@ -5,7 +5,7 @@ code would launch::
 
     packed = quantizer.layout((4096, 4096)).empty("cpu")
     for target in TARGETS:
-        # kernels that modulora_core.kernels.triton launches, on CPU tensors; nothing runs
+        # kernels that modulora_kernels.triton launches, on CPU tensors; nothing runs
         compiled = compile_launch(lambda: gpu.matmul(x, packed, transpose=False), target)
         assert compiled.loads[128] > 0                # some load of 16 bytes a thread
 
@@ -26,11 +26,10 @@ from typing import Any
 
 import torch
 import triton
+from modulora_kernels.triton.launching import Call, Config, recorded
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from modulora_core.kernels.triton.launching import Call, Config, recorded
 
 __all__ = [
     "TARGETS", "Call", "Compiled", "Config", "compile_call", "compile_launch", "compile_launches",

@@ -59,7 +59,7 @@ class Level:
         In small products on a busy machine, threads wait for each other a hundred times as long.
         A setting that a quantizer changed is set back: the next check is not to blame."""
         from modulora_conformance.changes import kept_settings  # it imports torch
-        from modulora_core.kernels import one_thread
+        from modulora_core.dense_products import one_thread
 
         threads = request.node.get_closest_marker("threads") is not None
         with kept_settings(), nullcontext() if threads else one_thread():

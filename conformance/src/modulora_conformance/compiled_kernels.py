@@ -68,7 +68,7 @@ class CompiledKernels:
             :data:`INSTRUCTIONS` to compile it for. Code for other processors is then compared too,
             which takes 10 to 30 seconds each.
         loops_of_core: whether all products, except a product of one row, are the core's loops
-            around a decoder (:class:`modulora_core.kernels.cpu.CPUKernels`). Code for other
+            around a decoder (:class:`modulora_kernels.cpu.CPUKernels`). Code for other
             processors then decodes tiles and multiplies one row. NF4's tests multiply all ways.
     """
 
@@ -113,7 +113,7 @@ class CompiledKernels:
     ) -> None:
         """If this fails: kernels share memory, or enter numba's threads at once.
 
-        The latter may end the process. Start kernels with :func:`modulora_core.kernels.launch`.
+        The latter may end the process. Start kernels with :func:`modulora_kernels.launch`.
         """
         for quantizer in quantizers:
             shape = fit(quantizer, 64, 259)
@@ -139,7 +139,7 @@ class CompiledKernels:
     ) -> None:
         """If this fails: each thread has its own sum, so that another machine gives other bits.
 
-        Split sums into a fixed number of parts: :data:`modulora_core.kernels.PARTIAL_SUMS`.
+        Split sums into a fixed number of parts: :data:`modulora_kernels.PARTIAL_SUMS`.
         """
         before = torch.get_num_threads()
         for quantizer in quantizers:
@@ -156,7 +156,7 @@ class CompiledKernels:
         self, quantizers: Sequence[Quantizer]
     ) -> None:
         """If this fails: a module imports numba needlessly, or bypasses
-        :func:`modulora_core.kernels.load`.
+        :func:`modulora_kernels.load`.
         """
         name, options = quantizers[0].spec.name, quantizers[0].options.model_dump(mode="json")
         found = elsewhere(without_numba, name, options)

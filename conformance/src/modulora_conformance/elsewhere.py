@@ -29,7 +29,7 @@ from modulora_conformance.changes import settings
 from modulora_conformance.memo import once
 from modulora_conformance.pages import Place, guarded
 from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.kernels import one_thread
+from modulora_core.dense_products import one_thread
 from modulora_core.packed import PackedLayout
 from modulora_core.registry import create
 from modulora_core.spec import PackedWeight, Quantizer

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import modulora_kernels as kernels
 import pytest
 import torch
+from modulora_kernels import compiled
 from torch import Tensor
-
-from modulora_core import kernels
-from modulora_core.kernels import compiled
 
 
 @pytest.fixture

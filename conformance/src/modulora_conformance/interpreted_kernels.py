@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import modulora_kernels as kernels
 import pytest
 import torch
 from torch import Tensor
@@ -30,7 +31,6 @@ from torch import Tensor
 from modulora_conformance.cases import both_ways, tile
 from modulora_conformance.oracle import product_error
 from modulora_conformance.tolerances import PRODUCT
-from modulora_core import kernels
 from modulora_core.spec import PackedWeight, Quantizer
 
 Weight = tuple[Quantizer, PackedWeight, Tensor]

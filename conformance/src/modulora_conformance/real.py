@@ -24,7 +24,7 @@ from modulora_conformance.cases import (
 from modulora_conformance.changes import same_bits
 from modulora_conformance.levels.packing import promise_of
 from modulora_conformance.memo import once
-from modulora_core.kernels import one_thread
+from modulora_core.dense_products import one_thread
 from modulora_core.spec import PackedWeight, Quantizer
 
 BIG = (513, 33_024)

@@ -102,7 +102,7 @@ def _save_dense(folder: Path, hidden_size: int) -> None:
 
 def load_model(folder: Path) -> nn.Module:
     """The packed model of a folder, on the CPU."""
-    from modulora_core.checkpoints.loading import load_model
+    from modulora_core.hf.load_model import load_model
 
     model: nn.Module = load_model(folder, device="cpu")
     return model
@@ -153,7 +153,7 @@ def check_training_step(saved: TinyModel, folder: Path, measurements: Measuremen
     Gradients go through the model twice, so they have ten times the tolerance of logits.
     """
     from modulora_core import LoRASettings, add_lora, load_adapter, save_adapter
-    from modulora_core.adapters.adapted import adapter_layers
+    from modulora_core.lora.adapted import adapter_layers
 
     settings = LoRASettings(rank=2, alpha=4.0, dropout=0.0)
     model = load_model(saved.packed)

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hf.load_model import load_model
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import FormatSpec
 from modulora_core.spec import TensorLayout

@@ -41,7 +41,7 @@ Parameters that stay dense, by reason: {dense or "none"}.
 
 Install `modulora-core {plugins}`, then load it with transformers:
 
-    import modulora_core
+    import modulora_core.hf
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained("FOLDER")
 

@@ -24,8 +24,8 @@ from modulora_core.calibration import (
 )
 from modulora_core.calibration.observe import Key, ObservedWeight
 from modulora_core.calibration.tuning import learning_rate_factor, relative_error
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import DataError, OptionError, WorkError
+from modulora_core.hf.load_model import load_model
 from modulora_core.layers import ChannelScales
 from modulora_core.models import open_dense
 from modulora_core.packed import PackedWeight

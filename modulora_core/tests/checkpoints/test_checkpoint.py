@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.cli.info import command as info
 from modulora_core.errors import CheckpointError, ModelError, OptionError, PluginError
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
 
 UP = "model.layers.0.mlp.up_proj.weight"
 

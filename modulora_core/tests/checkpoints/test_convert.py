@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import DiskSpaceError, ModelError, OptionError, OutputError, ShapeError
+from modulora_core.hf.load_model import load_model
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.crude_folders import save_crude

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.loading import is_packed, load_model, open_packed
+from modulora_core.checkpoints.opening import is_packed, open_packed
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
 from modulora_core.inference.opened import open_to_run
 from modulora_core.layers import QuantLinear
 from modulora_core.models import installed_formats, open_dense

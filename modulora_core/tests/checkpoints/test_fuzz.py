@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.save import save_adapter
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.peft_format import read_adapter
+from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.models.tokenizer import load_tokenizer
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.crude_folders import save_crude

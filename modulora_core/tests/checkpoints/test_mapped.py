@@ -16,14 +16,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import check_mapped, load_model, open_packed
 from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import OptionError
+from modulora_core.hf.load_model import check_mapped, load_model
 from modulora_core.inference.opened import open_to_run
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.quantization.quantize import quantize
@@ -101,7 +102,7 @@ def test_training_on_a_mapped_model_changes_no_bit(
         out = tmp_path / f"adapter-{mapped}"
         result = finetune(FinetuneConfig.build({
             "model": str(tunable), "out": str(out), "data": str(tmp_path / "text.txt"), "steps": 2,
-            "batch_size": 2, "grad_accum": 1, "seq_len": 32, "mapped": mapped, "report": False,
+            "batch_size": 2, "grad_accum": 1, "seq_len": 32, "mapped": mapped, "baseline": False,
             "gradient_checkpointing": checkpointing,
         }))  # fmt: skip
         adapters.append((result.losses, (out / "adapter_model.safetensors").read_bytes()))

@@ -454,7 +454,6 @@ def test_a_deleted_current_folder_is_refused(
         "quantize MODEL OUT -q toy", "finetune MODEL OUT --data pydoc", "generate MODEL hello",
         "chat MODEL", "evaluate MODEL", "merge MODEL OUT", "info MODEL",
         "convert MODEL OUT --to modulora", "compare MODEL -q toy", "plan MODEL",
-        "init-adapter MODEL OUT --dense other --calibration pydoc",
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("offline_hub")

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.cli import demo
 from modulora_core.errors import DataError
 from modulora_core.inference.generate import Generation
 from modulora_core.inference.opened import Opened
@@ -196,42 +194,6 @@ def test_every_command_takes_a_model_with_packed_ends(
     dense = run("evaluate", source, "--data", text, *SCOPE)[1]["perplexity"]
     # 8 bits move a weight by 1/254 of a row's largest at most
     assert perplexity["base"] == pytest.approx(dense, rel=0.01)
-
-
-@pytest.mark.parametrize("packed_file", [False, True])
-def test_the_demo_finetunes_the_packed_model_and_the_file(
-    run: Run, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed_file: bool
-) -> None:
-    opened = object.__new__(PackedCheckpoint) if packed_file else None
-    monkeypatch.setattr("modulora_core.checkpoints.loading.open_model", lambda model: opened)
-    steps = []
-
-    def step(*words: object) -> dict[str, Any]:
-        steps.append([str(word) for word in words])
-        return {
-            "bytes": 10, "source_bytes": 40, "bits_per_weight": 8.0, "perplexity": 9.0, "text": "a",
-            "tokens_per_second": 1.0, "losses": [2.0], "steps": 3, "seconds": 1.0,
-            "peak_memory_bytes": 100,
-        }  # fmt: skip
-
-    monkeypatch.setattr(demo, "_step", step)
-    words = ("demo", "--steps", "3", "--out", str(tmp_path / "out"), "-q", "toy")
-    code, found, _ = run(*words)
-    assert code == 0
-    names = [stage["name"] for stage in found["stages"]]
-    assert names[-2:] == ["toy", "toy + finetuned"]
-    file = ["original file", "original file + finetuned"]
-    assert names[:-2] == (file if packed_file else ["original, dense"])
-    assert {"quantize", "finetune"} <= found.keys()
-    measured, tuned = ["evaluate", "generate"], ["finetune", "evaluate", "generate"]
-    first = ["info", *measured, *tuned] if packed_file else measured
-    assert [words[0] for words in steps] == [*first, "quantize", *measured, *tuned]
-    trained = [words for words in steps if words[0] == "finetune"]
-    assert [words[1] == demo.MODEL for words in trained] == [True, False][1 - packed_file :]
-    assert all(words[words.index("--steps") + 1] == "3" for words in trained)
-    (tmp_path / "out" / "mine").touch()
-    code, found, _ = run(*words)
-    assert (code, found["error"]["kind"]) == (2, "OutputError")
 
 
 QUANTIZE = "quantize {source} {new} -q toy"

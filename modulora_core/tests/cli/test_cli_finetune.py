@@ -65,7 +65,6 @@ def test_it_trains_and_reports(tunable: Path, text: str, tmp_path: Path, capsys:
     for name in ("chat", "evaluate"):
         assert f"modulora{name}{tunable}--adapter{out}or:" in following
     assert f"moduloramerge{tunable}MERGED--adapter{out}" in following
-    assert following.endswith(f"open{out}/report.htmlinabrowser")
     assert "step 1: loss " in printed.err
     assert (out / "adapter_config.json").is_file()
 

@@ -205,7 +205,7 @@ def test_requests_that_cannot_be(
     [
         "quantize SOURCE OUT -q toy",
         "merge MODEL OUT",
-        "finetune MODEL OUT --data pydoc[:1%] --seq-len 16 --steps 16 --no-report",
+        "finetune MODEL OUT --data pydoc[:1%] --seq-len 16 --steps 16 --no-baseline",
     ],
 )
 def test_a_full_disk_is_one_sentence_and_loses_nothing(

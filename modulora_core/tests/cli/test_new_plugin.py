@@ -93,12 +93,13 @@ case "$*" in *--dry-run*) exit {code};; esac
 
 INSTALLS = {
     "from the index": (0, "", []),
-    "from a folder": (1, ".", ["-m pip install . ./conformance"]),
+    "from a folder": (1, ".", ["-m pip install . ./plugins/kernels ./conformance"]),
     "from a repository": (
         1,
         "https://a.example/b.git",
         [
             "-m pip install git+https://a.example/b.git "
+            "git+https://a.example/b.git#subdirectory=plugins/kernels "
             "git+https://a.example/b.git#subdirectory=conformance"
         ],
     ),

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data import load_examples, sources
 from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Slice, load_records, pydoc_text, source_name
@@ -277,54 +276,11 @@ def test_a_file_of_other_fields_is_refused_after_its_first_record(tmp_path, read
 def test_a_small_parquet_file_of_very_much_is_refused(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    for text, rows, message in (
-        ("a", 10**6, r"expected at most [\d,]+ rows, as many as bytes"),
-        ("a" * 10**6, 100, "expected at most 32 MiB in 64 rows"),
-    ):
-        column = pyarrow.array([text]).take(pyarrow.array([0] * rows))
-        parquet.write_table(pyarrow.table({"text": column}), tmp_path / "d.parquet")
-        with pytest.raises(DataError, match=rf"d\.parquet: {message}"):
-            load_records(tmp_path / "d.parquet")
-
-
-def bombs():
-    """Parquet files of some kilobytes that stand for gigabytes, or for many rows."""
-    pyarrow = pytest.importorskip("pyarrow")
-    long = "a" * (30 * 2**20)
-    indices = pyarrow.array([0] * 640, pyarrow.int32())
-    repeated = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array([long]))
-    turns = pyarrow.StructArray.from_arrays([repeated], ["content"])
-    near = pyarrow.array([long[: 5 * 2**20] + str(i) for i in range(64)])
-    prefixes = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
-    return {
-        "a value, repeated": ({"text": repeated.slice(0, 20).dictionary_decode()}, {}),
-        "a dictionary": ({"text": repeated}, {}),
-        "in a struct": ({"text": turns}, {}),
-        "prefixes": ({"text": near}, prefixes),
-        "a list of nulls": (
-            {"text": pyarrow.array([[None] * 10**7], pyarrow.list_(pyarrow.int64()))},
-            {},
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", ["a value, repeated", "a dictionary", "in a struct", "prefixes",
-                                  "a list of nulls"])  # fmt: skip
-def test_a_parquet_file_that_decodes_to_very_much_is_refused(tmp_path, name):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    columns, options = bombs()[name]
-    table = pytest.importorskip("pyarrow").table(columns)
-    parquet.write_table(table, tmp_path / "d.parquet", compression="zstd", **options)
-    assert (tmp_path / "d.parquet").stat().st_size < 10_000
-    with PeakMemory() as peak:
-        before = peak.nbytes
-        with pytest.raises(DataError, match=r"at most (1024 MiB of memory|32 MiB in 64 rows)"):
-            load_records(tmp_path / "d.parquet")
-    assert peak.nbytes - before < 2**27
-    # the next file is read, and columns that nobody reads are not
-    parquet.write_table(
-        table.add_column(0, "label", [["x"] * len(table)]), tmp_path / "e.parquet",
-        compression="zstd", **options,
-    )  # fmt: skip
+    column = pyarrow.array(["a" * 10**6]).take(pyarrow.array([0] * 100))
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: expected at most 32 MiB of values in 64"):
+        load_records(tmp_path / "d.parquet")
+    table = pyarrow.table({"text": column, "label": ["x"] * 100})
+    parquet.write_table(table, tmp_path / "e.parquet")
     records = load_records(tmp_path / "e.parquet", None, {"label", "absent"})
     assert {tuple(record.fields.items()) for record in records} == {(("label", "x"),)}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.adapters.save import save_adapter
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import DataError, OptionError, WorkError
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models.sampling import Sampling

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.save import save_adapter
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.inference.opened import open_to_run
 from modulora_core.tests.adapted_models import logits, trained
 

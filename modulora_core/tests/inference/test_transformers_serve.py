@@ -1,4 +1,4 @@
-"""``transformers serve`` answers with a packed folder, in a process that imports modulora_core."""
+"""``transformers serve`` answers with a packed folder, in a process that imports our format."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ for library in ("fastapi", "uvicorn", "openai"):  # of transformers[serving]
     pytest.importorskip(library)
 pytestmark = pytest.mark.slow
 
-SERVE = "import modulora_core; from transformers.cli.transformers import app; app()"
+SERVE = "import modulora_core.hf; from transformers.cli.transformers import app; app()"
 
 
 def test_the_server_completes_as_generate_does(

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.merge import merge
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
 from modulora_core.layers import LoRALinear, QuantLinear, TiedHead
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.ends import find_ends
 from modulora_core.models.sites import find_sites
 from modulora_core.packed_parameters import PackedTable

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model, open_model, open_packed
+from modulora_core.checkpoints.opening import open_model, open_packed
 from modulora_core.cli import main
 from modulora_core.errors import ModelError, OptionError
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import open_dense
 from modulora_core.models.installed_formats import create_writer, unread_file
 from modulora_core.quantization.quantize import quantize

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from modulora_core import quantize
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.save import save_adapter
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import AdapterError, ModelError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapting import add_lora
 from modulora_core.models.locate import locate
 from modulora_core.models.tokenizer import COPIED_FILES
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from modulora_core.checkpoints.loading import open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import ModuLoRAError, OptionError, PluginError
 from modulora_core.quantization.quantize import Assignment, Choice, quantize

@@ -34,7 +34,7 @@ def run(dense: Path, out: str, **options: Any) -> FinetuneResult:
     folder = dense.parent
     fields = {"model": str(dense), "out": str(folder / out), "data": str(folder / "text.txt"),
               "quantizer": "toy", "steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 32,
-              "report": False}  # fmt: skip
+              "baseline": False}  # fmt: skip
     return finetune(FinetuneConfig.build({**fields, **options}))
 
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, TuningConfig
 from modulora_core.calibration.output_moments import OutputMoments
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, DataError, ModuLoRAError, OptionError
+from modulora_core.hf.load_model import load_model
 from modulora_core.models.folders import MARKER
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.quantization.packer import WEIGHTING

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
 from modulora_core.models.sites import find_sites
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model

@@ -17,8 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import DIGESTS, check_digests, partial_name
 from modulora_core.errors import (
     CheckpointError,
@@ -31,6 +30,8 @@ from modulora_core.errors import (
     WeightError,
     WorkError,
 )
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
 from modulora_core.models.folders import MARKER, REQUEST
 from modulora_core.models.tokenizer import COPIED_FILES
 from modulora_core.quantization.quantize import Assignment, quantize

@@ -26,7 +26,7 @@ def configure(tunable: Path, text: Path, tmp_path: Path) -> Callable[..., Finetu
     def made(**options: Any) -> FinetuneConfig:
         defaults = {"model": str(tunable), "out": str(tmp_path / "out"), "data": str(text),
                     "batch_size": 2, "grad_accum": 2, "seq_len": 32, "lr": 1e-2,
-                    "report": False}  # fmt: skip
+                    "baseline": False}  # fmt: skip
         length = {} if "epochs" in options else {"steps": 4}
         return FinetuneConfig.build({**defaults, **length, **options})
 

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.trainer import safe_globals
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import AdapterError, OptionError, OutputError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
 from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written, seal
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune
@@ -61,7 +61,7 @@ def run(tunable: Path, root: Path) -> Callable[..., FinetuneConfig]:
     text = str(root / "text.txt")
     defaults = {"model": str(tunable), "data": text, "eval_data": text, "eval_every": 3, "steps": 9,
                 "batch_size": 2, "grad_accum": 2, "seq_len": 64, "lr": 1e-2, "dropout": 0.2,
-                "save_every": 2, "train_scales": True, "report": False}  # fmt: skip
+                "save_every": 2, "train_scales": True, "baseline": False}  # fmt: skip
     return lambda out, **options: FinetuneConfig.build(
         {**defaults, "out": str(root / out), **options}
     )
@@ -209,17 +209,16 @@ def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(
     assert steps == []
 
 
-def test_a_run_whose_report_could_not_be_written_is_not_finished(config: FinetuneConfig) -> None:
-    """A folder in the way of the report stops the run, as a full disk would."""
-    config = changed(config, report=True)
-    page = Path(config.out) / "report.html"
-    with pytest.raises(OSError, match=r"report\.html"):
-        finetune(config, on_step=lambda _: page.mkdir(exist_ok=True))
-    page.rmdir()
+def test_a_run_whose_log_could_not_be_written_is_not_finished(config: FinetuneConfig) -> None:
+    """A folder in the way of the log stops the run, as a full disk would."""
+    log = Path(config.out) / "log.json"
+    with pytest.raises(OSError, match=r"log\.json"):
+        finetune(config, on_step=lambda _: log.mkdir(exist_ok=True))
+    log.rmdir()
     steps: list[TrainingStep] = []
     assert finetune(config, resume=True, on_step=steps.append).steps == config.steps
     assert steps == []
-    assert page.is_file()
+    assert log.is_file()
 
 
 def test_another_optimizer_of_transformers_resumes_too(config: FinetuneConfig) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from modulora_conformance.allocations import Allocations
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, pad
+from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -19,7 +19,6 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.training.chunked_loss import (
-    Teacher,
     chunked_loss,
     deferred_logits,
     token_losses,
@@ -119,67 +118,42 @@ def test_labels_and_their_number_come_from_the_caller(inputs: dict[str, Any]) ->
     assert_same(made("plain"), **inputs)
 
 
-def teacher_of(rows: int, k: int, weight: float, dtype: torch.dtype = torch.float64) -> Teacher:
-    """The k most likely tokens of random predictions."""
-    random = torch.randn(rows, VOCABULARY, dtype=dtype, generator=torch.Generator().manual_seed(3))
-    probabilities, tokens = random.softmax(1).topk(k)
-    return Teacher(tokens, probabilities, weight)
-
-
-def distilled_loss(teacher: Teacher) -> Callable[..., Tensor]:
-    """(1 - x) CE + x KL over k + 1 classes, from whole logits by torch's own functions."""
-
-    def loss(logits: Tensor, labels: Tensor, vocab_size: int, *_: Any, **__: Any) -> Tensor:
-        goals = pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
-        rows = logits.reshape(-1, vocab_size)[goals != -100]
-        chosen = torch.zeros_like(rows, dtype=torch.bool).scatter(1, teacher.tokens, True)
-        q = rows.softmax(1)
-        others = q.masked_fill(chosen, 0).sum(1, keepdim=True)
-        classes = torch.cat([q.gather(1, teacher.tokens), others], 1).clamp_min(1e-300)
-        rest = 1 - teacher.probabilities.sum(1, keepdim=True)
-        t = torch.cat([teacher.probabilities, rest], 1)
-        divergence = kl_div(classes.log(), t, reduction="batchmean")
-        return (1 - teacher.weight) * cross_entropy(rows, goals[goals != -100]) + (
-            teacher.weight * divergence
-        )
-
+def row_loss_of_places(z: Tensor, goals: Tensor, rows: slice, gradient: bool) -> Tensor:
+    """The logit of each label, times the number of its row."""
+    factor = torch.arange(rows.start, rows.stop, dtype=z.dtype)[:, None]
+    loss = factor * z.gather(1, goals)
+    if gradient:
+        z.zero_().scatter_(1, goals, factor)
     return loss
 
 
-@pytest.mark.parametrize("weight", [0.3, 1.0])
-@pytest.mark.parametrize("k", [1, 7, VOCABULARY - 1])
+def loss_of_places(logits: Tensor, labels: Tensor, vocab_size: int, *_: Any, **__: Any) -> Tensor:
+    goals = pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
+    chosen = logits.reshape(-1, vocab_size)[goals != -100]
+    chosen = chosen.gather(1, goals[goals != -100, None])
+    return (torch.arange(len(chosen), dtype=chosen.dtype) * chosen[:, 0]).mean()
+
+
 @pytest.mark.parametrize("kind", ["tied", "biased head", "soft cap"])
-def test_a_teacher_adds_its_divergence(kind: str, k: int, weight: float) -> None:
-    model, teacher = made(kind), teacher_of(20, k, weight)
-    model.loss_function = distilled_loss(teacher)
+def test_a_loss_of_a_row_takes_the_place_of_cross_entropy(kind: str) -> None:
+    model = made(kind)
+    model.loss_function = loss_of_places
     expected = loss_and_gradients(model)
     del model._loss_function
-    with chunked_loss(model, CHUNK, teacher):
+    with chunked_loss(model, CHUNK, row_loss_of_places):
         found = loss_and_gradients(model)
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_a_teacher_works_with_whole_logits_too() -> None:
+def test_a_loss_of_a_row_works_with_whole_logits_too() -> None:
     """A hook on the head wants its output, so nothing is deferred."""
-    model, teacher = made("plain"), teacher_of(20, 7, 0.3)
-    with chunked_loss(model, CHUNK, teacher):
+    model = made("plain")
+    with chunked_loss(model, CHUNK, row_loss_of_places):
         expected = loss_and_gradients(model)
     hook = model.get_output_embeddings().register_forward_hook(lambda *_: None)
-    with hook, chunked_loss(model, CHUNK, teacher):
+    with hook, chunked_loss(model, CHUNK, row_loss_of_places):
         found = loss_and_gradients(model)
     torch.testing.assert_close(found, expected, **EXACT)
-
-
-def test_a_teacher_who_is_sure_gives_finite_gradients() -> None:
-    """In fp32 the model's other tokens, and the teacher's, have probability 0."""
-    model = made("plain").float()
-    model.get_output_embeddings().weight.data *= 1e4
-    for tokens in (torch.zeros(20, 1, dtype=torch.int64), IDS.reshape(-1)[:20, None]):
-        for share in (1.0, 0.5):
-            with chunked_loss(model, CHUNK, Teacher(tokens, torch.full((20, 1), share), 0.5)):
-                loss, gradients = loss_and_gradients(model)
-            assert loss.isfinite()
-            assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def test_ignored_labels_have_no_gradient() -> None:
@@ -297,7 +271,7 @@ def test_16_bit_models_lose_no_more_than_their_own_rounding(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["training", "distilling", "evaluation"])
+@pytest.mark.parametrize("case", ["training", "evaluation"])
 def test_no_more_logits_than_a_chunk_are_alive(case: str, dtype: torch.dtype) -> None:
     """256 rows × 32,768 take 32 MiB in fp32, a chunk a quarter. The plain loss is the control."""
     torch.manual_seed(0)
@@ -321,10 +295,8 @@ def test_no_more_logits_than_a_chunk_are_alive(case: str, dtype: torch.dtype) ->
         return followed.peak
 
     step = evaluation if case == "evaluation" else training
-    tokens = torch.arange(4).expand(254, 4).contiguous()
-    teacher = Teacher(tokens, torch.full((254, 4), 0.2), 0.5) if case == "distilling" else None
     assert peak(step) > whole * dtype.itemsize // 4
-    with chunked_loss(model, whole // 4, teacher):
+    with chunked_loss(model, whole // 4):
         # z, overwritten by p; in 16 bits also a quarter of it in fp32; and the model's own states
         chunk = 1 if dtype == torch.float32 else 0.5 + 0.25
         assert peak(step) < chunk * whole / 4 + 40 * 256 * 32 * 4

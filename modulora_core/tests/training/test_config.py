@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.errors import OptionError
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.training.arguments import total_steps
 from modulora_core.training.config import FinetuneConfig
 

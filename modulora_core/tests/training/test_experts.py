@@ -42,7 +42,7 @@ def mixture(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
 def configure(mixture: str, text: Path, tmp_path: Path) -> Callable[..., FinetuneConfig]:
     defaults = {"model": mixture, "data": str(text), "batch_size": 2, "grad_accum": 1,
                 "seq_len": 32, "lr": 1e-2, "save_every": 2, "steps": 4,
-                "report": False}  # fmt: skip
+                "baseline": False}  # fmt: skip
     return lambda out, **options: FinetuneConfig.build(
         {**defaults, "out": str(tmp_path / out), **options}
     )

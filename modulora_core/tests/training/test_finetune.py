@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +16,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, TrainerCallback
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.data import load_examples
 from modulora_core.dense_products import matmul_precision
 from modulora_core.errors import (
@@ -35,6 +28,11 @@ from modulora_core.errors import (
     OutputError,
     WorkError,
 )
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.peft_format import read_adapter
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.installed_formats import file_format
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
@@ -44,6 +42,7 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.deferred_logits import DeferredLogits
 from modulora_core.training.finetune import finetune
 from modulora_core.training.losses import loss_in_words
+from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import TrainingStep
 
 Configure = Callable[..., FinetuneConfig]
@@ -89,10 +88,10 @@ def test_a_run_learns_and_leaves_a_finished_adapter(
 ) -> None:
     packed = {file.name: file.read_bytes() for file in tunable.iterdir()}
     before = mean_loss(load_model(tunable), tunable, text)
-    result = finetune(configure(steps=12, eval_data=str(text), report=True, **options))
+    result = finetune(configure(steps=12, eval_data=str(text), baseline=True, **options))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "README.md", "adapter_config.json", WEIGHTS, "checkpoints", "finetune.yaml",
-        "modulora.json", "report.html",
+        "log.json", "modulora.json",
     }  # fmt: skip
     model = load_model(tunable)
     load_adapter(model, tmp_path / "out")
@@ -425,11 +424,10 @@ def test_a_dense_model_is_quantized_into_the_cache_which_commands_name(
 ) -> None:
     monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
     dense = tunable.parent / "dense"
-    config = configure(model=str(dense), quantizer="toy", steps=1, report=True)
+    config = configure(model=str(dense), quantizer="toy", steps=1)
     found = finetune(config)
     assert Path(found.model).parent == tmp_path / "cache"
-    page = html.unescape((tmp_path / "out" / "report.html").read_text("utf-8"))
-    assert f"modulora chat {shlex.quote(found.model)} --adapter" in page
+    assert RunLog.read(tmp_path / "out").model == found.model
     assert finetune(config, resume=True).model == found.model
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.tests.adapted_models import logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")

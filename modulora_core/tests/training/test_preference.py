@@ -13,16 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.peft_format import read_adapter
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.processes import finetuned, run_in_processes
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
+from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import TrainingStep
 
 Configure = Callable[..., FinetuneConfig]
@@ -82,7 +83,9 @@ def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
 ) -> None:
     pytest.importorskip("trl", reason="pip install trl")
     steps: list[TrainingStep] = []
-    config = dpo(steps=4, batch_size=2, eval_data=preferences, trainer={"beta": "0.5"}, report=True)
+    config = dpo(
+        steps=4, batch_size=2, eval_data=preferences, trainer={"beta": "0.5"}, baseline=True
+    )
     result = finetune(config, on_step=steps.append)
     assert result.losses[0] == pytest.approx(math.log(2), rel=1e-5)
     assert result.eval_loss_before == pytest.approx(math.log(2), rel=1e-5)
@@ -93,8 +96,7 @@ def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
     )
     assert result.eval_loss < 0.6
     assert all(step.grad_norm and step.tokens_per_second > 0 for step in steps)
-    page = (tmp_path / "out" / "report.html").read_text("utf-8")
-    assert "Reward margin" in page
+    assert "rewards/margins" in RunLog.read(tmp_path / "out").log_history[0]
     assert "with TRL's DPOTrainer on dense" in (tmp_path / "out" / "README.md").read_text()
     # continued: its reference is the adapter at the start
     again = finetune(dpo(steps=1, batch_size=2, adapter=str(tmp_path / "out"),

@@ -36,7 +36,7 @@ def options(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     (folder / "eval.txt").write_text(text[50_000:50_600])
     return {
         "model": str(tunable), "data": str(folder / "train.txt"), "dropout": 0.0, "steps": 4,
-        "eval_data": str(folder / "eval.txt"), "seq_len": 32, "save_every": 2, "report": False,
+        "eval_data": str(folder / "eval.txt"), "seq_len": 32, "save_every": 2, "baseline": False,
     }  # fmt: skip
 
 
@@ -78,19 +78,6 @@ def test_losses_are_those_of_one_process_and_any_number_resumes(
         assert values.keys() == reference.keys()
         for name, tensor in reference.items():
             torch.testing.assert_close(values[name], tensor, rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
-def test_processes_learn_from_one_dense_model(
-    options: dict[str, Any], tunable: Path, tmp_path: Path, shard: bool
-) -> None:
-    """The first process computes the predictions; each reads the rows of its examples."""
-    shared = {**options, "distill": str(tunable.parent / "dense"), "distill_weight": 0.8}
-    expected = finetuned(**shared, out=str(tmp_path / "one"), batch_size=2, grad_accum=2)
-    of_two = {**shared, "out": str(tmp_path / "two"), "batch_size": 2, "shard": shard}
-    for found in run_in_processes(2, _finetuned, of_two):
-        assert found == pytest.approx(expected, abs=1e-4)
 
 
 def _finetuned(options: dict[str, Any]) -> list[float]:

@@ -139,6 +139,6 @@ def test_the_config_keeps_them(configure: Configure, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     assert FinetuneConfig.build({}, file=tmp_path / "run.yaml") == config
     assert json.loads(config.model_dump_json())["trainer"] == {"adam_beta1": 0.8}
-    assert config.differences(configure(trainer={"adam_beta1": 0.9}, report=False)) == [
+    assert config.differences(configure(trainer={"adam_beta1": 0.9}, baseline=False)) == [
         "trainer {'adam_beta1': 0.9} → {'adam_beta1': 0.8}"
     ]

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hf.load_model import load_model
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import create
 from modulora_core.spec import PackedWeight

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import ModelError
+from modulora_core.hf.load_model import load_model
 from modulora_core.models.installed_formats import create
 from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.quantization.quantize import quantize
@@ -73,7 +74,7 @@ def test_the_command_line_trains_and_runs_it(
     data, adapter = tmp_path / "notes.txt", tmp_path / "adapter"
     data.write_text("The ship sailed north, and the crew sang.\n" * 40)
     short = "--data", str(data), "--seq-len", "32"
-    once = "--steps", "8", "--batch-size", "1", "--grad-accum", "1", "--lr", "0.02", "--no-report"
+    once = "--steps", "8", "--batch-size", "1", "--grad-accum", "1", "--lr", "0.02", "--no-baseline"
     for words in (
         ("info", folder), ("plan", folder, "--seq-len", "32", "--device", "cpu"),
         ("finetune", folder, adapter, *short, *once),

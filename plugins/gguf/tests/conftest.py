@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 
 Adapted = Callable[..., torch.nn.Module]
 

@@ -28,8 +28,8 @@ from modulora_gguf.tests.vocabularies import (
     write_vocabulary,
 )
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models.locate import locate
 from modulora_core.models.stops import stop_ids

@@ -12,10 +12,10 @@ import torch
 from modulora_gguf.file.lora_file import write_lora_file
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError, ModelError, OutputError
+from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapted import adapter_layers
 
 Adapted = Callable[..., torch.nn.Module]
 
@@ -120,7 +120,7 @@ def test_finetune_writes_the_file_at_the_end(
     data, out = tmp_path / "notes.txt", tmp_path / "lora.gguf"
     data.write_text("the ship sailed north and the crew sang " * 20)
     words = ["finetune", path, str(tmp_path / "adapter"), "--data", str(data), "--steps", "2"]
-    words += ["--batch-size", "1", "--grad-accum", "1", "--seq-len", "16", "--no-report"]
+    words += ["--batch-size", "1", "--grad-accum", "1", "--seq-len", "16", "--no-baseline"]
     assert main([*words, "--lora-file", str(tmp_path / "lora.bin")]) == 2
     (tmp_path / "lora.Modelfile").touch()
     assert main([*words, "--lora-file", str(out)]) == 2

@@ -15,9 +15,9 @@ from modulora_gguf.file.model_header import read_header
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main as run
 from modulora_core.errors import ModelError, OptionError, OutputError
+from modulora_core.hf.load_model import load_model
 from modulora_core.inference.divergence import divergence
 from modulora_core.inference.opened import open_to_run
 from modulora_core.quantization.quantize import quantize

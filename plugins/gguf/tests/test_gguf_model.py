@@ -23,19 +23,20 @@ from transformers.integrations.gguf.gguf_conversion_mapping import (
     TiledToGroupedInputs,
 )
 
-from modulora_core.adapters.load import load_adapter
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.merge import merge
-from modulora_core.adapters.save import save_adapter
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_model, open_packed
+from modulora_core.checkpoints.opening import open_model, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
+from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.sampling import Sampling
 from modulora_core.progress import quiet
@@ -153,7 +154,7 @@ def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
     data.write_text("the ship sailed north and the crew sang " * 30)
     options = {
         "model": path, "out": adapter, "data": str(data), "steps": 4, "batch_size": 1,
-        "report": False, "grad_accum": 1, "seq_len": 32, "lora_gguf": str(tmp_path / "lora.gguf"),
+        "baseline": False, "grad_accum": 1, "seq_len": 32, "lora_gguf": str(tmp_path / "lora.gguf"),
     }  # fmt: skip
     losses = finetune(FinetuneConfig.build(options)).losses
     assert losses[-1] < losses[0]
@@ -253,7 +254,9 @@ def test_files_without_packed_weights_are_dense_and_damage_is_refused(
         open_packed(path)
     with monkeypatch.context() as without_plugin:
         without_plugin.setenv("MODULORA_BLOCK", "gguf")
-        with pytest.raises(ModelError, match=r"got none; run `pip install \./plugins/gguf` in a"):
+        with pytest.raises(
+            ModelError, match=r"got none; run `pip install \./plugins/kernels \./plugins/gguf` in a"
+        ):
             open_packed(path)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:5000])
@@ -267,7 +270,7 @@ def test_the_package_is_finetuned_as_it_is(tmp_path: Path) -> None:
     data.write_text("The ship sailed north, and the crew sang.\n" * 60)
     options = {
         "model": PACKAGE, "out": str(adapter), "data": str(data), "steps": 3, "batch_size": 1,
-        "report": False, "grad_accum": 1, "seq_len": 32,
+        "baseline": False, "grad_accum": 1, "seq_len": 32,
     }  # fmt: skip
     losses = finetune(FinetuneConfig.build(options)).losses
     assert losses[-1] < losses[0]
@@ -286,7 +289,7 @@ LOADING = """
 import resource, sys
 import gguf, torch
 from transformers import LlamaForCausalLM
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_model import load_model
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_model(sys.argv[1])
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

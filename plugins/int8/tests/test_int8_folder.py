@@ -11,8 +11,9 @@ from modulora_int8.quantizer import INT8
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hf.load_model import load_model
 from modulora_core.tests.other_tools import (
     assert_trains_as_converted,
     load_with_transformers,

@@ -16,8 +16,9 @@ from modulora_optq.quantizer import OPTQ
 from safetensors.torch import load_file, save_file
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError, ShapeError
+from modulora_core.hf.load_model import load_model
 from modulora_core.tests.compressed_folders import load_dequantized, save_compressed
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
 from modulora_core.tests.other_tools import assert_trains_as_converted, logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import modulora_kernels as kernels
 import numpy as np
 import pytest
 import torch
@@ -13,8 +14,6 @@ from modulora_conformance.tolerances import PRODUCT
 from modulora_optq import packing
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, from_solution, to_solution
-
-from modulora_core import kernels
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,8 @@ from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ
 from transformers import AutoModelForCausalLM
 
-from modulora_core.adapters.merge import merge
-from modulora_core.checkpoints.loading import load_model
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -39,7 +39,7 @@ def training(options: dict[str, Any]) -> Taken:
         return loss
 
     Trainer.training_step = counted  # type: ignore[method-assign]
-    given = {"data": ["pydoc"], "steps": 2, "grad_accum": 1, "report": False, **options}
+    given = {"data": ["pydoc"], "steps": 2, "grad_accum": 1, "baseline": False, **options}
     result = finetune(FinetuneConfig.build(given))
     return {"peak": result.peak_memory_bytes, "work": max(steps)}
 

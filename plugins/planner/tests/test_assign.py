@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, HeldOutCalibration
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.data import token_segments
 from modulora_core.errors import (
     CheckpointError,
@@ -31,6 +31,7 @@ from modulora_core.errors import (
     PluginError,
     ShapeError,
 )
+from modulora_core.hf.load_model import load_model
 from modulora_core.layers import TiedHead
 from modulora_core.models import open_dense
 from modulora_core.quantization.quantize import Assignment, quantize

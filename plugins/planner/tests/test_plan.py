@@ -19,8 +19,9 @@ from modulora_planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
 from transformers import LlamaConfig
 
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import AdapterError, OptionError, OutputError
+from modulora_core.hf.load_model import load_model
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice

@@ -16,12 +16,12 @@ from modulora_planner.rehearsal import rehearse_training
 from modulora_planner.request import PlanRequest, finetuning
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from modulora_core.adapters.adapted import adapter_layers
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.calibration.sensitivity import loss_sensitivities
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main
+from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import open_dense
 from modulora_core.models.sites import find_sites
 

@@ -15,10 +15,10 @@ from modulora_planner.rehearsal import rehearse_decoding, rehearse_training
 from modulora_planner.request import PlanRequest, finetuning
 from transformers import LlamaConfig
 
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.errors import ModelError
+from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.registry import Choice
 from modulora_core.tests.tiny_models import ARCHITECTURES
 from modulora_core.training.chunked_loss import chunked_loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import modulora_kernels as kernels
 import pytest
 import torch
 from modulora_conformance.compiled_kernels import SHAPES, CompiledKernels
@@ -9,7 +10,6 @@ from modulora_qtip import codes, trellis
 from modulora_qtip.quantizer import KERNELS, QTIP, packed_of
 from modulora_qtip.reference import Options
 
-from modulora_core import kernels
 from modulora_core.packed import PackedWeight
 
 

@@ -6,13 +6,13 @@ import itertools
 
 import pytest
 import torch
+from modulora_kernels.incoherence import proxy_error
 from modulora_qtip import packing, reference
 from modulora_qtip.quantizer import QTIP, packed_of, tensors
 from modulora_qtip.reference import Options
 from pydantic import ValidationError
 
 from modulora_core.errors import CheckpointError, OptionError, ShapeError, WeightError
-from modulora_core.kernels.incoherence import proxy_error
 from modulora_core.packed import PackedWeight
 from modulora_core.quantization.quality import choice_of
 from modulora_core.registry import Choice

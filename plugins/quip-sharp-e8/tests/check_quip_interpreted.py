@@ -10,13 +10,13 @@ import torch
 import triton
 import triton.language as tl
 from modulora_conformance.interpreted_kernels import poison_new_memory
+from modulora_kernels import rotation
+from modulora_kernels.rotation import gpu as gpu_rotation
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.kernels import gpu
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, packed_of, window
 from modulora_quip_sharp_e8.reference import Options
 
-from modulora_core.kernels import rotation
-from modulora_core.kernels.rotation import gpu as gpu_rotation
 from modulora_core.packed import PackedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned")

@@ -7,10 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from modulora_conformance.fixtures import generator, layer, one_thread, plain_torch  # noqa: F401
+from modulora_kernels.rotation import signs
 from modulora_quip_sharp_e8.reference import Options, Solution
 from torch import Tensor
-
-from modulora_core.kernels.rotation import signs
 
 
 @pytest.fixture(scope="session")

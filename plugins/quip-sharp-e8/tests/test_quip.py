@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modulora_kernels import rotation
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, packed_of, window
 from modulora_quip_sharp_e8.reference import Options
 
 from modulora_core import dense_products
 from modulora_core.errors import CheckpointError, OptionError, ShapeError
-from modulora_core.kernels import rotation
 from modulora_core.spec import Calibration
 from modulora_core.tiles import tile_budget
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from modulora_conformance.fixtures import without_kernels
+from modulora_kernels import incoherence
 from modulora_quip_sharp_e8 import codebooks, packing, reference
 from modulora_quip_sharp_e8.reference import Options
-
-from modulora_core.kernels import incoherence
 
 BITS = (2, 3, 4)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modulora_kernels import incoherence, rotation
 from modulora_quip_sharp_e8 import codebooks, reference
 from modulora_quip_sharp_e8.reference import Options
 
 from modulora_core.errors import ShapeError, WeightError
-from modulora_core.kernels import incoherence, rotation
 
 
 def in_its_basis(problem):

@@ -58,7 +58,7 @@ def product(bits, rows, dtype, transpose, target):
 
 
 def rotation(n, target):
-    from modulora_core.kernels.rotation import gpu
+    from modulora_kernels.rotation import gpu
 
     x, vector = torch.empty(8, n), torch.empty(n, dtype=torch.float16)
     return compiled(target, lambda: gpu.turned(x, False, vector, vector))

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from modulora_kernels.triton.clock import seconds_of
 
 from modulora_core.errors import OptionError
-from modulora_core.kernels.triton.clock import seconds_of
 
 Item = TypeVar("Item")
 Call = Callable[[], object]

@@ -27,7 +27,7 @@ from modulora_conformance.memo import once
 from modulora_conformance.problems import SCALE, Problem, output, problem
 from modulora_conformance.results import HARDWARE, Measurements
 from modulora_core.autograd import FrozenWeight, lora_linear
-from modulora_core.kernels import one_thread
+from modulora_core.dense_products import one_thread
 from modulora_core.spec import PackedWeight, Quantizer
 from modulora_core.tiles import tile_budget
 

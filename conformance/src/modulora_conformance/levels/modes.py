@@ -80,7 +80,7 @@ class Modes(Level):
         """If this fails: within a mode of torch, packing, a tile, a lookup or a product differs.
 
         Name the dtype and the device of each new tensor. Turn autocast off inside of `matmul` by
-        `modulora_core.kernels.without_autocast(x.device)`, which takes any device.
+        `modulora_core.dense_products.without_autocast(x.device)`, which takes any device.
         """
         weight = gaussian(fit(quantizer, *SHAPE), 70)
         ids = torch.tensor([[9, 0, 9], [3, 40, 8]])

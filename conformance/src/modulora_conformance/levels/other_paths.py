@@ -8,8 +8,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import modulora_kernels as kernels
 import pytest
 import torch
+from modulora_kernels import compiled
 from torch import Tensor
 
 from modulora_conformance.cases import (
@@ -33,8 +35,6 @@ from modulora_conformance.levels.tiles import OWNED
 from modulora_conformance.oracle import dense, product_error, relative_error, tile_error
 from modulora_conformance.results import HARDWARE, Measurements
 from modulora_conformance.tolerances import PRODUCT, ROUNDING
-from modulora_core import kernels
-from modulora_core.kernels import compiled
 from modulora_core.spec import Calibration, Quantizer
 
 META = "test_the_meta_device_gives_shapes_and_dtypes"
@@ -107,7 +107,7 @@ class OtherPaths(Level):
     ) -> None:
         """If this fails: where numba is absent, the quantizer gives other values or none.
 
-        Load kernels by :mod:`modulora_core.kernels`, which gives None there, and then run plain
+        Load kernels by :mod:`modulora_kernels`, which gives None there, and then run plain
         torch.
         """
         weight = packed(quantizer, SHAPE)

@@ -118,7 +118,7 @@ class Processes(Level):
         """If this fails: a packed value is an index that nobody checks, or a size is not checked.
 
         Files come from strangers. Refuse in ``check_format`` each layout that the metadata does
-        not imply (:func:`modulora_core.kernels.check_layout`), and check indices before a kernel.
+        not imply (:func:`modulora_kernels.check_layout`), and check indices before a kernel.
         Tiles are finite, but for codes that mean NaN or Inf: a tenth of random ones, or all weights
         of equal ones. Products may overflow.
         """

@@ -67,7 +67,7 @@ class Training(Level):
         """If this fails: under `torch.autocast` a product has another dtype, or loses digits.
 
         `Trainer(bf16=True)` uses it. Turn it off inside of `matmul`, whose dtype is the input's, by
-        `modulora_core.kernels.without_autocast(x.device)`: it takes the meta device too.
+        `modulora_core.dense_products.without_autocast(x.device)`: it takes the meta device too.
         """
         weight = packed(quantizer, SHAPE)
         W, limit = dense(quantizer, weight), GRADIENT[torch.bfloat16]

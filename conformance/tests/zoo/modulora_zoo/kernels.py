@@ -1,6 +1,6 @@
 """Quantizers for the checks of compiled kernels.
 
-Nothing is compiled: they differ from plain torch where :func:`modulora_core.kernels.load` returns a
+Nothing is compiled: they differ from plain torch where :func:`modulora_kernels.load` returns a
 module.
 """
 
@@ -11,9 +11,9 @@ import os
 import time
 from typing import ClassVar
 
+import modulora_kernels as kernels
 import torch
 
-from modulora_core import kernels
 from modulora_zoo.healthy import Healthy
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from modulora_kernels import KernelQuantizer
+from modulora_kernels.rotation import rotate
+from modulora_kernels.rotation import signs as random_signs
 
 from modulora_core.errors import ShapeError
-from modulora_core.kernels import KernelQuantizer
-from modulora_core.kernels.rotation import rotate
-from modulora_core.kernels.rotation import signs as random_signs
 from modulora_core.packed import TensorLayout
 from modulora_zoo import SPECS
 from modulora_zoo.healthy import Healthy

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from modulora_kernels.cpu import CPUKernels, from_half, jit
 
-from modulora_core.kernels.cpu import CPUKernels, from_half, jit
 from modulora_core.packed import PackedWeight
 
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, ClassVar
 
+import modulora_kernels as kernels
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.errors import WeightError
 from modulora_core.spec import (
     Calibration,

@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from modulora_core.adapters.files import AdapterFile, FileWriter, MergedFile
-from modulora_core.adapters.load import adapter_for
-from modulora_core.adapters.merge import delta_of, merged_parameter
-from modulora_core.adapters.peft_format import read_adapter
-from modulora_core.checkpoints.loading import open_packed
+from modulora_core.checkpoints.foreign.files import AdapterFile, FileWriter, MergedFile
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import new_file
+from modulora_core.hf.load_adapter import adapter_for
+from modulora_core.hf.merge import delta_of, merged_parameter
+from modulora_core.hf.peft_format import read_adapter
 from modulora_core.models.formats import ForeignWeight, ModelFile, PackedTensors
 from modulora_core.models.store import StoredTensor
 from modulora_toy.quantizer import Toy

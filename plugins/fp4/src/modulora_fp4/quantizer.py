@@ -14,13 +14,13 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import ClassVar, Literal
 
+import modulora_kernels as kernels
 import torch
+from modulora_kernels import KernelQuantizer
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.errors import CheckpointError, ShapeError, WeightError
-from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout, column_importance
 from modulora_core.tiles import tile_ranges
 from modulora_fp4 import SPEC, packing, reference

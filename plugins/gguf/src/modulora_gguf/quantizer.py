@@ -17,11 +17,11 @@ from operator import or_
 from typing import Any, ClassVar, Literal
 
 import torch
+from modulora_kernels import KernelQuantizer
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ShapeError, WeightError
-from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout, column_importance
 from modulora_core.tiles import tile_ranges
 from modulora_gguf import SPEC, packing, reference

@@ -14,11 +14,11 @@ from functools import lru_cache
 from typing import ClassVar
 
 import torch
+from modulora_kernels import KernelQuantizer
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from modulora_core.errors import WeightError
-from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout
 from modulora_core.tiles import tile_ranges
 from modulora_int8 import SPEC, reference

@@ -18,11 +18,11 @@ from functools import cache
 from typing import ClassVar
 
 import torch
+from modulora_kernels import KernelQuantizer
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from modulora_core.errors import WeightError
-from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout
 from modulora_nf4 import SPEC, packing, reference
 from modulora_nf4.reference import NESTED_BLOCK_SIZE

@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import modulora_kernels as kernels
 import torch
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.dense_products import add_product, product
 from modulora_optq.options import Options
 from modulora_optq.reference import LARGEST_SCALE, SMALLEST_SCALE, Problem

@@ -17,13 +17,13 @@ from functools import lru_cache
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
+import modulora_kernels as kernels
 import torch
+from modulora_kernels import KernelQuantizer
 from pydantic import BaseModel
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.errors import CheckpointError, OptionError, WeightError
-from modulora_core.kernels import KernelQuantizer
 from modulora_core.spec import Calibration, PackedLayout, PackedWeight, TensorLayout
 from modulora_optq import SPEC, packing, reference, solver
 from modulora_optq.options import Options

@@ -20,10 +20,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import modulora_kernels as kernels
 import torch
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.errors import WeightError
 from modulora_core.spec import check_hessian
 from modulora_optq import SPEC

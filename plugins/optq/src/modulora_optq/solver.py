@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import modulora_kernels as kernels
 import torch
+from modulora_kernels.both_sides import round_in_turn
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.dense_products import add_product
-from modulora_core.kernels.both_sides import round_in_turn
 from modulora_optq import SPEC, reference
 from modulora_optq.descent import Descent
 from modulora_optq.options import Options
@@ -37,7 +37,7 @@ def solve(
 
     Args:
         output_hessian: None, or H_O of the outputs, ``[out, out]``: then rows are quantized in
-            turn (:mod:`modulora_core.kernels.both_sides`).
+            turn (:mod:`modulora_kernels.both_sides`).
     """
     problem = reference.prepare(weight, hessian, options, output_hessian)
     descent = Descent(problem, options) if options.sweeps and problem.W.numel() else None

@@ -11,8 +11,9 @@ import torch
 from modulora_optq.formats import words
 from modulora_optq.quantizer import to_solution
 
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hf.load_model import load_model
 from modulora_core.layers import QuantLinear
 from modulora_core.models import open_dense
 

@@ -16,8 +16,9 @@ from modulora_optq.quantizer import OPTQ, from_solution
 from modulora_optq.reference import Solution
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import ModelError, ShapeError
+from modulora_core.hf.load_model import load_model
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight
 from modulora_core.quantization.quantize import quantize
@@ -137,13 +138,13 @@ def test_finetuning_works_straight_on_a_folder(gptq: ModuleType, tmp_path: Path)
     make_tokenizer().save_pretrained(tmp_path / "m")
     before = gptq.logits(load_model(tmp_path / "m"))
     model, adapter = str(tmp_path / "m"), str(tmp_path / "adapter")
-    words = ["finetune", model, adapter, "--data", "pydoc[:1%]", "--steps", "2", "--no-report"]
+    words = ["finetune", model, adapter, "--data", "pydoc[:1%]", "--steps", "2", "--no-baseline"]
     words += ["--batch-size", "1", "--grad-accum", "1", "--seq-len", "32"]
     assert main(words) == 0
     record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())
     assert record["base"]["quantizers"][0]["quantizer"] == "optq"
     convert(model, tmp_path / "ours", "modulora")
-    from modulora_core.adapters.load import load_adapter
+    from modulora_core.hf.load_adapter import load_adapter
 
     logits = []
     for folder in ("m", "ours"):

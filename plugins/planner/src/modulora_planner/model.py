@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from modulora_core.calibration import find_blocks
-from modulora_core.checkpoints.hf.packed_modules import install
-from modulora_core.checkpoints.loading import check_mapped, open_model, own_record
+from modulora_core.checkpoints.opening import open_model, own_record
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.packed_modules import install
 from modulora_core.checkpoints.record import QuantizationRecord, packed_sites
+from modulora_core.hf.load_model import check_mapped
 from modulora_core.models.config import config_values, transformers_config, window_of
 from modulora_core.models.ends import find_ends
 from modulora_core.models.installed_formats import recognise

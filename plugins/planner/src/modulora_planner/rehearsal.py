@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from modulora_core.adapters.lora import add_lora
-from modulora_core.adapters.settings import LoRASettings
 from modulora_core.errors import ModelError
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.config import vocabulary_of
 from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.progress import quiet

@@ -20,7 +20,7 @@ SAMPLES, SEQ_LEN = 128, 512
 UNPLANNED = frozenset({
     "model", "out", "data", "format", "eval_data", "eval_every", "adapter", "epochs", "lr",
     "scheduler", "warmup", "weight_decay", "max_grad_norm", "seed", "save_every",
-    "matmul_precision", "quantizer", "report_to", "report", "lora_file", "parity_check",
+    "matmul_precision", "quantizer", "report_to", "baseline", "lora_file", "parity_check",
 })  # fmt: skip
 """Fields of a finetuning run that a plan does not use."""
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import modulora_kernels as kernels
 import torch
+from modulora_kernels import incoherence
+from modulora_kernels.both_sides import round_in_turn
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.dense_products import add_product, product
-from modulora_core.kernels import incoherence
-from modulora_core.kernels.both_sides import round_in_turn
 from modulora_qtip import SPEC, codes, reference, trellis
 from modulora_qtip.reference import Options, Solution
 from modulora_qtip.trellis import TILE
@@ -51,7 +51,7 @@ def solve(
         options: the user's choices.
         progress: called after each block with the finished share.
         output_hessian: None, or H_O of the outputs, ``[M, M]``: then rows are rounded in turn
-            (:mod:`modulora_core.kernels.both_sides`).
+            (:mod:`modulora_kernels.both_sides`).
 
     Returns:
         the quantized weight on ``weight``'s device, the same bytes for any number of threads.

@@ -20,13 +20,13 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar
 
+import modulora_kernels as kernels
 import torch
+from modulora_kernels.rotated import RotatedQuantizer
 from pydantic import BaseModel
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.errors import OptionError, ShapeError
-from modulora_core.kernels.rotated import RotatedQuantizer
 from modulora_core.spec import Calibration, PackedLayout, PackedWeight, TensorLayout
 from modulora_qtip import SPEC, codes, packing, trellis
 from modulora_qtip.reference import Options, Solution

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from modulora_kernels import incoherence, rotation
+from modulora_kernels.incoherence import Problem
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from modulora_core.kernels import incoherence, rotation
-from modulora_core.kernels.incoherence import Problem
 from modulora_qtip import SPEC, codes, trellis
 from modulora_qtip.trellis import TILE
 
@@ -142,7 +142,7 @@ def prepare(
 ) -> Problem:
     """Incoherence processing (section 2.1): W̃ in units of the code, and H̃.
 
-    Args and Raises: as :func:`modulora_core.kernels.incoherence.prepare`.
+    Args and Raises: as :func:`modulora_kernels.incoherence.prepare`.
     """
     return incoherence.prepare(
         SPEC.name,

@@ -20,7 +20,8 @@ from exl3_folders import mixed, save_exl3
 from modulora_qtip.quantizer import QTIP
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.hf.load_model import load_model
 from modulora_core.tests.other_tools import logits
 
 pytestmark = [

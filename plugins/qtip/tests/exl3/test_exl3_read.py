@@ -17,7 +17,8 @@ from modulora_qtip.formats.exl3 import EXL3
 from modulora_qtip.quantizer import QTIP
 from torch import Tensor
 
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.hf.load_model import load_model
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models import installed_formats
 from modulora_core.spec import PackedWeight, TensorLayout

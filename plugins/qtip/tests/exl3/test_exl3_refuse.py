@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hf.load_model import load_model
 from modulora_core.tests.fuzzing import cases, read_changed, run_once
 from modulora_core.tests.other_tools import logits
 

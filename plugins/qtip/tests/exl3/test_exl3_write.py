@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model
 from modulora_core.cli import main
 from modulora_core.errors import ModelError, ShapeError
+from modulora_core.hf.load_model import load_model
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import modulora_kernels as kernels
 import numpy as np
 import torch
+from modulora_kernels import incoherence
+from modulora_kernels.both_sides import round_in_turn
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.dense_products import add_product, product
-from modulora_core.kernels import incoherence
-from modulora_core.kernels.both_sides import round_in_turn
 from modulora_quip_sharp_e8 import SPEC, codebooks, reference
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.reference import Options, Solution
@@ -41,7 +41,7 @@ def solve(
         hessian: H = E[xxᵀ], ``[N, N]``, symmetric, positive semidefinite. Only its ratios matter.
         options: the user's choices.
         output_hessian: None, or H_O of the outputs, ``[M, M]``: then rows are rounded in turn
-            (:mod:`modulora_core.kernels.both_sides`).
+            (:mod:`modulora_kernels.both_sides`).
 
     Returns:
         the quantized weight on ``weight``'s device, the same bytes for any number of threads.

@@ -21,13 +21,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import ClassVar
 
+import modulora_kernels as kernels
 import torch
+from modulora_kernels.rotated import RotatedQuantizer
 from pydantic import BaseModel
 from torch import Tensor
 
-from modulora_core import kernels
 from modulora_core.errors import OptionError, ShapeError
-from modulora_core.kernels.rotated import RotatedQuantizer
 from modulora_core.spec import Calibration, PackedLayout, PackedWeight, TensorLayout, check_rows
 from modulora_quip_sharp_e8 import SPEC, codebooks, packing
 from modulora_quip_sharp_e8.codebooks import BLOCK

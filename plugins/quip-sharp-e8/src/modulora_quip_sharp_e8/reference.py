@@ -4,7 +4,7 @@ Symbols of QuIP# (Tseng, Chee, Sun, Kuleshov, De Sa 2024, arXiv 2402.04396):
 
     W         the weight, [M, N]; rows are quantized apart, and all share H
     H         E[x xᵀ], [N, N]; the proxy error is tr((Ŵ − W) H (Ŵ − W)ᵀ)              equation 1
-    H_n       the orthogonal matrix of :mod:`modulora_core.kernels.rotation`               section 3
+    H_n       the orthogonal matrix of :mod:`modulora_kernels.rotation`               section 3
     S_U, S_V  random signs, [N] and [M]                                                algorithm 3
     W̃, H̃      W and H in the rotated basis: H_Mᵀ S_V W S_U H_N, H_Nᵀ S_U H S_U H_N     algorithm 3
     L         unit block lower triangular, 8 × 8 blocks, H̃ = L D Lᵀ                   section 4.1
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from modulora_kernels import incoherence, rotation
+from modulora_kernels.incoherence import Problem
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from modulora_core.kernels import incoherence, rotation
-from modulora_core.kernels.incoherence import Problem
 from modulora_quip_sharp_e8 import SPEC, codebooks
 from modulora_quip_sharp_e8.codebooks import BLOCK
 
@@ -101,7 +101,7 @@ def prepare(
 ) -> Problem:
     """Incoherence processing (algorithm 3): damp H, rescale W and H, and rotate them.
 
-    Args and Raises: as :func:`modulora_core.kernels.incoherence.prepare`.
+    Args and Raises: as :func:`modulora_kernels.incoherence.prepare`.
     """
     return incoherence.prepare(
         SPEC.name,
@@ -122,7 +122,7 @@ def solution(problem: Problem, codes: Tensor, residual: Tensor | None) -> Soluti
 
 
 def feedback(H: Tensor, damping: float) -> Tensor:
-    """L − I for 8 × 8 blocks: :func:`modulora_core.kernels.incoherence.feedback`."""
+    """L − I for 8 × 8 blocks: :func:`modulora_kernels.incoherence.feedback`."""
     return incoherence.feedback(SPEC.name, H, BLOCK, damping)
 
 

@@ -14,9 +14,10 @@ from modulora_quip_sharp_e8 import SPEC
 from modulora_quip_sharp_e8.formats.relaxml import Relaxml, unpack
 from torch import Tensor, nn
 
-from modulora_core.adapters.merge import merge
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.loading import load_model, open_packed
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
 from modulora_core.layers import QuantLinear
 from modulora_core.spec import PackedWeight, TensorLayout
 
@@ -190,8 +191,8 @@ def test_merge_unpacks_a_folder_to_a_model_of_plain_transformers(
 def test_finetuning_works_straight_on_a_folder(
     relaxml: ModuleType, copied: Copied, tmp_path: Path
 ) -> None:
-    from modulora_core.adapters.load import load_adapter
     from modulora_core.cli import main
+    from modulora_core.hf.load_adapter import load_adapter
     from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
     folder = copied(2)

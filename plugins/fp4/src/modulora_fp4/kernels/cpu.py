@@ -9,9 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     AHEAD,
     PAIR_ORDER,
     CPUKernels,
@@ -30,6 +28,8 @@ from modulora_core.kernels.cpu import (
     sum_of_lanes,
     table_for,
 )
+from numba import prange
+
 from modulora_core.packed import PackedWeight
 from modulora_fp4 import reference
 

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
-from numba import prange
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     LANES,
     jit,
     load,
@@ -22,6 +20,8 @@ from modulora_core.kernels.cpu import (
     store,
     sum_of_lanes,
 )
+from numba import prange
+
 from modulora_fp4.packing import codes_of
 from modulora_fp4.reference import LARGEST
 

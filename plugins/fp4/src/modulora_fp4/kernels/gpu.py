@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from modulora_kernels.triton import GPUKernels, block, interleaved, times_group
 from torch import Tensor
 
-from modulora_core.kernels.triton import GPUKernels, block, interleaved, times_group
 from modulora_core.packed import PackedWeight
 from modulora_fp4 import reference
 
@@ -28,7 +28,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,  # noqa: ARG001 - a row's bytes are in weight
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """A block of Ŵ: :func:`modulora_core.kernels.triton.blocks` has the contract.
+    """A block of Ŵ: :func:`modulora_kernels.triton.blocks` has the contract.
 
     OPTIONS is ``(k, divided)``; whether scales are divided by g.
     """

@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modulora_core.adapters.expert_format import stacks_of
-from modulora_core.adapters.files import AdapterFile
-from modulora_core.adapters.peft_format import AdapterDelta, read_adapter
+from modulora_core.checkpoints.foreign.files import AdapterFile
 from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
-from modulora_core.checkpoints.loading import open_model
+from modulora_core.checkpoints.opening import open_model
 from modulora_core.checkpoints.written.outputs import new_file, write_file
 from modulora_core.errors import AdapterError, ModelError, OutputError
+from modulora_core.hf.expert_format import stacks_of
+from modulora_core.hf.peft_format import AdapterDelta, read_adapter
 from modulora_core.models.locate import names_file
 from modulora_core.models.source import ModelSource
 from modulora_gguf.file.rows import Place, places, store_of
@@ -37,7 +37,8 @@ def write_lora_file(adapter: str, out: str | Path, *, model: str | None = None) 
     """Write ``adapter`` to the file ``out``, which llama.cpp loads with ``--lora``.
 
     The file for Ollama beside it has the name of ``out`` with the suffix ``.Modelfile``. Arguments
-    and errors are those of :meth:`~modulora_core.adapters.files.FileWriter.write_adapter`.
+    and errors are those of
+    :meth:`~modulora_core.checkpoints.foreign.files.FileWriter.write_adapter`.
     """
     out = Path(out)
     check_modelfile(out)

@@ -13,10 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import literal_unroll, prange
-from torch import Tensor
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     AHEAD,
     CPUKernels,
     add_in_turn,
@@ -34,6 +31,9 @@ from modulora_core.kernels.cpu import (
     sum_of_four,
     to_floats,
 )
+from numba import literal_unroll, prange
+from torch import Tensor
+
 from modulora_core.packed import PackedWeight
 from modulora_gguf import codebooks, reference
 

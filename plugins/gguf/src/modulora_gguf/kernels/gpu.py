@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from modulora_kernels.triton import GPUKernels
 from torch import Tensor
 
-from modulora_core.kernels.triton import GPUKernels
 from modulora_core.packed import PackedWeight
 from modulora_gguf import codebooks, reference
 
@@ -105,7 +105,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """A block of Ŵ: :func:`modulora_core.kernels.triton.blocks` has the contract.
+    """A block of Ŵ: :func:`modulora_kernels.triton.blocks` has the contract.
 
     OPTIONS is the type, the weights and bytes of its blocks, and the weights of a scale.
     """

@@ -17,9 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import prange
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     AHEAD,
     CPUKernels,
     add_in_turn,
@@ -36,6 +34,8 @@ from modulora_core.kernels.cpu import (
     sum_of_four,
     to_floats,
 )
+from numba import prange
+
 from modulora_core.packed import PackedWeight
 from modulora_int8 import reference
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from modulora_kernels.triton import GPUKernels, block, times_group
 from torch import Tensor
 
-from modulora_core.kernels.triton import GPUKernels, block, times_group
 from modulora_core.packed import PackedWeight
 from modulora_int8 import reference
 
@@ -27,7 +27,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """A block of Ŵ: :func:`modulora_core.kernels.triton.blocks` has the contract.
+    """A block of Ŵ: :func:`modulora_kernels.triton.blocks` has the contract.
 
     OPTIONS is the group size G, or 0 row-wise. One scale is loaded for a group if G is a power of
     two, and for each weight if it isn't.

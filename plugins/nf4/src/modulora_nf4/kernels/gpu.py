@@ -16,9 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from modulora_core.kernels.triton import (
+from modulora_kernels.triton import (
     ALIGNED,
     GPUKernels,
     block,
@@ -26,6 +24,8 @@ from modulora_core.kernels.triton import (
     times_group,
     write_tile,
 )
+from torch import Tensor
+
 from modulora_core.packed import PackedWeight
 from modulora_nf4 import reference
 
@@ -52,7 +52,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """A block of Ŵ: :func:`modulora_core.kernels.triton.blocks` has the contract.
+    """A block of Ŵ: :func:`modulora_kernels.triton.blocks` has the contract.
 
     OPTIONS is ``(shift, whole, double)``: B = 2^shift; whether each row begins with a block of
     weights; double quantization. In other rows, which are rare, each weight finds its own byte and

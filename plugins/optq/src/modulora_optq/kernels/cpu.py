@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     LANES,
     CPUKernels,
     jit,
@@ -25,6 +24,7 @@ from modulora_core.kernels.cpu import (
     table_for,
     to_floats,
 )
+
 from modulora_core.packed import PackedWeight
 from modulora_optq.kernels.groups import chunks_of, code_at, put_scales, put_zeros
 from modulora_optq.kernels.one_row import groups_of, one_row

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from modulora_kernels.triton import GPUKernels
 from torch import Tensor
 
-from modulora_core.kernels.triton import GPUKernels
 from modulora_core.packed import PackedWeight
 from modulora_optq import packing
 from modulora_optq.options import Options
@@ -148,7 +148,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Columns ``col ...`` of a part, as :mod:`modulora_core.kernels.triton.blocks` asks.
+    """Columns ``col ...`` of a part, as :mod:`modulora_kernels.triton.blocks` asks.
 
     OPTIONS is a :class:`Format`. The value is fp32(q − z) times fp32(s), rounded once.
     """

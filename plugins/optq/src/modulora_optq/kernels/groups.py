@@ -11,9 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     LANES,
     from_half,
     jit,
@@ -24,6 +22,8 @@ from modulora_core.kernels.cpu import (
     store,
     to_floats,
 )
+from numpy.typing import NDArray
+
 from modulora_optq.packing import PLANES, plane_bytes
 
 _FIELDS = 5  # of a chunk

@@ -18,10 +18,7 @@ from math import gcd
 from typing import Any
 
 import numpy as np
-from numba import prange
-from numpy.typing import NDArray
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     AHEAD,
     LANES,
     jit,
@@ -35,6 +32,9 @@ from modulora_core.kernels.cpu import (
     sum_of_lanes,
     to_floats,
 )
+from numba import prange
+from numpy.typing import NDArray
+
 from modulora_optq.kernels.groups import put_scales, put_zeros
 
 _ROWS = 16  # whose scales and zeros are converted at once

@@ -12,9 +12,9 @@ import math
 from typing import Any
 
 import numpy as np
+from modulora_kernels import jit
 from numba import prange
 
-from modulora_core.kernels import jit
 from modulora_optq.reference import LARGEST_SCALE, SMALLEST_SCALE
 
 _FP16_DIGITS = 11

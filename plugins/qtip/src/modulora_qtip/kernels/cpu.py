@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from modulora_core.kernels.cpu import CPUKernels, jit, store
+from modulora_kernels.cpu import CPUKernels, jit, store
+
 from modulora_qtip.kernels import one_row
 from modulora_qtip.kernels.decoding import (
     TOGETHER,

@@ -15,10 +15,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
-from numba import types
-from numba.core.registry import cpu_target
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     LANES,
     call,
     jit,
@@ -30,6 +27,9 @@ from modulora_core.kernels.cpu import (
     prefetch,
     splat,
 )
+from numba import types
+from numba.core.registry import cpu_target
+
 from modulora_core.packed import PackedWeight
 from modulora_qtip import codes
 from modulora_qtip.trellis import TILE

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from modulora_kernels.triton import GPUKernels
 from torch import Tensor
 
-from modulora_core.kernels.triton import GPUKernels
 from modulora_core.packed import PackedWeight
 from modulora_qtip import codes
 
@@ -52,7 +52,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
 ) -> Any:  # fmt: skip
-    """A block of C for :class:`modulora_core.kernels.triton.GPUKernels`.
+    """A block of C for :class:`modulora_kernels.triton.GPUKernels`.
 
     ``weight`` is the walks as words, int32, and the number of tiles along the outputs. OPTIONS are
     K, L, the multiplier and the addend of the code, its kind, and the divisor of C.
@@ -101,7 +101,7 @@ _divided = GPUKernels(decode, operands, lambda C: _options(C, unit_of(C)))
 
 
 def multiply(x: Tensor, C: PackedWeight, transpose: bool, dtype: torch.dtype) -> Tensor | None:
-    """As :meth:`modulora_core.kernels.triton.GPUKernels.product_of_rotated`."""
+    """As :meth:`modulora_kernels.triton.GPUKernels.product_of_rotated`."""
     y = _divided.product_of_rotated(x, C, transpose, dtype)
     return None if y is None else y * unit_of(C)
 

@@ -13,12 +13,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import modulora_kernels as kernels
 import numpy as np
-from numba import prange
-from torch import Tensor
-
-from modulora_core import kernels
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     LANES,
     jit,
     load,
@@ -29,8 +26,11 @@ from modulora_core.kernels.cpu import (
     splat,
     store,
 )
-from modulora_core.kernels.rotation import LARGEST_ORDER, order
-from modulora_core.kernels.rotation.cpu import UNIT, factors, rotate_rows
+from modulora_kernels.rotation import LARGEST_ORDER, order
+from modulora_kernels.rotation.cpu import UNIT, factors, rotate_rows
+from numba import prange
+from torch import Tensor
+
 from modulora_core.packed import PackedWeight
 from modulora_qtip.kernels.decoding import (
     TOGETHER,

@@ -22,9 +22,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
-from numba import prange, types
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     LANES,
     jit,
     load,
@@ -36,6 +34,7 @@ from modulora_core.kernels.cpu import (
     splat,
     store,
 )
+from numba import prange, types
 
 TOGETHER = 4 * LANES
 """Ends that are compared at once: L − k is at least their logarithm."""

@@ -21,9 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from modulora_core.kernels.cpu import (
+from modulora_kernels.cpu import (
     LANES,
     jit,
     load,
@@ -33,6 +31,8 @@ from modulora_core.kernels.cpu import (
     store_rounded,
     sum_of_lanes,
 )
+from torch import Tensor
+
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.codebooks import BLOCK
 from modulora_quip_sharp_e8.kernels.operations import (

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from modulora_kernels.triton import GPUKernels, interleaved
 from torch import Tensor
 
-from modulora_core.kernels.triton import GPUKernels, interleaved
 from modulora_core.packed import PackedWeight
 from modulora_quip_sharp_e8 import codebooks
 from modulora_quip_sharp_e8.codebooks import BLOCK
@@ -90,7 +90,7 @@ def decode(  # type: ignore[no-untyped-def]
     weight, row, col, out_features, in_features,  # noqa: ARG001 - blocks of codes are whole
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
 ) -> Any:  # fmt: skip
-    """A block of C for :class:`modulora_core.kernels.triton.GPUKernels`; 8 divides ``col``.
+    """A block of C for :class:`modulora_kernels.triton.GPUKernels`; 8 divides ``col``.
 
     ``weight`` is codes, residual (codes again if there is none), :func:`words`, and a row's number
     of blocks over ALIGN. OPTIONS are bits and ALIGN. Numbers outside of C are finite, not 0:

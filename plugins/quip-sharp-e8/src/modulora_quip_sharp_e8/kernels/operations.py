@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
+from modulora_kernels.cpu import AHEAD, LANES, call, chosen, operation, place
 from numba import types
 from numba.core.registry import cpu_target
 from torch import Tensor
-
-from modulora_core.kernels.cpu import AHEAD, LANES, call, chosen, operation, place
 
 CODES = 64
 """Codes whose nibbles are found at once."""

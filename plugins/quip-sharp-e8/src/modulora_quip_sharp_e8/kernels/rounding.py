@@ -16,9 +16,9 @@ import itertools
 from typing import Any
 
 import numpy as np
+from modulora_kernels.cpu import jit
 from numba import prange
 
-from modulora_core.kernels.cpu import jit
 from modulora_quip_sharp_e8 import codebooks
 
 _ROWS = 16  # that a thread takes at once

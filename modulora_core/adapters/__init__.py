@@ -1,1 +1,0 @@
-"""LoRA adapters: on a model, in PEFT's files, and merged into the weights."""

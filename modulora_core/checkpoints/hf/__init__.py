@@ -1,1 +1,0 @@
-"""The code that transformers calls: our quantizer, packed modules, and saving a model."""

@@ -1,0 +1,90 @@
+"""Save a packed model with a model card, and upload it to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import HfApi
+
+from modulora_core.checkpoints.packed_modules import current_record
+from modulora_core.checkpoints.written.model_card import FILE, model_card
+from modulora_core.checkpoints.written.outputs import DIGESTS
+
+
+class Publishing:
+    """``save_pretrained`` and ``push_to_hub`` of a packed model."""
+
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, **options: Any
+    ) -> None:
+        """Write the packed folder that :func:`modulora_core.load_model` opens, with a README.md.
+
+        With an adapter of PEFT on the model, transformers writes the adapter alone.
+
+        Args:
+            options: of transformers' ``save_pretrained``. Names stay as they are in memory, since
+                packed tensors can't be split into the original ones.
+        """
+        model: Any = self
+        its_own: Any = super()
+        described = model.config.quantization_config
+        described.record = model.hf_quantizer.quantization_config.record = current_record(
+            model, described.record
+        )
+        its_own.save_pretrained(save_directory, **options | {"save_original_format": False})
+        folder = Path(save_directory)
+        if not options.get("is_main_process", True):
+            return
+        if (folder / "config.json").is_file():  # else an adapter
+            (folder / DIGESTS).unlink(missing_ok=True)  # of the files that were replaced
+            (folder / FILE).write_text(model_card(described.record))
+        if push_to_hub:
+            upload(folder, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what ``save_pretrained`` writes, and return the commit's address.
+
+        Args:
+            options: of transformers' ``push_to_hub``.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options)
+            return upload(folder, repo_id, **options)
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str | None = None,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **_: Any,
+) -> str:
+    """Upload a folder to a model repository, which is made if it is missing.
+
+    A README.md that the repository has stays, since somebody may have edited it.
+
+    Args:
+        repo_id: the folder's name if it is None; others: as of ``HfApi.upload_folder``.
+
+    Returns:
+        the commit's address.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id or Path(folder).name, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        revision=revision,
+        create_pr=create_pr,
+        ignore_patterns=[FILE] if api.file_exists(repo_id, FILE, revision=revision) else None,
+    )
+    return str(commit.commit_url)

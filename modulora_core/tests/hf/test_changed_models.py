@@ -1,0 +1,176 @@
+"""A packed model that was pruned, pickled or dequantized is the same model in the end."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.errors import ModelError
+from modulora_core.hf.load_model import load_model
+from modulora_core.quantization.quantize import Assignment, quantize
+from modulora_core.tests.adapted_models import IDS, logits, trained
+from modulora_core.tests.conftest import TOY_SITE
+from modulora_core.tests.tiny_models import save_tiny_model
+
+Pack = Callable[..., tuple[Path, Path]]
+ROOT = Path(__file__).parents[3]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(params=["llama", "llama-tied", "mixtral", "gpt_oss", "gpt2"])
+def packed(request: pytest.FixtureRequest, toy: ModuleType, tmp_path: Path) -> Any:
+    """A model of two quantizers, with a packed head and a packed table."""
+    source = save_tiny_model(request.param, tmp_path / "dense")
+    tables = {"head": "toy", "embeddings": "verbatim"}
+    tied = request.param in ("llama-tied", "gpt2")
+    ends = {"embeddings": "verbatim"} if tied else tables
+    both = Assignment(default="toy", layers={"*.1.*": "verbatim"}, **ends)
+    quantize(str(source), tmp_path / "packed", both)
+    return load_model(tmp_path / "packed", device="cpu")
+
+
+# pruning
+
+
+def blocks(model: Any) -> nn.ModuleList:
+    return next(module for module in model.modules() if type(module) is nn.ModuleList)
+
+
+@pytest.mark.parametrize("pruned", [0, 1])
+def test_a_pruned_model_is_saved_as_it_is(packed: Any, pruned: int, tmp_path: Path) -> None:
+    del blocks(packed)[pruned]
+    for module in blocks(packed).modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = 0
+    packed.config.num_hidden_layers = 1
+    if getattr(packed.config, "layer_types", None):
+        del packed.config.layer_types[pruned]
+    packed.save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved", device="cpu")
+    assert torch.equal(logits(again), logits(packed))
+    record = open_packed(tmp_path / "saved").record
+    used = {record.recipes[site.recipe].quantizer for name, site in record.items() if ".0." in name}
+    assert used == {("toy", "verbatim")[1 - pruned]}
+    named = [name for names in record.kept.values() for name in names]
+    assert named
+    assert not any(".1." in name for name in named)
+
+
+def test_a_layer_that_became_dense_is_saved_dense(pack: Pack, tmp_path: Path) -> None:
+    model: Any = load_model(pack("llama", "toy")[1], device="cpu")
+    mlp = model.model.layers[1].mlp
+    dense = nn.Linear(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
+    dense.weight.data.copy_(mlp.up_proj.weight.dense(torch.float32))
+    before, mlp.up_proj = logits(model), dense
+    model.save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved", device="cpu")
+    assert torch.allclose(logits(again), before, atol=1e-5)  # other products
+    assert "model.layers.1.mlp.up_proj.weight" not in open_packed(tmp_path / "saved").record.weights
+
+
+@pytest.mark.parametrize("head", [AutoModel, AutoModelForSequenceClassification])
+def test_a_model_with_another_head_is_saved_and_loaded(
+    pack: Pack, head: Any, tmp_path: Path
+) -> None:
+    model = head.from_pretrained(pack("llama", "toy")[1], dtype="float32").eval()
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "saved")
+    again = head.from_pretrained(tmp_path / "saved", dtype="float32").eval()
+    with torch.no_grad():
+        assert torch.equal(again(IDS)[0], model(IDS)[0])
+
+
+def test_a_packed_weight_of_another_checkpoint_is_refused(pack: Pack, tmp_path: Path) -> None:
+    model: Any = load_model(pack("llama", "toy")[1], device="cpu")
+    other: Any = load_model(pack("llama", "verbatim")[1], device="cpu")
+    model.model.layers[0].mlp = other.model.layers[0].mlp
+    with pytest.raises(ModelError, match=r"0\.mlp\.\w+\.weight: expected a packed weight of this"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+# pickle
+
+
+def pickled(model: nn.Module) -> bytes:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_model_is_pickled_and_copied(packed: Any, adapted: bool) -> None:
+    model = trained(packed) if adapted else packed
+    again = torch.load(io.BytesIO(pickled(model)), weights_only=False)
+    assert type(again) is type(model)
+    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    assert again.num_parameters() == model.num_parameters()
+
+
+def test_another_process_reads_the_pickle(pack: Pack, tmp_path: Path) -> None:
+    model = trained(load_model(pack("llama", "toy")[1], device="cpu"))
+    (tmp_path / "model.pt").write_bytes(pickled(model))
+    torch.save((IDS, logits(model)), tmp_path / "expected.pt")
+    code = f"""
+import sys, torch
+sys.path[:0] = [{str(TOY_SITE)!r}, {str(ROOT)!r}]
+model = torch.load("model.pt", weights_only=False)
+ids, expected = torch.load("expected.pt")
+with torch.no_grad():
+    assert torch.equal(model.eval()(ids).logits, expected)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_mapped_model_is_not_pickled(pack: Pack) -> None:
+    model = load_model(pack("llama", "toy")[1], device="cpu", mapped=True)
+    with pytest.raises(ModelError, match=r"pickle: .* got a mapped one.*save_pretrained"):
+        pickled(model)
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+
+
+# dequantize
+
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", *EXPERTS])
+def test_dequantize_keeps_the_order_of_parameters(pack: Pack, architecture: str) -> None:
+    source, folder = pack(architecture)
+    dense = load_model(folder, device="cpu").dequantize()  # type: ignore[operator]
+    expected = AutoModelForCausalLM.from_pretrained(source)
+    assert [*dict(dense.named_parameters())] == [*dict(expected.named_parameters())]
+
+
+@pytest.mark.parametrize("architecture", EXPERTS)
+def test_an_adapter_of_peft_on_experts_fits_the_dequantized_model(
+    pack: Pack, architecture: str, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    source, folder = pack(architecture)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    stacks = ["experts.gate_up_proj", "experts.down_proj"]
+    config = peft.LoraConfig(
+        r=2, target_modules=[], target_parameters=stacks, init_lora_weights=False
+    )
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    dense = load_model(folder, device="cpu").dequantize()  # type: ignore[operator]
+    again = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter")
+    assert torch.allclose(logits(again), logits(adapted), atol=1e-5)

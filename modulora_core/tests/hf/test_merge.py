@@ -1,0 +1,108 @@
+"""A merged model gives the logits of the packed model with its adapter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from modulora_core.errors import AdapterError, OptionError, PluginError, WeightError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.merge import merge
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.settings import LoRASettings
+from modulora_core.quantization.quantize import quantize
+from modulora_core.registry import Choice
+from modulora_core.tests.adapted_models import logits, trained
+from modulora_core.tests.crude_folders import save_crude
+from modulora_core.tests.tiny_models import save_tiny_model
+from modulora_core.tiles import tile_budget
+
+Pack = Callable[..., tuple[Path, Path]]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("architecture", ["llama-biased", "gpt2"])
+@pytest.mark.parametrize("scales", [False, True], ids=["plain", "with scales"])
+def test_the_merged_model_gives_the_same_logits(
+    pack: Pack, architecture: str, scales: bool, tmp_path: Path
+) -> None:
+    packed = pack(architecture, "toy")[1]
+    model = trained(load_model(packed), LoRASettings(rank=3, train_scales=scales))
+    save_adapter(model, tmp_path / "adapter")
+    calls: list[tuple[str, int, int]] = []
+    with tile_budget(5 * 32 * 4):  # a few rows a tile: the rows of v must fit theirs
+        result = merge(
+            str(packed),
+            tmp_path / "merged",
+            adapter=tmp_path / "adapter",
+            dtype="float32",
+            progress=lambda *call: calls.append(call),
+        )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    assert result.adapted == sum(1 for module in model.modules() if hasattr(module, "lora_A"))
+    assert calls[-1] == ("merging", len(calls), len(calls))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "crude"])
+def test_merging_warns_as_loading_does(
+    family: str, toy: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checkpoint has norms and biases in float32; the model is loaded in bfloat16."""
+    packed, other = tmp_path / "packed", tmp_path / "other"
+    if family == "crude":
+        save_crude(packed)
+    else:
+        dense = str(save_tiny_model(family, tmp_path / "dense"))
+        quantize(dense, packed, "toy", embeddings=Choice("toy"))
+        quantize(dense, other, "verbatim")
+    adapter = str(tmp_path / "adapter")
+    save_adapter(trained(load_model(packed, dtype="bfloat16")), adapter)
+    caplog.clear()  # of the missing tokenizer
+    merge(str(packed), tmp_path / "merged", adapter=adapter)
+    assert caplog.messages == []
+    if other.exists():
+        load_adapter(load_model(other), adapter)
+        merge(str(other), tmp_path / "warned", adapter=adapter)
+        loading, merging = caplog.messages
+        assert merging == loading
+
+
+def test_a_wrong_request_writes_nothing(pack: Pack, tmp_path: Path) -> None:
+    save_adapter(trained(load_model(pack("gpt2")[1])), tmp_path / "adapter")
+    packed = str(pack("llama")[1])
+    with pytest.raises(AdapterError, match=r"it does not fit .*: there is no packed layer"):
+        merge(packed, tmp_path / "merged", adapter=str(tmp_path / "adapter"))
+    with pytest.raises(OptionError, match=r"dtype: expected one of float16, .* got 'int4'"):
+        merge(packed, tmp_path / "merged", dtype="int4")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_missing_plugin_is_refused_before_anything_is_written(pack: Pack, tmp_path: Path) -> None:
+    shutil.copytree(pack("llama", "toy")[1], tmp_path / "packed")
+    config = tmp_path / "packed" / "config.json"
+    config.write_text(config.read_text().replace('"quantizer": "toy"', '"quantizer": "gone"'))
+    with pytest.raises(PluginError, match=r"^quantizer 'gone' "):
+        merge(str(tmp_path / "packed"), tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+
+
+def test_values_beyond_the_dtype_are_refused(pack: Pack, tmp_path: Path) -> None:
+    dense = pack("llama", "toy")[0]
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = 1e5
+    model.save_pretrained(tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "toy")
+    merge(str(tmp_path / "packed"), tmp_path / "merged", dtype="bfloat16")
+    with pytest.raises(WeightError, match=r"layers.1.mlp.up_proj.*: expected finite .* float16"):
+        merge(str(tmp_path / "packed"), tmp_path / "half", dtype="float16")
+    assert not (tmp_path / "half").exists()

@@ -1,0 +1,170 @@
+"""PEFT puts its adapters on packed layers, and saves no dense weight for the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from modulora_conformance.allocations import Allocations
+from peft import (
+    IA3Config,
+    LoftQConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.utils.hotswap import hotswap_adapter
+from torch import Tensor
+
+from modulora_core.errors import ModelError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.tests.adapted_models import IDS, logits
+from modulora_core.tiles import tile_budget
+
+Pack = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def packed(pack: Pack) -> Callable[[], Any]:
+    return lambda: load_model(pack("llama", "toy")[1], device="cpu")
+
+
+def adapted(model: Any, **options: Any) -> Any:
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options)
+    return get_peft_model(model, config)
+
+
+def losses(model: Any, steps: int = 4) -> list[float]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, found = torch.optim.AdamW(trained, lr=1e-2), []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "gaussian"}],
+    ids=str,
+)
+def test_losses_are_the_dense_models(packed: Callable[[], Any], options: dict[str, Any]) -> None:
+    found = losses(adapted(packed(), **options))
+    assert found == pytest.approx(losses(adapted(packed().dequantize(), **options)), rel=1e-5)
+    assert found[-1] < found[0]
+
+
+def test_the_backward_saves_no_dense_weight(packed: Callable[[], Any]) -> None:
+    model = adapted(packed())
+    saved: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(input_ids=IDS, labels=IDS).loss
+    weights = {(out, into) for out, into in [(32, 32), (16, 32), (48, 32), (32, 48)]}
+    assert (4, 32) in saved, "A is saved"
+    assert not weights & {tuple(shape) for s in saved for shape in (s, s[::-1])}
+    loss.backward()
+
+
+def test_adapters_are_added_switched_and_loaded_again(
+    packed: Callable[[], Any], tmp_path: Path
+) -> None:
+    model = adapted(packed())
+    losses(model)
+    first = logits(model)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    model.set_adapter("second")
+    losses(model)
+    assert not torch.equal(logits(model), first)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(packed()))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(packed(), str(tmp_path))
+    assert torch.equal(logits(again), first)
+    ours = packed()
+    load_adapter(ours, tmp_path)
+    assert torch.allclose(logits(ours), first, atol=1e-5)
+
+
+def test_merging_needs_a_dense_model(packed: Callable[[], Any]) -> None:
+    model = adapted(packed())
+    losses(model)
+    expected = logits(model)
+    with pytest.raises(
+        ModelError, match=r"merging in place need dense weights.*call model\.dequantize"
+    ):
+        model.merge_and_unload()
+    model.get_base_model().dequantize()
+    merged = model.merge_and_unload()
+    assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert torch.allclose(logits(merged), expected, atol=1e-4)
+
+
+def test_an_adapter_is_swapped_in_place(packed: Callable[[], Any], tmp_path: Path) -> None:
+    first, second = adapted(packed()), adapted(packed())
+    losses(first)
+    losses(second, steps=8)
+    expected = logits(second)
+    assert not torch.equal(logits(first), expected)
+    second.save_pretrained(tmp_path)
+    weights = [parameter.data_ptr() for parameter in first.parameters()]
+    hotswap_adapter(first, str(tmp_path), adapter_name="default", torch_device="cpu")
+    assert [parameter.data_ptr() for parameter in first.parameters()] == weights
+    assert torch.equal(logits(first), expected)
+
+
+def test_a_step_holds_few_tiles(pack: Pack) -> None:
+    """A model with weights of 6 KiB in tiles of 512 bytes."""
+    model = adapted(load_model(pack("llama", "toy")[1], device="cpu"))
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 32, requires_grad=True)
+    with tile_budget(512), Allocations([x, *model.parameters()]) as allocations:
+        layer(x).sum().backward()
+    weight = 48 * 32 * 4
+    # y, dy and the gradients of A and B take 2 KiB
+    assert allocations.peak < weight * 0.9, f"{allocations.peak} bytes"
+    assert allocations.alive < weight / 2
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(target_modules=["q_proj"]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        VeraConfig(target_modules=["q_proj"]),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_other_methods_train_as_on_the_dense_model(packed: Callable[[], Any], config: Any) -> None:
+    found = []
+    for model in (packed(), packed().dequantize()):
+        torch.manual_seed(1)
+        found.append(losses(get_peft_model(model, config), steps=3))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][-1] < found[0][0]
+
+
+def test_loftq_is_refused(packed: Callable[[], Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("scipy", reason="PEFT takes NF4's values from it")
+    config = LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
+    with pytest.raises(ModelError, match=r"LoftQ.* need dense weights: .*dequantize"):
+        get_peft_model(packed(), config)

@@ -1,0 +1,253 @@
+"""Whatever needs a dense weight says so in one sentence; all else of PEFT works as on a dense one.
+
+The refused and the working methods are all of PEFT's that train linear layers of a decoder.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from transformers import AutoModelForCausalLM, MambaConfig, Trainer, TrainingArguments
+
+from modulora_core import add_lora, quantize
+from modulora_core.errors import DenseWeightError, ModelError
+from modulora_core.hf.load_model import load_model
+from modulora_core.registry import Choice
+from modulora_core.tests.adapted_models import IDS, logits
+from modulora_core.tests.hf.test_peft import losses
+from modulora_core.tests.tiny_models import save_tiny_model
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # PEFT's, of biases, norms and EVA
+]
+Load = Callable[..., Any]
+
+WAY_OUT = "need dense weights: train LoRA with .*call model.dequantize"
+SOME: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def load(toy: object, tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """Loads a tiny Llama: its layers are packed, or its tables too, apart or tied."""
+    made: dict[tuple[str, bool], Path] = {}
+
+    def loaded(tables: bool = False, architecture: str = "llama") -> Any:
+        if (architecture, tables) not in made:
+            root = tmp_path_factory.mktemp("limits")
+            dense = save_tiny_model(architecture, root / "dense")
+            more = {"head": Choice("toy"), "embeddings": Choice("toy")} if tables else {}
+            if architecture == "llama-tied":
+                more.pop("head", None)
+            quantize(str(dense), root / "packed", "toy", **more)
+            made[architecture, tables] = root / "packed"
+        return load_model(made[architecture, tables], device="cpu")
+
+    return loaded
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(r=4, **SOME | options)
+
+
+NEED_DENSE = {
+    "pissa": lora(init_lora_weights="pissa"),
+    "pissa_niter_4": lora(init_lora_weights="pissa_niter_4"),
+    "olora": lora(init_lora_weights="olora"),
+    "corda": lora(init_lora_weights="corda", corda_config=CordaConfig()),
+    "mica": lora(init_lora_weights="mica"),
+    "hra": peft.HRAConfig(r=4, **SOME),
+    "shira": peft.ShiraConfig(r=2, **SOME),
+    "delora": peft.DeloraConfig(r=4, **SOME),
+    "osf": peft.OSFConfig(**SOME),
+}
+
+
+@pytest.mark.parametrize("method", NEED_DENSE)
+def test_methods_that_read_the_dense_weight(load: Load, method: str) -> None:
+    with pytest.raises(DenseWeightError, match=WAY_OUT):
+        losses(get_peft_model(load(), NEED_DENSE[method]))
+
+
+def test_dora_which_peft_refuses_itself(load: Load) -> None:
+    with pytest.raises(TypeError, match=f"got <class .*PackedParameter.*DoRA.*{WAY_OUT}"):
+        get_peft_model(load(), lora(use_dora=True))
+
+
+WORK: dict[str, Any] = {
+    "orthogonal": lora(init_lora_weights="orthogonal"),
+    "not zero": lora(init_lora_weights=False),
+    "lora_bias": lora(lora_bias=True),
+    "all biases": lora(bias="all"),
+    "head": lora(target_modules=["lm_head", "q_proj"]),
+    "embedding": lora(target_modules=["embed_tokens", "q_proj"]),
+    "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, **SOME),
+    "oft": peft.OFTConfig(r=0, oft_block_size=4, **SOME),
+    "lokr": peft.LoKrConfig(r=4, **SOME),
+    "fourier": peft.FourierFTConfig(n_frequency=8, **SOME),
+    "miss": peft.MissConfig(r=4, **SOME),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "tables"), [*((name, False) for name in WORK), ("head", True), ("embedding", True)]
+)
+def test_other_methods_train_as_on_the_dense_model(load: Load, method: str, tables: bool) -> None:
+    found = []
+    for model in (load(tables), load(tables).dequantize()):
+        torch.manual_seed(1)
+        found.append(losses(get_peft_model(model, copy.deepcopy(WORK[method])), steps=3))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0][-1] < found[0][0]
+
+
+def test_eva_is_initialized_from_activations(load: Load) -> None:
+    from peft.tuners.lora import initialize_lora_eva_weights
+
+    found = []
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    for model in (load(), load().dequantize()):
+        torch.manual_seed(1)
+        adapted = get_peft_model(model, lora(init_lora_weights="eva"))
+        initialize_lora_eva_weights(adapted, [batch] * 3, show_progress_bar=False)
+        found.append(losses(adapted, steps=3))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_prompts_need_a_dense_embedding(load: Load) -> None:
+    """PEFT looks for a parameter with as many rows as the vocabulary, and takes its module."""
+    with pytest.raises(AttributeError, match="Embedding has no attribute `codes`"):
+        get_peft_model(load(tables=True), WORK["prefix"])
+
+
+def layer(model: Any) -> None:
+    model.model.layers[1].requires_grad_(True)
+
+
+def weight(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+
+
+def saved(*names: str) -> Callable[[Any], object]:
+    return lambda model: get_peft_model(
+        model, LoraConfig(target_modules=["v_proj"], modules_to_save=[*names])
+    )
+
+
+UNFREEZE: dict[str, Callable[[Any], object]] = {
+    "model": lambda model: model.requires_grad_(True),
+    "layer": layer,
+    "weight": weight,
+    "embedding": lambda model: model.get_input_embeddings().requires_grad_(True),
+    "head": lambda model: model.get_output_embeddings().weight.requires_grad_(True),
+    "saved layer": saved("q_proj"),
+    "saved embedding": saved("embed_tokens"),
+    "saved head": saved("lm_head"),
+}
+
+
+def copied(model: Any) -> Any:
+    return copy.deepcopy(model)
+
+
+def unpickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def cast(model: Any) -> Any:
+    return model.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("how", [copied, unpickled, cast])
+@pytest.mark.parametrize("way", UNFREEZE)
+def test_packed_weights_are_not_unfrozen(load: Load, way: str, how: Callable[[Any], Any]) -> None:
+    model = how(load(tables=True))
+    with pytest.raises(ModelError, match=r"requires_grad_.* can't train; train an adapter with"):
+        UNFREEZE[way](model)
+    model.requires_grad_(False)
+    assert not [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def test_dense_parts_are_unfrozen(load: Load) -> None:
+    model = load()
+    model.model.layers[0].input_layernorm.requires_grad_(True)
+    model.lm_head.requires_grad_(True)
+    found = losses(model)
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
+def test_packed_tables_keep_their_size(load: Load, architecture: str) -> None:
+    model = load(True, architecture)
+    before, rows = logits(model), model.config.vocab_size
+    for same in ((), (None,), (rows,)):
+        assert model.resize_token_embeddings(*same) is model.get_input_embeddings()
+    for other in ({"new_num_tokens": rows + 4}, {"new_num_tokens": 8}, {"pad_to_multiple_of": 64}):
+        with pytest.raises(ModelError, match=r"resize_token_embeddings.*, then quantize it"):
+            model.resize_token_embeddings(**other)
+    assert torch.equal(logits(model), before)
+    with pytest.raises(ModelError, match=r"new tokens.*need dense weights"):
+        get_peft_model(model, lora(trainable_token_indices=[1, 2]))
+    dense = load(False, architecture)
+    assert len(dense.resize_token_embeddings(rows + 4).weight) == rows + 4
+    assert dense(IDS).logits.shape[-1] == rows + 4
+
+
+@pytest.mark.parametrize("how", [lambda model: model, copied, unpickled])
+def test_the_trainer_refuses_a_model_in_which_nothing_trains(
+    load: Load, how: Callable[[Any], Any], tmp_path: Path
+) -> None:
+    def trainer(model: Any) -> Trainer:
+        return Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+    model = how(load())
+    with pytest.raises(ValueError, match="attach trainable adapters on top of the quantized model"):
+        trainer(model)
+    model.model.norm.requires_grad_(True)
+    assert trainer(model)
+    adapted = load()
+    add_lora(adapted)
+    assert trainer(how(adapted))
+
+
+def test_a_tensor_s_attribute_is_missing_and_explained(load: Load) -> None:
+    weight = load().model.layers[0].mlp.up_proj.weight
+    for name in ("data", "size", "t", "T", "grad", "is_floating_point"):
+        assert not hasattr(weight, name)
+        with pytest.raises(DenseWeightError, match=f"it has no {name}; .*{WAY_OUT}"):
+            getattr(weight, name)
+    with pytest.raises(AttributeError, match="no attribute 'quant_state'"):
+        weight.quant_state  # noqa: B018
+
+
+def test_a_packed_head_to_whose_dtype_the_model_casts(toy: object, tmp_path: Path) -> None:
+    """Mamba casts the hidden state to the dtype of its head's weight."""
+    torch.manual_seed(0)
+    config = MambaConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4, tie_word_embeddings=False
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    quantize(
+        str(tmp_path / "dense"),
+        tmp_path / "packed",
+        "toy",
+        head=Choice("toy"),
+        exclude=["*.dt_proj"],
+    )
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(tmp_path / "packed", dtype=dtype, device="cpu")
+        assert model.lm_head.weight.dtype == getattr(torch, dtype)
+        found = logits(model)
+        assert torch.allclose(found, logits(model.dequantize()), atol=1e-2)
+        assert found.abs().max() > 0.1

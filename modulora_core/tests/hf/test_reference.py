@@ -1,0 +1,135 @@
+"""TRL's trainers compare a model with a reference, which must have the same adapter."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import AutoTokenizer
+
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
+from modulora_core.tests.adapted_models import trained
+
+trl = pytest.importorskip("trl", reason="pip install trl")
+
+pytestmark = pytest.mark.filterwarnings("default")  # TRL warns, such as of renamed arguments
+
+ROWS = [{"prompt": "Who?", "chosen": " me", "rejected": " nobody else"},
+        {"prompt": "What?", "chosen": " it", "rejected": " something"}]  # fmt: skip
+LABELS = [{"prompt": "Who?", "completion": " me", "label": True},
+          {"prompt": "What?", "completion": " it", "label": False}]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapter(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(trained(load_model(tunable, device="cpu")), folder)
+    return folder
+
+
+def continued(tunable: Path, adapter: Path) -> Any:
+    model = load_model(tunable, device="cpu")
+    load_adapter(model, adapter, trainable=True)
+    return model
+
+
+def with_a_second_one(tunable: Path, adapter: Path) -> Any:
+    model = load_model(tunable, device="cpu")
+    load_adapter(model, adapter, "first")
+    add_lora(model, name="second")
+    return model
+
+
+def trainer(method: str, model: Any, folder: Path, **options: Any) -> Any:
+    texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    rows, more = {"KTO": LABELS, "SFT": texts}.get(method, ROWS), {}
+    if method in {"GRPO", "RLOO"}:
+        more["reward_funcs"] = [lambda completions, **_: [0.0] * len(completions)]
+    if reference := options.pop("ref_model", None):
+        more["ref_model"] = reference
+    arguments = getattr(trl, f"{method}Config")(
+        str(folder), max_steps=1, per_device_train_batch_size=2, bf16=False, use_cpu=True,
+        report_to="none", logging_steps=1, **options,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    return getattr(trl, f"{method}Trainer")(
+        model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+        **more,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("model", [continued, with_a_second_one])
+@pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_no_reference_without_the_adapter(
+    tunable: Path, adapter: Path, tmp_path: Path, method: str, model: Callable[..., Any]
+) -> None:
+    options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
+    with pytest.raises(OSError, match=r"trained before.* give ref_model, or precompute_ref_log_p"):
+        trainer(method, model(tunable, adapter), tmp_path, **options)
+
+
+@pytest.mark.parametrize("model", [continued, with_a_second_one])
+def test_the_precomputed_reference_has_the_adapter(
+    tunable: Path, adapter: Path, tmp_path: Path, model: Callable[..., Any]
+) -> None:
+    made = trainer("DPO", model(tunable, adapter), tmp_path, precompute_ref_log_probs=True)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable: Path, tmp_path: Path) -> None:
+    model = load_model(tunable, device="cpu")
+    add_lora(model)
+    made = trainer("DPO", model, tmp_path)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tuned(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model after SFT in this process."""
+    model = load_model(tunable, device="cpu")
+    add_lora(model)
+    trainer("SFT", model, tmp_path_factory.mktemp("sft"), learning_rate=1e-2).train()
+    assert model.config.name_or_path == str(tunable)
+    return model
+
+
+@pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_no_reference_without_the_adapter_of_this_process(
+    tuned: Any, tmp_path: Path, method: str
+) -> None:
+    options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
+    with pytest.raises(OSError, match=r"trained before.* give ref_model, or precompute_ref_log_p"):
+        trainer(method, copy.deepcopy(tuned), tmp_path, **options)
+
+
+def test_further_trainings_of_the_adapter_of_this_process(
+    tunable: Path, tuned: Any, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(tuned)
+    made = trainer("DPO", model, tmp_path, precompute_ref_log_probs=True)
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    reference = trainer("DPO", model, tmp_path, ref_model=copy.deepcopy(model))
+    reference.train()
+    assert reference.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    trainer("SFT", model, tmp_path).train()
+    assert model.config.name_or_path == str(tunable)
+
+
+def test_trl_turns_the_adapter_s_dropout_off(tunable: Path, tmp_path: Path) -> None:
+    model = load_model(tunable, device="cpu")
+    add_lora(model, LoRASettings(dropout=0.5))
+    trainer("DPO", model, tmp_path)
+    assert {layer.dropout["default"].p for _, layer in adapter_layers(model)} == {0}

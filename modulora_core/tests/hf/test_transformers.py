@@ -1,0 +1,155 @@
+"""transformers loads, saves and dequantizes packed folders."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.errors import AdapterError, CheckpointError
+from modulora_core.hf.load_model import load_model
+from modulora_core.packed_parameters import PackedParameter
+from modulora_core.quantization.quantize import quantize
+from modulora_core.registry import Choice
+from modulora_core.tests.adapted_models import IDS, logits, trained
+from modulora_core.tests.tiny_models import save_tiny_model
+
+Pack = Callable[..., tuple[Path, Path]]
+
+
+def packed_parameters(model: Any) -> int:
+    return sum(isinstance(module, PackedParameter) for module in model.modules())
+
+
+def test_from_pretrained_loads_what_load_model_loads(pack: Pack) -> None:
+    folder = pack("llama", "toy")[1]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    assert packed_parameters(theirs) == 14
+    assert torch.equal(logits(theirs), logits(load_model(folder, device="cpu")))
+    assert not any(parameter.requires_grad for parameter in theirs.parameters())
+
+
+def test_one_import_registers_the_format_and_transformers_alone_refuses_it(
+    pack: Pack, toy_root: Path
+) -> None:
+    """transformers would fill packed layers with noise."""
+    code = """if True:
+        import sys
+        import modulora_core
+        from transformers import AutoModelForCausalLM
+        try:
+            AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        except RuntimeError as error:
+            print("ignore_mismatched_sizes" in str(error))
+        import modulora_core.hf
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+        print(type(model.model.layers[0].mlp.up_proj).__name__)
+        print([each for each in sys.meta_path if "modulora" in str(each)])
+    """
+    command = [sys.executable, "-c", code, str(pack("llama", "toy")[1])]
+    environment = {**os.environ, "PYTHONPATH": str(toy_root)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.stdout.split("\n")[:3] == ["True", "QuantLinear", "[]"], done.stderr
+
+
+def test_a_plugin_makes_its_tables_with_values(
+    pack: Pack, toy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers builds models on the meta device, and a plugin may be imported there first."""
+    create = toy.Toy.__init__
+
+    def with_a_table(self: Any, *options: Any) -> None:
+        create(self, *options)
+        torch.arange(4).numpy()
+
+    monkeypatch.setattr(toy.Toy, "__init__", with_a_table)
+    AutoModelForCausalLM.from_pretrained(pack("llama", "toy")[1])
+
+
+def test_other_heads_take_the_same_layers(pack: Pack) -> None:
+    folder = pack("llama", "toy")[1]
+    whole = load_model(folder, device="cpu")
+    base = AutoModel.from_pretrained(folder, dtype="float32")
+    assert packed_parameters(base) == 14
+    with torch.no_grad():
+        assert torch.equal(base(IDS).last_hidden_state, whole.base_model(IDS).last_hidden_state)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    assert packed_parameters(classifier) == 14
+    names = [name for name, parameter in classifier.named_parameters() if parameter.requires_grad]
+    assert names == ["score.weight"]
+
+
+def test_packed_weights_are_counted_as_the_dense_ones(pack: Pack, tmp_path: Path) -> None:
+    for architecture in ("llama-tied", "mixtral"):
+        source, folder = pack(architecture, "toy")
+        dense = AutoModelForCausalLM.from_pretrained(source)
+        packed = load_model(folder, device="cpu")
+        assert packed.num_parameters() == dense.num_parameters()
+        without = dense.num_parameters(exclude_embeddings=True)
+        assert packed.num_parameters(exclude_embeddings=True) == without
+        assert packed.num_parameters(only_trainable=True) == 0
+        stored = sum(p.nbytes for p in (*packed.parameters(), *packed.buffers()))
+        assert packed.get_memory_footprint() == stored < dense.get_memory_footprint() / 2
+        assert type(packed).__name__ == type(dense).__name__
+        assert type(packed.dequantize()) is type(dense)  # type: ignore[operator]
+
+
+def test_save_pretrained_writes_the_same_checkpoint(pack: Pack, tmp_path: Path) -> None:
+    model = load_model(pack("llama", "toy")[1], device="cpu")
+    model.save_pretrained(tmp_path / "saved")
+    again = load_model(tmp_path / "saved", device="cpu")
+    assert torch.equal(logits(again), logits(model))
+    written, read = open_packed(tmp_path / "saved"), open_packed(pack("llama", "toy")[1])
+    assert {*written.tensors()} == {*read.tensors()}
+    assert all(torch.equal(t, read.tensor(name)) for name, t in written.tensors().items())
+
+
+def test_a_guard_with_values_is_refused(pack: Pack, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "packed"
+    model = load_model(pack("llama", "toy")[1], device="cpu")
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    guard = next(iter(open_packed(folder).record.guard))
+    assert not tensors[guard].numel()
+    save_file({**tensors, guard: torch.zeros(3)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{guard}: expected it packed"):
+        open_packed(folder)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_dequantize_gives_a_dense_model(pack: Pack, tmp_path: Path, architecture: str) -> None:
+    """``verbatim`` packs without an error, so the dense model is the source, to the bit."""
+    source, folder = pack(architecture)
+    dense = load_model(folder, device="cpu").dequantize()
+    dense.save_pretrained(tmp_path / "dense")
+    state = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").state_dict()
+    assert {*again} == {*state}
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    assert not hasattr(dense.config, "quantization_config")
+
+
+def test_dequantize_ties_a_packed_table_again(toy: object, tmp_path: Path) -> None:
+    source = save_tiny_model("llama-tied", tmp_path / "dense")
+    quantize(str(source), tmp_path / "packed", "verbatim", embeddings=Choice.parse("verbatim"))
+    dense = load_model(tmp_path / "packed", device="cpu").dequantize()
+    assert dense.lm_head.weight is dense.model.embed_tokens.weight
+    dense.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(logits(again), logits(AutoModelForCausalLM.from_pretrained(source)))
+
+
+def test_dequantize_refuses_an_adapter(pack: Pack) -> None:
+    model = trained(load_model(pack("llama", "toy")[1], device="cpu"))
+    with pytest.raises(AdapterError, match=r"without an adapter of add_lora.*modulora merge"):
+        model.dequantize()  # type: ignore[operator]

@@ -1,0 +1,47 @@
+"""Read the facts of a finished run from the folder of its adapter."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from modulora_compare.report.page import Run, Sample
+from modulora_core.models.folders import RUN_FILE
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.run_log import RunLog
+
+
+def read_run(folder: Path) -> tuple[FinetuneConfig, RunLog]:
+    """The config of the run that wrote an adapter, and its log.
+
+    Raises:
+        AdapterError: the folder has no log of a finished run.
+        OptionError: its config can't be read.
+    """
+    log = RunLog.read(folder)
+    return FinetuneConfig.build({}, file=folder / RUN_FILE), log
+
+
+def adapter_run(
+    folder: Path, config: FinetuneConfig, log: RunLog, samples: Sequence[Sample] = ()
+) -> Run:
+    """The facts for the page of an adapter."""
+    base, adapter = shlex.quote(log.model), shlex.quote(str(folder))
+    return Run(
+        title=f"Finetuning of {log.source}",
+        subtitle=f"A LoRA adapter, trained with {config.method.upper()} on weights quantized with "
+        f"{', '.join(log.quantizers)} ({log.bits_per_weight:.2f} bits per weight).",
+        history=log.log_history,
+        settings=config.model_dump(mode="json", exclude_none=True),
+        seconds=log.seconds,
+        peak_memory_bytes=log.peak_memory_bytes,
+        held_out=log.held_out,
+        samples=samples,
+        sampled="training" if config.eval_data is None else "evaluation",
+        commands=[
+            f"modulora chat {base} --adapter {adapter}",
+            f"modulora evaluate {base} --adapter {adapter}",
+            f"modulora merge {base} MERGED --adapter {adapter}",
+        ],
+    )

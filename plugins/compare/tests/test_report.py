@@ -1,0 +1,275 @@
+"""report.html: its curves, its samples, and what it needs from outside."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from modulora_compare import ReportCallback
+from modulora_compare.report.curves import Curve, curves
+from modulora_compare.report.page import LONGEST, Sample
+from modulora_compare.report.samples import _split, answers
+from transformers import Trainer, TrainingArguments
+
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.cli import main
+from modulora_core.data import load_examples
+from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
+from modulora_core.lora.switching import without_adapter
+from modulora_core.models.sampling import Sampling, continuations
+from modulora_core.progress import no_progress
+from modulora_core.tests.adapted_models import logits, trained
+from modulora_core.tests.cli.conftest import TEMPLATE
+from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
+from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.finetune import finetune
+
+Configure = Callable[..., FinetuneConfig]
+Run = Callable[..., tuple[int, dict[str, Any], str]]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OUTSIDE = re.compile(r"<script|<link|<img|@import|url\(|https?://|\son\w+=", re.IGNORECASE)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    rows = [{"prompt": f"say <b>{word}</b>", "completion": f" {word}"} for word in "abcdefg"]
+    return write_jsonl(tmp_path / "data.jsonl", *rows)  # type: ignore[no-any-return]
+
+
+def written(run: Run, *words: object) -> str:
+    """The page that `modulora report` writes."""
+    code, found, _ = run("report", *words)
+    assert code == 0, found
+    return Path(found["page"]).read_text("utf-8")
+
+
+def test_a_page_needs_nothing_else(
+    run: Run, configure: Configure, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = finetune(configure(data=str(data), eval_data=str(data), seq_len=96, baseline=True))
+    page = written(run, out)
+    assert OUTSIDE.search(page) is None
+    assert "default-src 'none'" in page
+    assert page.count("<svg ") == 5
+    assert "prefers-color-scheme: dark" in page
+    assert f"{result.eval_loss_before:.3f} → {result.eval_loss:.3f}" in page
+    assert "<span>lr</span><code>0.01</code>" in page
+    assert "Sample answers" not in page
+    assert f"modulora chat {result.model} --adapter {out}" in page
+    page = written(run, out, "--samples", "--device", "cpu", "--out", tmp_path / "other.html")
+    assert page.count("say &lt;b&gt;") == 5
+    assert "<b>a</b>" not in page
+    assert (out / "report.html").is_file()
+
+
+def test_the_page_says_on_which_examples_the_loss_is(
+    run: Run, configure: Configure, data: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
+    many = write_jsonl(tmp_path / "rows.jsonl", *rows)
+    held_out = finetune(configure(data=str(many), steps=10, baseline=True)).held_out
+    assert held_out is not None
+    page = written(run, tmp_path / "out")
+    assert f"{held_out.before:.3f} → {held_out.after:.3f}" in page
+    assert "on 8 examples of the training data that the run did not reach" in page
+    whole = tmp_path / "whole"
+    finetune(configure(data=str(data), epochs=1, out=str(whole), baseline=True))
+    assert "No loss is on held-out data." in written(run, whole)
+
+
+def test_a_page_needs_the_log_of_a_finished_run(run: Run, tmp_path: Path) -> None:
+    code, found, _ = run("report", tmp_path)
+    assert code == 2
+    assert "expected the folder of a finished run" in found["error"]["message"]
+
+
+def test_samples_need_data_that_the_config_names(
+    run: Run, configure: Configure, tmp_path: Path
+) -> None:
+    config = configure(steps=1, data=None)
+    finetune(config, data=[{"text": "The with statement. " * 9}])
+    code, found, _ = run("report", tmp_path / "out", "--samples")
+    assert code == 2
+    assert "records from Python" in found["error"]["message"]
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
+def test_samples_need_a_window_that_holds_an_answer(
+    run: Run, configure: Configure, tunable: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "short"
+    shutil.copytree(tunable, model)
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**values, "max_position_embeddings": LONGEST}))
+    finetune(configure(model=str(model), steps=1))
+    code, found, _ = run("report", tmp_path / "out", "--samples", "--device", "cpu")
+    assert code == 2
+    assert "a context of more than 48 tokens" in found["error"]["message"]
+
+
+def test_the_page_of_an_adapter_on_a_dense_model_names_the_packed_one(
+    run: Run, configure: Configure, tunable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
+    dense = str(tunable.parent / "dense")
+    found = finetune(configure(model=dense, quantizer="toy", steps=1))
+    page = html.unescape(written(run, tmp_path / "out", "--samples", "--device", "cpu"))
+    assert f"modulora chat {shlex.quote(found.model)} --adapter" in page
+    assert "Without the adapter" in page
+
+
+def test_finetune_names_the_command(
+    configure: Configure, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configure(steps=1)
+    words = ["finetune", config.model, config.out, "--data", str(text), "--steps", "1"]
+    assert main([*words, "--seq-len", "32", "--no-baseline"]) == 0
+    assert f"modulora report {config.out}" in "".join(capsys.readouterr().out.split("\n"))
+
+
+def test_a_callback_writes_the_page_of_any_trainer(
+    tunable: Path, text: Path, tmp_path: Path
+) -> None:
+    model: Any = load_model(tunable)
+    add_lora(model, LoRASettings(rank=2))
+    ids = open_packed(tunable).tokenizer()(text.read_text())["input_ids"]
+    rows = [{"input_ids": ids[i : i + 16], "labels": ids[i : i + 16]} for i in range(0, 160, 16)]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), max_steps=4, logging_steps=1, learning_rate=0.02, report_to="none",
+        per_device_train_batch_size=2, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        eval_strategy="steps", eval_steps=2,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2])
+    trainer.add_callback(ReportCallback)
+    trainer.train()
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert OUTSIDE.search(page) is None
+    assert "<span>learning_rate</span><code>0.02</code>" in page
+    assert page.count("<svg ") == 3, "loss, learning rate, gradient norm"
+    assert "<b>4</b>" in page
+    assert "modulora chat" not in page
+
+
+def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, text: Path) -> None:
+    base: Any = load_model(tunable)
+    adapted: Any = trained(load_model(tunable))
+    tokenizer = open_packed(tunable).tokenizer()
+    examples = load_examples(text, tokenizer, seq_len=64)
+    calls: list[Any] = []
+    samples = answers(adapted, tokenizer, examples, lambda *call: calls.append(call))
+    assert len(samples) == 5
+    assert calls
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
+    assert calls[-1][1] <= calls[-1][2] == 2 * LONGEST
+    greedy = Sampling(LONGEST)
+
+    def words(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    for number, sample in enumerate(samples):
+        ids = examples[number * len(examples) // 5]["input_ids"]
+        assert (sample.prompt, sample.expected) == (words(ids[:32]), words(ids[32:]))
+        for model, answer in ((base, sample.before), (adapted, sample.after)):
+            (alone,) = continuations(model, tokenizer, [ids[:32]], greedy)
+            assert answer == words(alone)
+    assert any(sample.before != sample.after for sample in samples)
+
+
+@pytest.mark.parametrize(
+    "own", [{"repetition_penalty": 1e4}, {"suppress_tokens": [*range(1, 64)]}], ids=str
+)
+def test_the_models_own_settings_do_not_change_the_answers(
+    tunable: Path, text: Path, own: dict[str, Any]
+) -> None:
+    tokenizer = open_packed(tunable).tokenizer()
+    examples = load_examples(text, tokenizer, seq_len=64)
+
+    def answered(**own: Any) -> list[Sample]:
+        model: Any = trained(load_model(tunable))
+        model.generation_config.update(**own)
+        return answers(model, tokenizer, examples, no_progress)
+
+    assert answered(**own) == answered()
+
+
+def test_infinite_logits_are_named_in_the_place_of_an_answer(tunable: Path, text: Path) -> None:
+    model: Any = trained(load_model(tunable))
+    tokenizer = open_packed(tunable).tokenizer()
+    examples = load_examples(text, tokenizer, seq_len=64)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.inf)
+    (sample, *_) = answers(model, tokenizer, examples, no_progress)
+    assert "infinite" in sample.before
+    assert "infinite" in sample.after
+
+
+def test_an_answer_follows_the_prompt_of_the_first_turn() -> None:
+    tokenizer: Any = make_tokenizer()
+    example = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, -100]}
+    assert _split(example, tokenizer) == ([5, 6], [7, 8])
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_the_answer_to_a_preference_is_the_chosen_one(template: str | None) -> None:
+    tokenizer: Any = make_tokenizer(template=template)
+    said: Any = ("say", "yes")
+    if template is not None:
+        roles = zip(("user", "assistant"), said, strict=True)
+        said = [[{"role": role, "content": content}] for role, content in roles]
+    prompt, answer = _split({"prompt": said[0], "chosen": said[1], "rejected": said[1]}, tokenizer)
+    asked = "<user>say<assistant>" if template else "say"
+    assert tokenizer.decode(prompt, skip_special_tokens=True) == asked
+    assert tokenizer.decode(answer) == "yes"
+
+
+def _logits_without(model: torch.nn.Module) -> torch.Tensor:
+    with without_adapter(model):
+        return logits(model)
+
+
+def test_adapters_are_active_again_afterwards(tunable: Path) -> None:
+    model = load_model(tunable)
+    base = logits(model)
+    add_lora(model, LoRASettings(rank=2), "other")
+    before = logits(trained(model))
+    assert not torch.equal(before, base)
+    assert torch.equal(_logits_without(model), base)
+    assert torch.equal(logits(model), before)
+
+
+# curves
+
+
+def test_a_curve_places_its_points_between_round_ticks() -> None:
+    svg = Curve("Loss", {"": [(1, 0.9), (2, 3.9), (3, 2.0)]}).svg
+    assert re.findall(r">([\d.]+)</text>", svg) == ["0", "1", "2", "3", "4", "1", "3"]
+    xs, ys = zip(*re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg), strict=True)
+    assert [float(x) for x in xs] == sorted(float(x) for x in xs)
+    assert float(ys[1]) < float(ys[2]) < float(ys[0]), "a larger value is higher"
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [5.0, 5.0], [1e-9, 1e-9], [-1.0, -1.0], [2.0]])
+def test_level_and_single_values_have_a_curve(values: list[float]) -> None:
+    svg = Curve("", {"": [(step, value) for step, value in enumerate(values)]}).svg
+    assert "nan" not in svg
+    assert svg.count("<circle") == len(values)
+
+
+def test_a_long_run_has_few_points_and_nan_has_none() -> None:
+    history = [{"step": step, "loss": float(step)} for step in range(10_000)]
+    (curve,) = curves([*history, {"step": 10_000, "loss": float("nan")}])
+    (line,) = re.findall(r'points="([^"]+)"', curve.svg)
+    assert len(line.split()) <= 300

@@ -1,0 +1,104 @@
+"""Hadamard matrices: the orders that a construction reaches, orthogonality, and digests."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from modulora_kernels.rotation.hadamard import (
+    LARGEST_ORDER,
+    SEQUENCES,
+    construction,
+    decompose,
+    hadamard,
+    jacobsthal,
+    prime_power,
+)
+
+from modulora_core.errors import ShapeError
+
+DIGESTS = {
+    8: "7c99a8eda1a433af", 12: "db7478025ce74776", 28: "3ec6c53133760a03", 36: "1a7aed2f42a8c71d",
+    52: "f50db5d0f93762d3", 92: "c70b0de15bc417e4", 116: "d231cd077e12d684",
+    156: "482eaac39ce25fbf", 172: "ee18d5ba272fb793", 924: "43a042d7e9d59369",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", [1, 2, *range(4, 188, 4), 232, 344, 672, 924, 1024])
+def test_rows_are_orthogonal_and_entries_are_signs(order):
+    H = hadamard(order)
+    assert torch.equal(H.abs(), torch.ones(order, order, dtype=torch.int8))
+    H = H.float()  # sums of up to 1024 signs are exact
+    assert torch.equal(H @ H.T, order * torch.eye(order))
+
+
+@pytest.mark.parametrize("order", DIGESTS)
+def test_a_matrix_never_changes_because_checkpoints_depend_on_it(order):
+    assert hashlib.sha256(hadamard(order).numpy().tobytes()).hexdigest()[:16] == DIGESTS[order]
+
+
+@pytest.mark.parametrize(("order", "expected"), [
+    (64, "Sylvester"), (28, "Paley I"), (244, "Paley I"), (36, "Paley II"), (100, "Paley II"),
+    (92, "Goethals-Seidel"), (184, "doubling"), (188, None), (668, None), (6, None), (0, None),
+    (-4, None),
+])  # fmt: skip
+def test_each_order_has_its_construction(order, expected):
+    assert construction(order) == expected
+
+
+@pytest.mark.parametrize(("n", "K"), [
+    (1, 1), (4096, 1), (11008, 172), (13824, 108), (6656, 52), (17920, 140), (5120, 20),
+    (32000, 500), (29568, 924), (18944, 148), (17408, 68), (47 * 16, 752), (3, None), (6, None),
+    (47 * 8, None), (8191, None), (13696, None),
+])  # fmt: skip
+def test_dimensions_of_models_decompose(n, K):
+    assert decompose(n) == K
+
+
+def test_a_decomposition_is_the_smallest_there_is():
+    for n in range(1, 3000):
+        orders = [n >> j for j in range(n.bit_length()) if n % 2**j == 0]
+        there = [K for K in orders if K <= LARGEST_ORDER and construction(K)]
+        assert decompose(n) == min(there, default=None)
+
+
+@pytest.mark.parametrize("order", [0, 3, 188])
+def test_an_order_out_of_reach_is_refused(order):
+    with pytest.raises(ShapeError, match=f"order {order}: expected"):
+        hadamard(order)
+
+
+@pytest.mark.parametrize("q", [3, 13, 103])
+def test_the_jacobsthal_matrix_of_a_prime_has_legendre_symbols(q):
+    symbol = {0: 0, 1: 1, q - 1: -1}
+    expected = [[symbol[pow(i - j, (q - 1) // 2, q)] for j in range(q)] for i in range(q)]
+    assert jacobsthal(q).tolist() == expected
+
+
+@pytest.mark.parametrize("q", [9, 27, 49, 125, 343])
+def test_the_jacobsthal_matrix_of_a_prime_power_has_the_products_that_paley_needs(q):
+    Q = jacobsthal(q).astype(np.int64)
+    assert (q * np.eye(q) - 1 == Q @ Q.T).all()
+    assert (Q.sum(axis=0) == 0).all()
+    assert ((Q.T if q % 4 == 1 else -Q.T) == Q).all()
+
+
+def test_prime_powers_are_found_among_other_numbers():
+    primes = [p for p in range(2, 1100) if all(p % d for d in range(2, p))]
+    powers = {p**k: (p, k) for p in primes for k in range(1, 11) if p**k < 1100}
+    assert {q: prime_power(q) for q in range(1100) if prime_power(q)} == powers
+
+
+@pytest.mark.parametrize("q", [1, 8, 15])
+def test_a_jacobsthal_matrix_of_another_order_is_refused(q):
+    with pytest.raises(ValueError, match=f"odd prime, got {q}"):
+        jacobsthal(q)
+
+
+@pytest.mark.parametrize("n", SEQUENCES)
+def test_autocorrelations_of_the_sequences_sum_to_zero(n):
+    signs = np.array([[1 if s == "+" else -1 for s in sequence] for sequence in SEQUENCES[n]])
+    sums = [int((signs * np.roll(signs, shift, axis=1)).sum()) for shift in range(n)]
+    assert sums == [4 * n] + (n - 1) * [0]

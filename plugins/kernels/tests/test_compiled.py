@@ -1,0 +1,259 @@
+"""Kernels are found for a device, compiled, cached, and launched on torch's threads."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import modulora_kernels as kernels
+import pytest
+import torch
+from modulora_kernels import compiled
+
+numba = pytest.importorskip("numba")
+
+KERNELS = """
+import numpy as np
+from numba import prange
+from modulora_kernels import jit
+
+@jit(borrows=True)
+def _twice(x, out):
+    for k in range(out.size):
+        out[k] = 2 * x[k]
+
+@jit(parallel=True)
+def double(x, out):
+    for piece in prange((out.size + 999) // 1000):
+        _twice(x[piece * 1000 : (piece + 1) * 1000], out[piece * 1000 : (piece + 1) * 1000])
+
+@jit()
+def double_often(x, out, running):
+    running[0] = 1
+    for _ in range(1000):
+        _twice(x, out)
+    running[0] = 0
+
+def call(x, out):
+    for r in range(len(out)):
+        _twice(x[r], out[r])
+
+def make(x, out):
+    out[:] = np.empty(out.size, out.dtype)
+"""
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder on the path with a module of kernels, as a plugin has one."""
+    folder = tmp_path_factory.mktemp("outsider")
+    (folder / "outsiders_kernels.py").write_text(KERNELS, encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    yield folder
+    sys.path.remove(str(folder))
+    sys.modules.pop("outsiders_kernels", None)
+    kernels.load.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def cpu(folder: Path) -> ModuleType:
+    module = kernels.load("outsiders_kernels", CPU)
+    assert module is not None
+    return module
+
+
+def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a process of its own that finds the module of kernels."""
+    path = os.pathsep.join([str(folder), str(Path(kernels.__file__).parents[2])])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+    )  # fmt: skip
+
+
+DOUBLE = """
+    import torch
+    import modulora_kernels as kernels
+    cpu = kernels.load("outsiders_kernels", torch.device("cpu"))
+    x, out = torch.arange(5.0), torch.empty(5)
+    kernels.launch(cpu.double, x, out)
+    assert out.tolist() == [0, 2, 4, 6, 8], out
+"""
+
+
+@pytest.mark.parametrize("modules", [(), ("cpu",), ("gpu",), ("cpu", "gpu")], ids=str)
+def test_a_package_may_lack_a_module(
+    modules: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If this fails: a plugin without kernels/gpu.py ends with an ImportError on a GPU."""
+    monkeypatch.setattr(compiled, "load_triton", lambda name, device: name)
+    monkeypatch.setattr(compiled, "load", lambda name, device: name if device == CPU else None)
+    name = f"outsiders_{'_'.join(['package', *modules])}"
+    (tmp_path / name).mkdir()
+    for module in ("__init__", *modules):
+        (tmp_path / name / f"{module}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    on_gpu = f"{name}.gpu" if "gpu" in modules else None
+    assert kernels.for_device(name, torch.device("cuda")) == on_gpu
+    monkeypatch.setattr(compiled, "load_triton", lambda _name, _device: None)
+    assert kernels.for_device(name, CPU) == (f"{name}.cpu" if "cpu" in modules else None)
+    assert kernels.for_device(name, torch.device("cuda")) is None
+
+
+def test_numba_is_imported_by_the_first_kernel_only(folder: Path) -> None:
+    code = "import sys, modulora_kernels; assert not {'numba', 'triton'} & set(sys.modules)"
+    done = python(code, folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_launched_kernel_writes_to_the_tensors_it_was_given(cpu: ModuleType) -> None:
+    x, out = torch.randn(12_345), torch.empty(12_345)
+    kernels.launch(cpu.double, x, out)
+    assert torch.equal(out, 2 * x)
+
+
+@pytest.mark.parametrize("threads", [1, 2, numba.config.NUMBA_NUM_THREADS + 3])
+def test_kernels_run_on_as_many_threads_as_torch_and_numba_have(threads: int) -> None:
+    before, numbas = torch.get_num_threads(), numba.get_num_threads()
+    seen: list[int] = []
+    try:
+        torch.set_num_threads(threads)
+        kernels.launch(lambda: seen.append(numba.get_num_threads()))
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [min(threads, numba.config.NUMBA_NUM_THREADS)]
+    assert numba.get_num_threads() == numbas
+
+
+@pytest.mark.parametrize("layer", ["omp", "workqueue"])
+def test_python_threads_may_launch_at_once(folder: Path, layer: str) -> None:
+    """If this fails: numba's workqueue, entered from two threads, ends the process."""
+    done = python(
+        """
+        import threading, torch
+        import modulora_kernels as kernels
+        cpu = kernels.load("outsiders_kernels", torch.device("cpu"))
+        right = []
+
+        def work(seed):
+            x = torch.full((200_000,), float(seed))
+            out = torch.empty_like(x)
+            for _ in range(100):
+                kernels.launch(cpu.double, x, out)
+                right.append(bool((out == 2 * seed).all()))
+
+        workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        [w.start() for w in workers]
+        [w.join() for w in workers]
+        assert len(right) == 400 and all(right)
+        """,
+        folder,
+        NUMBA_THREADING_LAYER=layer,
+    )
+    if layer == "omp" and "No threading layer could be loaded" in done.stderr:
+        pytest.skip("no OpenMP library here")
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_python_threads_run_while_a_kernel_does(cpu: ModuleType) -> None:
+    """If this fails: kernels hold the GIL, and a data loader waits."""
+    x, out, running = torch.ones(100_000), torch.empty(100_000), torch.zeros(1)
+    flag = running.numpy()  # reading it, unlike a tensor, keeps the GIL
+    kernels.launch(cpu.double_often, x, out, running)  # compiled before it counts
+    for _ in range(50):  # on a busy machine this thread may sleep through some
+        worker = threading.Thread(target=kernels.launch, args=(cpu.double_often, x, out, running))
+        worker.start()
+        seen = False
+        while worker.is_alive() and not seen:
+            seen = flag[0] == 1
+        worker.join()
+        if seen:
+            return
+    pytest.fail("this thread never ran inside of a kernel")
+
+
+def test_compiled_kernels_are_cached_for_the_next_process(cpu: ModuleType, folder: Path) -> None:
+    kernels.launch(cpu.double, torch.ones(3), torch.empty(3))  # compiled here, if nothing has yet
+    assert list((folder / "__pycache__").glob("outsiders_kernels.double_*.nbc"))
+    hits = """
+    assert sum(cpu.double.stats.cache_hits.values()) == 1, cpu.double.stats
+    """
+    done = python(DOUBLE + hits, folder)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_without_a_place_for_a_cache_kernels_are_compiled_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "outsiders_kernels.py").write_text(KERNELS, encoding="utf-8")
+    (tmp_path / "__pycache__").write_text("a file instead of a folder", encoding="utf-8")
+    (nowhere := tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    done = python(DOUBLE, tmp_path, HOME=str(nowhere), XDG_CACHE_HOME=str(nowhere))
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_numba_there_is_no_module_and_one_warning(folder: Path) -> None:
+    done = python(
+        """
+        import sys, warnings, torch
+        sys.modules["numba"] = None  # as Python marks a module that can't be imported
+        import modulora_kernels as kernels
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert kernels.load("outsiders_kernels", torch.device("meta")) is None
+            assert not said
+            for module in ("outsiders_kernels", "another_plugins_kernels", "outsiders_kernels"):
+                assert kernels.load(module, torch.device("cpu")) is None
+        assert len(said) == 1, said
+        assert said[0].category is RuntimeWarning
+        assert "pip install numba" in str(said[0].message)
+        """,
+        folder,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_error_in_a_plugins_module_is_not_taken_for_a_missing_numba(folder: Path) -> None:
+    (folder / "outsiders_mistake.py").write_text("import no_such_module", encoding="utf-8")
+    importlib.invalidate_caches()
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        kernels.load("outsiders_mistake", CPU)
+
+
+def test_a_kernel_that_borrows_counts_no_references_and_makes_no_array(cpu: ModuleType) -> None:
+    """If this fails: numba has another name now for the option that ``jit`` sets."""
+    import numpy as np
+
+    x, out = np.arange(4.0).reshape(2, 2), np.zeros((2, 2))
+    for borrows in (False, True):
+        kernel = kernels.jit(borrows=borrows)(cpu.call)
+        kernel(x, out)
+        (code,) = kernel.inspect_llvm().values()
+        assert ("NRT_incref" in code) == (not borrows)
+    assert out.tolist() == [[0, 2], [4, 6]]
+    with pytest.raises(numba.core.errors.NumbaError):
+        kernels.jit(borrows=True)(cpu.make)(x, out)
+
+
+def test_the_first_launch_leaves_torchs_threads_and_teams_as_they_were(folder: Path) -> None:
+    """If this fails: torch takes all cores from then on, or a team inside each team."""
+    check = """
+    import ctypes
+    from pathlib import Path
+    assert torch.get_num_threads() == 1, torch.get_num_threads()
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    for library in {line.split(maxsplit=5)[5] for line in lines if "libgomp" in line}:
+        assert ctypes.CDLL(library).omp_get_max_active_levels() == 1, library
+    """
+    done = python(DOUBLE + check, folder, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr

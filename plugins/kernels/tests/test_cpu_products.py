@@ -1,0 +1,347 @@
+"""Tiles and products of an outsider's decoder against float64."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from modulora_core import dense_products
+from modulora_core.dense_products import matmul_precision
+from modulora_core.packed import PackedWeight
+from modulora_core.tiles import tile_budget
+
+pytest.importorskip("numba")
+
+from modulora_kernels.cpu import CPUKernels, amx, choices
+from modulora_kernels.cpu.choices import dtype_of_few, slices_for_amx
+
+SHAPES = [(1, 1), (5, 3), (17, 130), (300, 513), (33, 2100), (2100, 40)]
+"""(out, in): no multiple of a block, and more of both than is decoded at once."""
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+Way = tuple[torch.dtype, int]
+"""The dtype of factors, and slices for AMX; 0 for products of few rows."""
+
+
+DECODER = """
+from modulora_kernels.cpu import CPUKernels, jit, narrow
+
+@jit()
+def decode(weight, row, start, columns, out):
+    codes, scales = weight
+    for r in range(len(out)):
+        for k in range(columns):
+            out[r, k] = narrow(codes[row + r, start + k] * scales[row + r], out[r, k])
+
+def operands(packed):
+    return packed.tensors["codes"], packed.tensors["scales"]
+
+kernels = CPUKernels(decode, operands)
+rounding = CPUKernels(decode, operands, rounds=True)
+tile, product = kernels.tile, kernels.product
+"""
+"""A decoder that no plugin of ours has: whole numbers times a row's scale."""
+
+
+def packed(out_features: int, in_features: int) -> tuple[PackedWeight, Tensor]:
+    """A weight, and Ŵ in float64."""
+    generator = torch.Generator().manual_seed(out_features)
+    shape = (out_features, in_features)
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+    scales = torch.rand(out_features, generator=generator) / 128
+    weight = PackedWeight("outsider", 1, shape, {"codes": codes, "scales": scales})
+    return weight, (codes.float() * scales[:, None]).double()
+
+
+def poisoned(weight: PackedWeight) -> PackedWeight:
+    """The weight with NaN for every scale."""
+    tensors = {**weight.tensors, "scales": torch.full_like(weight.tensors["scales"], torch.nan)}
+    return PackedWeight(weight.quantizer, weight.format, weight.shape, tensors)
+
+
+def imported(folder: Path, source: str, name: str) -> ModuleType:
+    (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return imported(tmp_path_factory.mktemp("rows"), DECODER, "outsiders_rows")
+
+
+def take(patch: pytest.MonkeyPatch, way: Way) -> Way:
+    """All products go this way."""
+    patch.setattr(choices, "slices_for_amx", lambda *_: way[1])
+    patch.setattr(choices, "dtype_of_few", lambda *_: way[0])
+    return way
+
+
+@pytest.fixture(params=[(FP32, 0), (BF16, 0), (FP32, 2), (FP32, 3)], ids=str)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
+    """Every way but tiles in turn."""
+    if request.param[1] and not amx.available():
+        pytest.skip("this machine has no AMX")
+    return take(monkeypatch, request.param)
+
+
+def product(module: ModuleType, weight: PackedWeight, x: Tensor, transpose: bool) -> Tensor:
+    y = module.product(x, weight, transpose)
+    assert y.shape == (*x.shape[:-1], weight.shape[1 if transpose else 0])
+    assert y.dtype == x.dtype
+    return y
+
+
+def allowed(way: Way, terms: int) -> float:
+    """The error of a sum of so many products, as a part of the sum of their magnitudes.
+
+    Each product and each addition rounds by 2⁻²⁴. Weights and inputs in bf16, which has eight
+    significant bits, are rounded by 2⁻⁸. A slice is at most 2⁻⁸ of the slice before. Products of
+    slices whose numbers add up to the number of slices are left out.
+    """
+    dtype, slices = way
+    left_out = {0: 0.0, 2: 3 * 2.0**-16, 3: 2 * 2.0**-24 + 2.0**-32}[slices]
+    additions = slices * (slices + 1) // 2 + 2
+    return (
+        terms * additions * 2.0**-24 + left_out + ((1 + 2.0**-8) ** 2 - 1 if dtype is BF16 else 0)
+    )
+
+
+def check(module: ModuleType, way: Way, shape: tuple[int, int], n: int) -> None:
+    weight, W = packed(*shape)
+    for transpose in (False, True):
+        M = W if transpose else W.T
+        x = torch.randn(n, len(M))
+        bound = allowed(way, len(M)) * (x.double().abs() @ M.abs())
+        error = (product(module, weight, x, transpose) - x.double() @ M).abs()
+        assert bool((error <= bound + 1e-30).all())
+
+
+@pytest.mark.parametrize("n", [1, 4, 13, 33])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_those_of_the_decoded_weight(
+    module: ModuleType, way: Way, shape: tuple[int, int], n: int
+) -> None:
+    check(module, way, shape, n)
+
+
+EMULATED = """
+import numpy as np
+from modulora_kernels import jit
+from modulora_kernels.cpu import amx
+from modulora_kernels.cpu.numbers import from_bf16
+
+@jit()
+def add_square(slices, a, of_a, b, of_b, steps, c, to):
+    flat, wide = c.reshape(c.size), c.shape[1]
+    for step in range(steps):
+        for i in range(slices):
+            for j in range(slices - i):
+                first_a, first_b = of_a + (step * slices + i) * 32, of_b + (step * slices + j) * 32
+                for r in range(32):
+                    for col in range(32):
+                        total = np.float32(0)
+                        for k in range(32):
+                            line, at = first_b + col // 16 * 16 + k // 2, 2 * (col % 16) + k % 2
+                            total += from_bf16(a[first_a + r, k]) * from_bf16(b[line, at])
+                        flat[to + r * wide + col] += total
+
+@jit()
+def nothing():
+    pass
+
+amx.add_square, amx.use_registers, amx.leave_registers = add_square, nothing, nothing
+"""
+
+
+@pytest.mark.slow
+def test_without_amx_its_loops_multiply_by_an_emulated_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if amx.available() or not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("a processor that rounds to bf16, and has no AMX")
+    for name in ("add_square", "use_registers", "leave_registers"):
+        monkeypatch.setattr(amx, name, getattr(amx, name))
+    module = imported(tmp_path, EMULATED + DECODER, "outsiders_emulated")
+    for slices in (2, 3):
+        way = take(monkeypatch, (FP32, slices))
+        for shape in SHAPES:
+            check(module, way, shape, 70)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_bits_do_not_depend_on_threads_nor_the_budget_nor_the_rows_beside(
+    module: ModuleType, way: Way, transpose: bool
+) -> None:
+    weight, _ = packed(600, 560)
+    x, before = torch.randn(50, 600 if transpose else 560), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(product(module, weight, x, transpose))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+    with tile_budget(1):
+        assert torch.equal(found[0], product(module, weight, x, transpose))
+    assert torch.equal(product(module, weight, x[4:8], transpose), found[0][4:8])
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_padding_adds_nothing_and_nan_stays_in_its_row(
+    module: ModuleType, way: Way, transpose: bool
+) -> None:
+    """If this fails: NaN that another product left in scratch reaches a sum."""
+    weight, _ = packed(17, 20)
+    x = torch.randn(5, 17 if transpose else 20)
+    for _ in range(4):  # so that scratch of the right size is free
+        module.product(x, poisoned(weight), transpose)
+    y = product(module, weight, x, transpose)
+    assert bool(y.isfinite().all())
+    x[1, 3], x[3, 4] = torch.nan, torch.inf
+    beside = product(module, weight, x, transpose)
+    assert torch.equal(beside[::2], y[::2])
+    assert not bool(beside[[1, 3]].isfinite().any())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES[2:5], ids=str)
+def test_tiles_are_rounded_once(
+    module: ModuleType, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight, W = packed(*shape)
+    for kernels in (module.kernels, module.rounding):
+        tile = kernels.tile(weight, (1, shape[0]), dtype)
+        assert torch.equal(tile, W[1:].to(torch.float32).to(dtype))
+
+
+@pytest.mark.slow
+def test_a_decoder_that_rounds_gives_the_same_bits(module: ModuleType) -> None:
+    weight, _ = packed(40, 100)
+    for transpose in (False, True):
+        x = torch.randn(9, 40 if transpose else 100).bfloat16()
+        both = [k.product(x, weight, transpose) for k in (module.kernels, module.rounding)]
+        assert torch.equal(*both)
+
+
+def test_a_kernel_for_one_row_multiplies_one_row_of_a_weight_that_it_takes(
+    module: ModuleType,
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def one_row(_weight: tuple[object, ...], _threads: int, x: Any, y: Any) -> None:
+        asked.append(x.shape)
+        y[:] = 7
+
+    operands = module.operands
+    kernels = CPUKernels(module.decode, operands, lambda w: one_row if len(w[0]) == 6 else None)
+    weight, _ = packed(6, 20)
+
+    def taken(x: Tensor, transpose: bool = False) -> bool:
+        asked.clear()
+        y = kernels.product(x, weight, transpose)
+        assert y is None or y.dtype is x.dtype
+        return asked == [(1, 20)]
+
+    row = torch.randn(20, requires_grad=True)
+    for x in (row.detach(), row, row.view(1, 1, 20), row.half(), torch.randn(20, 2)[:, 0]):
+        assert taken(x)
+    assert not taken(torch.randn(2, 20))
+    assert not taken(torch.randn(6), transpose=True)
+    asked.clear()
+    assert kernels.product(row, packed(5, 20)[0]) is not None
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(65, 6), torch.ones(2, 6).double(), torch.ones(2, 5), torch.ones(0, 6),
+     torch.ones(()), torch.ones(2, 6, device="meta")],
+    ids=["many rows", "fp64", "another last dimension", "no rows", "a scalar", "another device"],
+)  # fmt: skip
+def test_other_inputs_are_left_to_tiles(module: ModuleType, x: Tensor) -> None:
+    assert module.product(x, packed(4, 6)[0], False) is None
+
+
+@pytest.mark.parametrize(
+    ("processor", "rows", "dtype", "expected"),
+    [("plain", 64, FP32, FP32), ("plain", 65, FP32, None), ("plain", 64, BF16, FP32),
+     ("bf16", 7, BF16, FP32), ("bf16", 8, BF16, BF16), ("bf16", 24, BF16, BF16),
+     ("bf16", 8, torch.float16, FP32), ("bf16", 64, FP32, FP32), ("bf16", 25, BF16, None),
+     ("amx", 64, FP32, FP32), ("amx", 65, FP32, None),
+     ("amx", 24, BF16, FP32), ("amx", 25, BF16, None), ("amx", 64, torch.float16, FP32)],
+)  # fmt: skip
+def test_few_rows_are_products_in_a_dtype_of_the_processor(
+    monkeypatch: pytest.MonkeyPatch,
+    processor: str,
+    rows: int,
+    dtype: torch.dtype,
+    expected: torch.dtype | None,
+) -> None:
+    has_units = processor in ("bf16", "amx")
+    monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: has_units)
+    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: processor == "amx")
+    assert dtype_of_few(rows, dtype) is expected
+
+
+@pytest.mark.parametrize(
+    ("has_amx", "rows", "dtype", "shape", "precision", "expected"),
+    [(True, 65, FP32, (2048, 2048), "highest", 3), (True, 65, FP32, (2048, 2048), "high", 2),
+     (True, 10**6, torch.float16, (2048, 2048), "highest", 3),
+     (True, 64, FP32, (2048, 2048), "highest", 0), (True, 65, FP32, (2047, 2048), "highest", 0),
+     (True, 65, BF16, (2048, 2048), "highest", 0), (False, 65, FP32, (2048, 2048), "highest", 0)],
+)  # fmt: skip
+def test_amx_multiplies_many_fp32_rows_by_a_large_weight(
+    monkeypatch: pytest.MonkeyPatch,
+    has_amx: bool,
+    rows: int,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    precision: str,
+    expected: int,
+) -> None:
+    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: has_amx)
+    monkeypatch.setattr(amx, "available", lambda: has_amx)
+    with matmul_precision(precision):
+        assert slices_for_amx(rows, dtype, shape) == expected
+
+
+def in_another_process(folder: Path) -> str:
+    code = """
+import torch, outsiders_rows as m
+from modulora_core.packed import PackedWeight
+tensors = {"codes": torch.ones(4, 4, dtype=torch.int8), "scales": torch.ones(4)}
+tile = m.tile(PackedWeight("outsider", 1, (4, 4), tensors), (0, 4), torch.float32)
+loops = m.kernels._fill[torch.float32]
+print(int(tile.sum()), sum(loops.stats.cache_hits.values()))
+"""
+    path = os.pathsep.join([str(folder), str(Path(__file__).parents[3])])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@pytest.mark.slow
+def test_compiled_code_is_cached_and_follows_changes_of_the_whole_package(tmp_path: Path) -> None:
+    """A change of the kernel's own file is one of its package too."""
+    file, beside = tmp_path / "outsiders_rows.py", tmp_path / "outsiders_factor.py"
+    decoder = DECODER.replace("* scales[row + r]", "* scales[row + r] * factor()")
+    file.write_text("from outsiders_factor import factor\n" + decoder, encoding="utf-8")
+    factor = "from modulora_kernels import jit\n\n@jit()\ndef factor():\n    return {}\n"
+    for value, expected in ((1, "16 0"), (1, "16 1"), (3, "48 0")):
+        beside.write_text(factor.format(value), encoding="utf-8")
+        assert in_another_process(tmp_path) == expected

@@ -1,0 +1,229 @@
+"""Triton's tools, by a small format: a weight is its codes over eight."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import modulora_kernels as kernels
+import pytest
+import torch
+
+MINE = """
+import triton
+import triton.language as tl
+from modulora_kernels.triton.blocks import block
+
+@triton.jit
+def decode(
+    weight, row, col, out_features, in_features,
+    OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+):
+    at, inside = block(row, col, out_features, in_features, BLOCK_OUT, BLOCK_IN)
+    return tl.load(weight[0] + at, mask=inside, other=0).to(tl.float32) / OPTIONS
+"""
+
+CODES = """
+import torch
+import modulora_kernels as kernels
+from modulora_kernels.triton.products import Cut, few_rows, multiply
+from modulora_kernels.triton.tiles import write_tile
+
+mine = kernels.load_triton("mine", torch.device("cpu"))
+generator = torch.Generator().manual_seed(0)
+codes = torch.randint(-128, 128, (19, 45), generator=generator).to(torch.int8)
+W = codes.double() / 8  # values and sums of few of them are exact in every dtype but bf16
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run code in a process of its own that finds the module ``mine``."""
+    pytest.importorskip("triton")
+    (tmp_path / "mine.py").write_text(MINE)
+
+    def python(code, **environment):
+        path = os.pathsep.join([str(tmp_path), str(Path(kernels.__file__).parents[2])])
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            capture_output=True, text=True, timeout=300, cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return python
+
+
+def test_tiles_and_products_of_a_format_are_exact(run):
+    """In the interpreter; fp32 holds every sum: a whole number of eighths below 2²¹."""
+    run(
+        CODES
+        + """
+for rows, columns in (
+    ((0, 19), (0, 45)), ((7, 9), (0, 45)), ((18, 19), (33, 45)), ((5, 5), (0, 45))
+):
+    out = torch.full((rows[1] - rows[0], columns[1] - columns[0]), torch.nan)
+    write_tile(mine.decode, (codes,), out, rows, (19, 45), 8, columns=columns)
+    assert torch.equal(out.double(), W[slice(*rows), slice(*columns)]), (rows, columns)
+for transpose, w in ((False, W.T), (True, W)):
+    for n in (1, 2, 16, 17, 32):
+        for dtype in (torch.float32, torch.float16):
+            x = torch.randint(-8, 9, (n, len(w)), generator=generator).to(dtype)
+            for cut in (None, Cut(16, 16)):  # of one share, and of several
+                y = multiply(mine.decode, (codes,), x, (19, 45), 8, transpose=transpose, cut=cut)
+                assert torch.equal(y, (x.double() @ w).to(dtype)), (transpose, n, dtype, cut)
+""",
+        TRITON_INTERPRET="1",
+    )
+
+
+def test_few_rows_are_taken_and_others_left_to_tiles(run):
+    run("""
+        import torch
+        from modulora_kernels.triton.products import few_rows
+        assert few_rows(torch.ones(2, 3, 8), 8).shape == (6, 8)
+        assert few_rows(torch.ones(8), 8).shape == (1, 8)
+        assert few_rows(torch.ones(8, 2).T, 8).is_contiguous()
+        assert few_rows(torch.ones(33, 8), 8) is None
+        assert few_rows(torch.ones(0, 8), 8) is None
+        assert few_rows(torch.ones(1, 9), 8) is None
+        assert few_rows(torch.ones(1, 8, dtype=torch.float64), 8) is None
+    """)
+
+
+def test_kernels_run_on_cpu_tensors_only_in_the_interpreter():
+    assert not kernels.triton_is_interpreted(), "this process must not be interpreted"
+    assert kernels.load_triton("no.such.module", torch.device("cpu")) is None
+    assert kernels.load_triton("no.such.module", torch.device("meta")) is None
+
+
+def test_triton_is_imported_when_kernels_are_and_its_absence_is_said_once(run):
+    told = run("""
+        import sys, warnings
+        import torch
+        import modulora_kernels as kernels
+        assert "triton" not in sys.modules
+        sys.modules["triton"] = None  # as if it weren't installed
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert kernels.load_triton("mine", torch.device("cuda")) is None
+            assert kernels.load_triton("other", torch.device("cuda")) is None
+        print(len(told), told[0].message)
+    """)
+    assert told.startswith("1 triton")
+    assert "pip install triton" in told
+
+
+def test_a_recorded_call_runs_nothing_and_keeps_what_would_have_run(run):
+    run(
+        CODES
+        + """
+from modulora_kernels.triton.launching import recorded
+import mine
+out = torch.full((19, 45), torch.nan)
+with recorded() as calls:
+    write_tile(mine.decode, (codes,), out, (0, 19), (19, 45), 8)
+    multiply(mine.decode, (codes,), torch.ones(1, 45), (19, 45), 8)
+assert out.isnan().all()
+tile, product = calls
+assert tile.arguments[0] == (codes,) and tile.arguments[1] is out
+assert tile.constants["DECODE"] is mine.decode and product.constants["OPTIONS"] == 8
+assert tile.constants["CHUNK"] == dict(tile.config.constants)["CHUNK"]
+"""
+    )
+
+
+def test_configurations_are_timed_for_large_tensors_alone(run):
+    """On a GPU; here the device, its clock and the kernel are made up."""
+    run("""
+        import contextlib
+        import torch
+        from modulora_kernels.triton import launching as triton_launch
+        from modulora_kernels.triton.launching import WORTH_TUNING, Config, launch
+
+        torch.cuda.device = lambda device: contextlib.nullcontext()
+        started = []
+
+        class Kernel:
+            def __getitem__(self, grid):
+                return lambda *arguments, **constants: started.append(constants)
+
+        made = []
+
+        def autotune(configs, key, do_bench):
+            assert key == ["WIDTH"] and do_bench is triton_launch._milliseconds
+            made.append(configs)
+            return lambda kernel: kernel
+
+        triton_launch.triton.autotune = autotune
+        configs = Config(2, constants=(("CHUNK", 8),)), Config(4, constants=(("CHUNK", 16),))
+        few, many = (torch.empty(n, device="meta") for n in (WORTH_TUNING - 1, WORTH_TUNING))
+        kernel = Kernel()
+        for tensors in ((few, (few, 1)), (few, (1, many)), (many,)):
+            launch(kernel, None, tensors, {"WIDTH": 4}, configs, ("WIDTH",))
+        small, *large = started
+        shared = {"WIDTH": 4, "enable_fp_fusion": False}
+        assert small == {"CHUNK": 8, "num_warps": 2, "num_stages": 1, **shared}
+        assert large == 2 * [shared]  # the tuner adds the rest
+        assert [config.num_warps for config in made[0]] == [2, 4]
+    """)
+
+
+def test_a_choice_is_kept_until_it_is_forgotten_and_made_by_the_median(run):
+    run("""
+        import torch
+        from modulora_kernels.triton import launching as triton_launch
+        from modulora_kernels.triton.launching import Config, forget_choices
+
+        made = []
+        triton_launch.triton.autotune = lambda *_, **__: lambda kernel: made.append(kernel)
+        for kernel in ("a", "a", "b"):
+            triton_launch._tuned(kernel, (), (Config(),), ())
+        assert made == ["a", "b"]
+        forget_choices()
+        triton_launch._tuned("a", (), (Config(),), ())
+        assert made == ["a", "b", "a"]
+
+        device = iter([9.0, *range(1, triton_launch._TRIALS), 50.0])
+        hosts = []
+        torch.cuda.current_device = lambda: 0
+
+        def seconds_of(call, on, host=0.0):
+            hosts.append(host)
+            return next(device) / 1e3, call()
+
+        triton_launch.seconds_of = seconds_of
+        calls = iter(range(100))
+        assert triton_launch._milliseconds(lambda: next(calls), (0.5, 0.2)) == [5.0]
+        assert hosts == [0.0, *range(triton_launch._TRIALS)]
+    """)
+
+
+def test_one_row_is_multiplied_in_one_share_where_there_are_programs_enough(run):
+    run("""
+        from itertools import product
+        from modulora_kernels.triton.products import Cut, _programs
+        from modulora_kernels.triton.products import ENOUGH_FOR_ONE_ROW as ENOUGH
+        from modulora_kernels.triton.products import PROGRAMS
+
+        cut = Cut(8, 512)
+        assert _programs((8 * ENOUGH, 4096), 1, cut, False, True) == (ENOUGH, 8, 1)
+        assert _programs((8 * (ENOUGH - 1), 4096), 1, cut, False, True)[2] > 1
+        assert _programs((8 * ENOUGH, 4096), 1, cut, False, False)[2] == PROGRAMS // ENOUGH
+        sides = (1, 300, 4096), (1, 1000, 4096)
+        for out, columns, parts, transpose in product(*sides, (1, 8), (False, True)):
+            for cut in (Cut(8, 512), Cut(64, 64)):
+                blocks, steps, shares = _programs((out, columns), parts, cut, transpose, False)
+                part = -(-columns // parts)
+                kept, summed = (part, out) if transpose else (out, part)
+                wide, step = cut.block_out, cut.block_in
+                if transpose:
+                    wide, step = step, wide
+                # each output has a block, each term a step of one share; no share is empty
+                assert blocks == -(-kept // wide) * (parts if transpose else 1)
+                assert (shares - 1) * steps * step < summed <= shares * steps * step
+    """)

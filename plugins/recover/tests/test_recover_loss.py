@@ -1,0 +1,92 @@
+"""The loss against a teacher is the textbook's, with its gradient, in the memory of a chunk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from modulora_conformance.allocations import Allocations
+from modulora_recover.loss import TeacherLoss
+from torch import Tensor
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modulora_core.training.chunked_loss import chunked_loss
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS, VOCABULARY = 20, 96
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+
+def textbook(z: Tensor, goals: Tensor, teacher: TeacherLoss) -> Tensor:
+    """(1 - x) CE + x KL over k + 1 classes, ``[n, 1]``, by torch's own functions."""
+    p = z.softmax(1)
+    chosen = torch.zeros_like(p, dtype=torch.bool).scatter(1, teacher.tokens, True)
+    others = p.masked_fill(chosen, 0).sum(1, keepdim=True)
+    classes = torch.cat([p.gather(1, teacher.tokens), others], 1).clamp_min(1e-300)
+    rest = 1 - teacher.probabilities.sum(1, keepdim=True)
+    t = torch.cat([teacher.probabilities, rest], 1)
+    divergence = kl_div(classes.log(), t, reduction="none").sum(1)
+    data = cross_entropy(z, goals, reduction="none")
+    return ((1 - teacher.weight) * data + teacher.weight * divergence)[:, None]
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+@pytest.mark.parametrize("k", [1, 7, VOCABULARY - 1])
+def test_each_row_has_the_textbooks_loss_and_gradient(k: int, weight: float) -> None:
+    probabilities, tokens = random(ROWS, VOCABULARY, seed=3).softmax(1).topk(k)
+    teacher = TeacherLoss(tokens, probabilities, weight)
+    z = random(ROWS, VOCABULARY, seed=4).requires_grad_()
+    goals = torch.arange(ROWS) % VOCABULARY
+    expected = textbook(z, goals, teacher)
+    expected.sum().backward()
+    for rows in (slice(0, 7), slice(7, ROWS)):
+        found = z.detach()[rows].clone()
+        loss = teacher(found, goals[rows, None], rows, True)
+        torch.testing.assert_close(loss, expected.detach()[rows], rtol=1e-9, atol=1e-11)
+        assert z.grad is not None
+        torch.testing.assert_close(found, z.grad[rows], rtol=1e-9, atol=1e-11)
+        without = teacher(z.detach()[rows].clone(), goals[rows, None], rows, False)
+        torch.testing.assert_close(without, loss, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_teacher_who_is_sure_gives_finite_gradients(share: float) -> None:
+    """In fp32 the model's other tokens, and the teacher's, have probability 0."""
+    goals = torch.arange(ROWS)[:, None]
+    for tokens in (torch.zeros(ROWS, 1, dtype=torch.int64), goals):
+        z = 1e4 * random(ROWS, VOCABULARY, seed=4).float()
+        teacher = TeacherLoss(tokens, torch.full((ROWS, 1), share), 0.5)
+        assert teacher(z, goals, slice(0, ROWS), True).isfinite().all()
+        assert z.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_more_logits_than_a_chunk_are_alive(dtype: torch.dtype) -> None:
+    """256 rows × 32,768 take 32 MiB in fp32, a chunk a quarter. The plain loss is the control."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32768, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(dtype)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.dim() == 1)  # no gradient of the head
+    ids = torch.randint(3, 32768, (2, 128))
+    whole = 256 * 32768 * 4
+
+    def peak() -> int:
+        with Allocations(before=[*model.parameters(), *model.buffers()]) as followed:
+            model(input_ids=ids, labels=ids).loss.backward()
+        return followed.peak
+
+    tokens = torch.arange(4).expand(254, 4).contiguous()
+    assert peak() > whole * dtype.itemsize // 4
+    with chunked_loss(model, whole // 4, TeacherLoss(tokens, torch.full((254, 4), 0.2), 0.5)):
+        # z, overwritten by p; in 16 bits also a quarter of it in fp32; and the model's own states
+        chunk = 1 if dtype == torch.float32 else 0.5 + 0.25
+        assert peak() < chunk * whole / 4 + 40 * 256 * 32 * 4
