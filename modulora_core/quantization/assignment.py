@@ -1,4 +1,4 @@
-"""Which quantizer packs which layers: a small YAML file that people, or a command, write.
+"""Which quantizer packs which layers: a small YAML file that people write, or a program.
 
 ::
 

@@ -149,6 +149,9 @@ class _Packer(BlockVisitor):
     moments: OutputMoments
     done_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        self._total = sum(info.nbytes for info in self.source.parameters.values())
+
     def take(self, name: str, tensor: Tensor) -> None:
         """Write a parameter that needs no calibration, packed or dense, as the model stores it."""
         entry = self.layout.packed.get(name)
@@ -231,5 +234,4 @@ class _Packer(BlockVisitor):
         self.tell("packing", int((number + share) * nbytes))
 
     def tell(self, phase: str, more_bytes: int = 0) -> None:
-        total = sum(info.nbytes for info in self.source.parameters.values())
-        self.progress(phase, self.done_bytes + more_bytes, total)
+        self.progress(phase, self.done_bytes + more_bytes, self._total)

@@ -109,9 +109,9 @@ WRONG: dict[str, tuple[type[ModuLoRAError], str]] = {
     "default: {quantizer: toy, option: {}}": (OptionError, r"'default': expected NAME, NAME:KEY"),
     "default: 'toy:'": (OptionError, r"mixed\.yaml: option 'default': .*got 'toy:'"),
     "default: toy\nlayers: {'a.*': [toy]}": (OptionError, r"option 'layers\.a\.\*': expected NAME"),
-    "default: toy\nlayers:\n  a: toy\n  a: toy": (OptionError, r"got 'a' again in line 4"),
+    "default: toy\nlayers:\n  a: toy\n  a: toy": (OptionError, r"key 'a' twice, again in line 4"),
     "- toy": (OptionError, r"mixed\.yaml: expected lines such as `default: NAME`, got list"),
-    "default: [": (OptionError, r"mixed\.yaml: expected YAML: .*line 1"),
+    "default: [": (OptionError, r"mixed\.yaml: expected YAML, got: .*line 1"),
     "default: toy\nlayers: {'*.upproj': toy}": (
         OptionError,
         r"mixed\.yaml: layers, '\*\.upproj': expected a pattern that matches .* 14 linear layers",

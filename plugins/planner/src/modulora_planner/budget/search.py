@@ -1,4 +1,4 @@
-"""The choices of a budget for one model: every layer's sizes, and what is found for its errors."""
+"""Chooses among a budget's quantizers for each layer of a model, given sizes and errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from modulora_core.quantization.layout import check_rescales, end_quantizer
 from modulora_core.registry import Choice
 from modulora_core.spec import Quantizer
 from modulora_planner.budget.allocation import Allocation, Offer, allocate
-from modulora_planner.budget.errors import held_out_ids
 
 OUTSIDE = "outside of the decoder blocks, where no error is measured"
 
@@ -257,16 +256,11 @@ def _check_included(
                 )
 
 
-def held_out_tokens(calibration: CalibrationText) -> int:
-    """The number of calibration tokens on which errors are measured."""
-    return held_out_ids(calibration).numel()
-
-
 def _check_distinct(choices: Sequence[Choice], quantizers: Sequence[Quantizer]) -> None:
     if len(choices) < 2:
         raise OptionError(
             f"choices: expected two or more to choose from, got {len(choices)}; for one quantizer "
-            "everywhere use -q NAME"
+            "everywhere use `modulora quantize -q NAME`"
         )
     seen: dict[str, str] = {}
     for choice, quantizer in zip(choices, quantizers, strict=True):
