@@ -62,7 +62,7 @@ def make(checks=None, **fields):
     known = {
         "quantizer": "mine",
         "suite": "2026.11",
-        "protocol": 1,
+        "protocol": 2,
         "distribution": "modulora-mine",
         "version": "1.0",
         "certified": True,

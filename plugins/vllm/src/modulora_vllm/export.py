@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from modulora_core.adapters.expert_format import Stack, stacks_of
+from modulora_core.adapters.files import AdapterWriter
 from modulora_core.adapters.load import adapter_for
 from modulora_core.adapters.peft_format import (
     AdapterDelta,
@@ -27,7 +28,7 @@ from modulora_core.adapters.peft_format import (
 )
 from modulora_core.checkpoints.loading import open_packed
 from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
-from modulora_core.errors import AdapterError
+from modulora_core.errors import AdapterError, OptionError
 from modulora_core.models.conversion import stored_parts
 
 
@@ -46,6 +47,17 @@ class ExportResult:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class VLLMAdapter(AdapterWriter):
+    """``modulora convert ADAPTER OUT --to vllm --model MODEL``."""
+
+    def write_adapter(
+        self, adapter: str, out: str | Path, *, model: str | None = None
+    ) -> ExportResult:
+        if model is None:
+            raise OptionError(f"--to {self.spec.name}: expected --model MODEL beside it, got none")
+        return export_for_vllm(adapter, out, model=model)
 
 
 def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResult:

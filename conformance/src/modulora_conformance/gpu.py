@@ -1,4 +1,4 @@
-"""Measurements of ``modulora doctor --gpu``: kernels, bandwidth, a training step, decoding."""
+"""Measurements of ``modulora check-gpu``: kernels, bandwidth, a training step, decoding."""
 
 from __future__ import annotations
 
