@@ -1,4 +1,4 @@
-"""What the author of an older plugin must change for the protocol that the core speaks."""
+"""Tells the author of an older plugin each change up to the protocol that the core speaks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Change:
     """A change of the contract.
 
     Attributes:
-        protocol: the first one that has it.
-        advice: what to do, in one sentence without a full stop.
+        protocol: the first one with it.
+        advice: a sentence without a full stop for the author.
         signs: words in the error of a plugin that lacks the change.
     """
 
@@ -46,12 +46,12 @@ CHANGES = (
 
 
 def changes_since(protocol: int) -> list[str]:
-    """What a plugin of an older protocol must change, in order; empty for today's protocol."""
+    """The changes to make in a plugin of an older protocol, in order; none for today's."""
     return [each.advice for each in CHANGES if protocol < each.protocol <= PROTOCOL]
 
 
 def advice_on(fault: str) -> str | None:
-    """What a plugin must change that can't be read because of an older protocol; else None."""
+    """The change to make if the error of a broken plugin comes of its age; else None."""
     for each in CHANGES:
         if any(sign in fault for sign in each.signs):
             return f"since protocol {each.protocol}: {each.advice}"

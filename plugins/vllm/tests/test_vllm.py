@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
+from modulora_core import registry
 from modulora_core.adapters.lora import add_lora
 from modulora_core.adapters.merge import merge
 from modulora_core.adapters.save import save_adapter
@@ -167,6 +168,16 @@ def test_a_wrong_request_is_one_sentence(
     assert main(["convert", str(packed), str(tmp_path / "out"), "--to", "vllm", *given]) == 2
     assert WRONG[words] in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_without_the_package_the_command_names_it(
+    pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "formats", list)
+    packed = pack("llama", "toy")[1]
+    assert main(["convert", str(packed), str(tmp_path / "out"), "--to", "vllm"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "it is of modulora-vllm, which isn't installed: run `pip install -r" in error
 
 
 def test_a_model_is_not_written_in_a_format_of_adapters(pack: Pack, tmp_path: Path) -> None:

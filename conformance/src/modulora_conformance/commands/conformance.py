@@ -131,7 +131,7 @@ def _check_request(name: str | None, certified: bool, left_out: Mapping[str, obj
 
 
 def _older(name: str) -> Report | None:
-    """What to change in a plugin of an older protocol; None for others."""
+    """The report of a plugin of an older protocol; None for others."""
     from modulora_conformance.protocols import changes_since
     from modulora_core.registry import entries
     from modulora_core.spec import PROTOCOL
