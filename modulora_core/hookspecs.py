@@ -65,6 +65,9 @@ class FormatSpec(PluginSpec):
     location: Location
     """``"package.module:Class"`` of its :class:`~modulora_core.models.formats.CheckpointFormat`.
     Formats may share a class, which is constructed with the spec."""
+    adapters: bool = False
+    """Whether folders of this format hold an adapter, and no model. ``location`` names an
+    ``AdapterWriter`` then."""
     quant_methods: tuple[str, ...] = ()
     """Values of ``quant_method`` in config.json's ``quantization_config`` that mark a folder of
     this format. A format without these and without ``config_keys`` is only written."""

@@ -170,9 +170,10 @@ def usable(named: list[Entry[Spec]]) -> Entry[Spec]:
 
 
 def providers() -> dict[str, str]:
-    """The distribution of each command and file suffix of our plugins, installed or not.
+    """The distribution of commands, formats and file suffixes of our plugins, installed or not.
 
-    An extra of the core requires the plugin. It has the name of the command, or ``file-SUFFIX``.
+    An extra of the core requires the plugin. It is called after the command, or ``format-NAME`` or
+    ``file-SUFFIX``.
     """
     try:
         found = map(_EXTRA.fullmatch, requires(CORE) or ())

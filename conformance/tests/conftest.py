@@ -10,6 +10,11 @@ from pathlib import Path
 import modulora_conformance
 import pytest
 
+# a plugin, a folder for others, and what runs a command
+from modulora_core.tests.cli.conftest import run as run_command  # noqa: F401
+from modulora_core.tests.conftest import site as empty_site  # noqa: F401
+from modulora_core.tests.conftest import toy, toy_root  # noqa: F401
+
 ZOO = Path(__file__).parent / "zoo"
 SETTINGS = Path(modulora_conformance.__file__).parent / "pytest.ini"
 

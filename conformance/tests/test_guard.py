@@ -9,9 +9,10 @@ from enum import IntEnum
 
 import pytest
 from modulora_conformance import recorder
-from modulora_conformance.__main__ import SETTINGS, main
+from modulora_conformance.__main__ import main
 from modulora_conformance.cases import neighbours
 from modulora_conformance.checks import GUARD, checks_of, meanings
+from modulora_conformance.run import SETTINGS, run
 from modulora_conformance.suite import QuantizerConformance
 
 UNKNOWN = "test_unknown_and_malformed_options_are_refused"
@@ -61,8 +62,9 @@ def test_a_failing_run_prints_its_seed_and_the_smallest_case(zoo, capsys):
 def test_a_part_of_the_kit_certifies_nothing(zoo, tmp_path, capsys):
     assert main(["zoo-healthy", "--level", "0"]) == 0
     words = ["zoo-healthy", "-o", "group_size=16", "--level", "0"]
-    fixed = ["--seed", "5", "--certified", "--report", str(tmp_path)]
-    assert main([*words, *fixed]) == 1
+    asked = ["--quantizer-option=group_size=16", "--conformance-level=0", "--hypothesis-seed=5"]
+    asked += ["--certified", f"--conformance-report={tmp_path}"]  # which the command refuses
+    assert run("zoo-healthy", asked, tmp_path)[0] == 1
     printed = capsys.readouterr().out
     assert "Passed, not certified: this run left out some checks" in printed
     assert f"To repeat: modulora conformance {' '.join(words)} --seed 5 (" in printed
@@ -80,8 +82,8 @@ def test_a_part_of_the_kit_certifies_nothing(zoo, tmp_path, capsys):
 def test_a_case_that_was_deselected_is_missed(zoo, monkeypatch, capsys):
     """Each check has an outcome then, which looks as if all of it had run."""
     monkeypatch.setattr(recorder, "_missing", lambda subjects: {"defaults": set()})
-    words = ["zoo-healthy", "-k", "test_weights_that_are_not_finite and not nan", "--certified"]
-    assert main(words) == 1
+    words = ["-k", "test_weights_that_are_not_finite and not nan", "--certified"]
+    assert run("zoo-healthy", words, None)[0] == 1
     assert "Passed, not certified: this run left out some checks" in capsys.readouterr().out
 
 
@@ -93,7 +95,7 @@ def test_a_case_that_was_deselected_is_missed(zoo, monkeypatch, capsys):
     ],
 )
 def test_a_wrong_request_is_refused_before_any_check(zoo, capsys, words, message):
-    assert main(words) == 4
+    assert main(words) == 2
     printed = capsys.readouterr()
     assert message in printed.out + printed.err
     assert "passed" not in printed.out
@@ -102,7 +104,7 @@ def test_a_wrong_request_is_refused_before_any_check(zoo, capsys, words, message
 def test_an_error_before_the_first_check_is_one_line(zoo, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "modulora_conformance.suite", None)  # its import fails
     monkeypatch.delitem(sys.modules, "modulora_conformance.test_conformance", raising=False)
-    assert main(["zoo-healthy", "--level", "0"]) == 2
+    assert main(["zoo-healthy", "--level", "0"]) == 1
     error = capsys.readouterr().err
     assert "modulora_conformance.suite" in error
     assert len(error.splitlines()) == 1

@@ -12,7 +12,7 @@ CHECKS = "def test_one(): pass\ndef test_two(): assert False\ndef test_the_third
 
 RUN = """
 import sys, pytest
-from modulora_conformance.__main__ import _Line
+from modulora_conformance.run import _Line
 words = ["-q", "--tb=no", "-rN", "-p", "no:cacheprovider", "-o", "console_output_style=classic"]
 sys.exit(pytest.main([*words, sys.argv[1]], plugins=[_Line()]))
 """

@@ -62,7 +62,7 @@ def make(checks=None, **fields):
     known = {
         "quantizer": "mine",
         "suite": "2026.11",
-        "protocol": 1,
+        "protocol": 2,
         "distribution": "modulora-mine",
         "version": "1.0",
         "certified": True,
@@ -299,7 +299,7 @@ def test_a_support_table_has_a_row_for_each_configuration_and_no_markup(broken, 
     write_report(make(), tmp_path)
     headings, _, *found = cells_of((tmp_path / "mine.md").read_text("utf-8"))
     assert headings == list(HEADINGS)
-    expected = ["4.5", "0.095", "L0–L7", "yes", "2026.11", "1"]
+    expected = ["4.5", "0.095", "L0–L7", "yes", "2026.11", "2"]
     assert found == [["mine 1.0", name, *expected] for name in CONFIGURATIONS]
     write_report(broken, tmp_path)
     text = (tmp_path / "mine.md").read_text("utf-8")

@@ -23,7 +23,4 @@ def modulora_commands() -> list[CommandSpec]:
         _command("chat", "Use", "Chat with a model."),
         _command("evaluate", "Use", "Measure perplexity, accuracy, ROUGE or benchmark tasks."),
         _command("merge", "Use", "Dequantize a packed model and add an adapter to it."),
-        _command("conformance", "Plugins", "Check that a quantizer keeps its promises."),
-        _command("bench", "Plugins", "Measure a quantizer's speed beside a dense layer."),
-        _command("new-plugin", "Plugins", "Write a plugin package with a working quantizer."),
     ]

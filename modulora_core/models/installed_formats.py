@@ -59,9 +59,14 @@ def create(name: str) -> FormatReader:
     """
     named = [entry for entry in registry.formats() if entry.name == name]
     if not named:
-        raise OptionError(f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}")
+        sentence = f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}"
+        provider = registry.providers().get(f"format-{name}")
+        hint = f"; it is of {provider}, which isn't installed: {registry.INSTALL}"
+        raise OptionError(sentence + (hint if provider else ""))
     entry = registry.usable(named)
     assert entry.spec is not None  # usable() returns usable entries only
+    if entry.spec.adapters:
+        raise OptionError(f"format {name!r}: expected a format of models, got one of adapters")
     if suffix := entry.spec.file_suffix:
         raise OptionError(
             f"format {name!r}: expected a format of folders, got one of files *{suffix}, "

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from modulora_conformance.commands.new_plugin import new_plugin
 
 from modulora_core import registry
 from modulora_core.cli import main
 from modulora_core.cli.app import command_names, load_command
-from modulora_core.cli.new_plugin import new_plugin
 from modulora_core.quantization.quality import FAST_SAMPLES, TUNING
 from modulora_core.spec import Quantizer
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer

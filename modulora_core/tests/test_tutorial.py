@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from modulora_conformance.commands.new_plugin import new_plugin
 
-from modulora_core.cli.new_plugin import new_plugin
 from modulora_core.tests.markdown_blocks import blocks, follow
 from modulora_core.tests.plugin_sites import site_of
 

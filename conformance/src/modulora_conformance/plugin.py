@@ -13,37 +13,24 @@ from typing import Any
 
 import pytest
 
-from modulora_conformance import SUITE
+from modulora_conformance import SUITE, flags
 from modulora_conformance.items import golden_of
-from modulora_conformance.recorder import HIGHEST, MEASUREMENTS, Recorder
+from modulora_conformance.recorder import MEASUREMENTS, Recorder
 from modulora_conformance.results import Measurements
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    add = parser.getgroup("modulora-conformance", "ModuLoRA conformance kit").addoption
-    add(
-        "--quantizer",
-        metavar="NAME",
-        help="the quantizer to check, with --pyargs modulora_conformance",
-    )
-    add(
-        "--quantizer-option",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="an option of it; repeat for more (default: each set that its spec promises)",
-    )
-    add(
-        "--conformance-level",
-        metavar="N",
-        type=int,
-        choices=range(HIGHEST + 1),
-        default=HIGHEST,
-        help="run levels 0 to N",
-    )
-    add("--certified", action="store_true", help="allow skips for missing hardware only")
-    add("--conformance-report", metavar="DIR", type=Path, help="write the reports to DIR")
-    add("--golden", metavar="DIR", type=Path, help="golden vectors for --quantizer")
+    group = parser.getgroup("modulora-conformance", "ModuLoRA conformance kit")
+    levels = range(flags.HIGHEST + 1)
+    for name, keywords in (
+        flags.QUANTIZER.for_pytest(),
+        flags.OPTIONS.for_pytest(action="append", default=[]),
+        flags.LEVEL.for_pytest(type=int, choices=levels, default=flags.HIGHEST),
+        flags.CERTIFIED.for_pytest(action="store_true"),
+        flags.REPORT.for_pytest(type=Path),
+        flags.GOLDEN.for_pytest(type=Path),
+    ):
+        group.addoption(name, **keywords)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from modulora_conformance import SUITE
 from modulora_conformance.checks import about, meanings, needed_by
+from modulora_conformance.flags import HIGHEST
 from modulora_conformance.items import (
     case_of,
     class_of,
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 MEASUREMENTS = pytest.StashKey[Measurements]()
 
 BLOCKED = "blocked: "
-
-HIGHEST = 7
-"""The number of the last level."""
 
 CERTIFIED = "modulora_certified"
 """The key in the output of a process of pytest-xdist: whether each of its runs was certified."""

@@ -1,12 +1,13 @@
-"""The interface of plugins that write adapters and merged models as files, and how to find one."""
+"""The interfaces of plugins that write adapters and merged models, and how to find one."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+from modulora_core import registry
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import OptionError
@@ -14,13 +15,12 @@ from modulora_core.hookspecs import FormatSpec
 from modulora_core.models.installed_formats import (
     InstalledFormat,
     file_format,
-    installed,
     unread_file,
 )
 from modulora_core.models.locate import names_file
 from modulora_core.progress import Display
 
-__all__ = ["AdapterFile", "FileWriter", "MergedFile"]
+__all__ = ["AdapterFile", "AdapterWriter", "FileWriter", "MergedFile", "WrittenAdapter"]
 
 RETAINED = 0.5
 """An update of which less is left in the quantized weight counts as erased."""
@@ -74,18 +74,46 @@ class MergedFile:
         return {**asdict(self), "erased": self.erased}
 
 
-class FileWriter(ABC):
+class WrittenAdapter(Protocol):
+    """The result of writing an adapter, which has facts to print."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class AdapterWriter(ABC):
+    """Writes an adapter of ours for another tool. Subclass it, and name it as the ``location`` of a
+    :class:`~modulora_core.hookspecs.FormatSpec` with ``adapters=True``."""
+
+    def __init__(self, spec: FormatSpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def write_adapter(
+        self, adapter: str, out: str | Path, *, model: str | None = None
+    ) -> WrittenAdapter:
+        """Write an adapter to ``out``.
+
+        Args:
+            adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
+            out: a new or empty folder.
+            model: the packed model of the adapter, a folder or Hub id, if the user names one.
+
+        Raises:
+            OptionError: the format needs ``model``.
+            AdapterError: the adapter does not fit the model, or the format can't hold it.
+            RequestError: the model can't be read, or ``out`` holds something else.
+        """
+
+
+class FileWriter(AdapterWriter):
     """The way back to files of a format. Subclass it, and name it as the ``writer`` of the plugin's
-    :class:`~modulora_core.spec.FormatSpec`.
+    :class:`~modulora_core.hookspecs.FormatSpec`.
 
     Attributes:
         default_type: the type of changed weights in a merged file, by its name in the format.
     """
 
     default_type: ClassVar[str]
-
-    def __init__(self, spec: FormatSpec) -> None:
-        self.spec = spec
 
     @abstractmethod
     def write_adapter(
@@ -152,13 +180,21 @@ def file_writer(out: str | Path) -> FileWriter:
     return writer
 
 
-def writer_called(name: str) -> FileWriter | None:
-    """The writer of the file format ``name``; None if no installed plugin writes such files.
+def writer_called(name: str) -> AdapterWriter | None:
+    """The writer of adapters in the format ``name``; None if no installed plugin writes such ones.
 
     Raises:
-        PluginError: the plugin can't be used.
+        PluginError: the plugin can't be used, or several plugins have this format.
     """
-    return _writer(next((each for each in installed() if each.spec.name == name), None))
+    named = [entry for entry in registry.formats() if entry.name == name]
+    if not named:
+        return None
+    entry = registry.usable(named)
+    assert entry.spec is not None  # usable() returns usable entries only
+    found = InstalledFormat(entry.spec, entry)
+    if not entry.spec.adapters:
+        return _writer(found)
+    return found.create(entry.spec.location, AdapterWriter)  # type: ignore[type-abstract]
 
 
 def _writer(found: InstalledFormat | None) -> FileWriter | None:

@@ -232,12 +232,7 @@ WRONG = {
     "merge {source} {new}": "modulora quantize",
     "finetune {source} {new} --data {text} --steps 1": "modulora quantize",
     "convert {packed} {new} --to tyo": "tyo",
-    "convert {packed} {new} --to vllm": "--to vllm: expected --model MODEL beside it",
-    "convert {packed} {new} --to toy --model {packed}": "a file format beside it, got toy",
-    "convert {packed} {new} --to vllm --model {packed} --max-shard-size 1GB": (
-        "--max-shard-size: expected a --to that writes a model"
-    ),
-    "convert {packed} {new} --to vllm --model {packed}": "expected adapter_config.json in it",
+    "convert {packed} {new} --to toy --model {packed}": "--to that writes an adapter, got --to toy",
 }
 
 

@@ -7,9 +7,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
-from modulora_core import distributed
+from modulora_core import registry
 from modulora_core.cli import doctor
 from modulora_core.tests.cli.conftest import Run
 from modulora_core.tests.fake_site import FakeSite, failing
@@ -18,8 +17,6 @@ from modulora_core.tests.fake_site import FakeSite, failing
 @pytest.fixture(autouse=True)
 def only_toys(monkeypatch: pytest.MonkeyPatch, toy: ModuleType) -> None:
     """Other installed plugins would compile kernels for minutes."""
-    from modulora_core import registry
-
     known = registry.entries
     monkeypatch.setattr(
         registry, "entries",
@@ -85,19 +82,11 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     assert "memory" not in named
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_gpu_without_a_card_is_refused(run: Run) -> None:
-    code, refused, _ = run("doctor", "--gpu")
-    assert code == 2
-    assert "expected a GPU" in refused["error"]["message"]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--device", "foo"], "device 'foo': expected one that torch can use here"),
         (["--device", "cpu", "--device", "cuda:99"], "device 'cuda:99': expected one that torch"),
-        (["--gpu", "--device", "cuda:99"], "device 'cuda:99': expected one that torch can use"),
     ],
 )
 def test_a_device_that_is_not_there_is_refused_before_the_quantizers(
@@ -108,31 +97,37 @@ def test_a_device_that_is_not_there_is_refused_before_the_quantizers(
     assert message in refused["error"]["message"]
 
 
-def test_gpu_measures_no_other_kind_of_device(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "pick_device", torch.device)  # a machine that has one
-    code, refused, _ = run("doctor", "--gpu", "--device", "mps")
-    assert code == 2
-    assert refused["error"]["message"] == "--gpu: expected --device cuda or cpu, got mps"
+HOOK = """
+from modulora_core.hookspecs import CommandSpec, hookimpl
+
+@hookimpl
+def modulora_commands():
+    return [CommandSpec(name="check-gpu", summary="Measure.", panel="Plugins",
+                        location="fake_gpu:command", protocol=2)]
+"""
+
+COMMAND = """
+from modulora_core.cli.doctor import Finding, report_of
+
+def command(device=[]):
+    return report_of([Finding(f"a card {device}", "wrong", "fault", "mend it")])
+"""
 
 
-@pytest.mark.slow
-def test_a_device_may_be_named_instead_of_a_gpu(run: Run) -> None:
-    code, found, _ = run("doctor", "--gpu", "--device", "cpu")
-    texts = [each["found"] for each in found["findings"] if each["subject"] == "toy on cpu"]
-    assert code == 0
-    assert texts[0] == "no kernel differs from the reference"
-    assert "× dense" in texts[1]
-    assert "tokens/s" in texts[2]
-
-
-def test_gpu_lists_a_quantizer_that_raises_as_a_fault(
-    run: Run, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
+def test_gpu_has_the_findings_of_the_distribution_that_measures(
+    run: Run, site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def matmul(*words: Any) -> None:
-        raise ArithmeticError("no such rows")
-
-    monkeypatch.setattr(toy.Toy, "matmul", matmul)
+    monkeypatch.setenv(registry.BLOCK_VARIABLE, "modulora-conformance")
+    modules = {"fake_kit": HOOK, "fake_gpu": COMMAND}
+    site.install("fake-kit", {"fake": "fake_kit"}, modules)
     code, found, _ = run("doctor", "--gpu", "--device", "cpu")
-    mine = [f for f in found["findings"] if f["subject"] == "toy on cpu"]
-    advice = {f["advice"] for f in mine if f["verdict"] == "fault"}
-    assert (code, advice) == (1, {"ArithmeticError: no such rows"})
+    assert (code, found["faults"]) == (1, 1)
+    assert findings(found)["a card ['cpu']"]["advice"] == "mend it"
+
+
+def test_gpu_without_that_distribution_names_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [each for each in registry.commands() if each.distribution == registry.CORE]
+    monkeypatch.setattr(registry, "commands", lambda: own)
+    code, refused, _ = run("doctor", "--gpu", "--device", "cpu")
+    assert code == 2
+    assert "modulora-conformance, which isn't installed: run `pip" in refused["error"]["message"]

@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from modulora_conformance.checks import Level, needs
+from modulora_conformance.protocols import changes_since
 from modulora_conformance.results import Measurements
 from modulora_core import hookspecs
 from modulora_core.errors import ModuLoRAError, OptionError, ShapeError
@@ -33,9 +34,12 @@ class Identity(Level):
 
     def test_the_protocol_is_supported(self, quantizer: Quantizer) -> None:
         """If this fails: the installed modulora-core does not support the plugin's protocol."""
-        assert quantizer.spec.protocol in SUPPORTED_PROTOCOLS, (
-            f"spec.protocol: expected one of {list(SUPPORTED_PROTOCOLS)}, "
-            f"got {quantizer.spec.protocol}"
+        found = quantizer.spec.protocol
+        assert found in SUPPORTED_PROTOCOLS, "; ".join(
+            [
+                f"spec.protocol: expected one of {list(SUPPORTED_PROTOCOLS)}, got {found}",
+                *changes_since(found),
+            ]
         )
 
     @needs("test_the_protocol_is_supported")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Annotated
 
 from modulora_core.cli.arguments import Device, Quantizer, QuantizerOptions, option
-from modulora_core.cli.conformance import KIT, check_kit
 from modulora_core.cli.terminal import Report, terminal
 
 Shape = Annotated[
@@ -53,14 +51,13 @@ def command(
         modulora bench NAME -o bits=3 --shape 4096x4096 --rows 1 --rows 2048
         modulora bench NAME --device cuda --dtype bfloat16 --json
     """
+    from modulora_conformance.bench.quantizer_bench import config_for, measure_quantizer
     from modulora_core.distributed import pick_device
     from modulora_core.options import parse_options
     from modulora_core.registry import create
 
-    check_kit("bench")
-    kit = importlib.import_module(f"{KIT}.bench.quantizer_bench")
     quantizer = create(name, parse_options(option))
-    config = kit.config_for(
+    config = config_for(
         quantizer,
         shape=shape,
         rows=rows,
@@ -69,5 +66,5 @@ def command(
         seconds=seconds,
     )
     with terminal().progress("measuring", "comparisons") as show:
-        found = kit.measure_quantizer(quantizer, config, show)
+        found = measure_quantizer(quantizer, config, show)
     return Report(found.to_json(), found.table())

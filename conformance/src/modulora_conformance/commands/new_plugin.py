@@ -12,7 +12,7 @@ from modulora_core.cli.arguments import argument
 from modulora_core.cli.terminal import Report
 from modulora_core.errors import DuplicatePluginError, OptionError
 
-TEMPLATES = Path(__file__).parent / "templates" / "plugin"
+TEMPLATES = Path(__file__).parents[1] / "templates" / "plugin"
 
 SUFFIX = ".tmpl"
 """The end of a template's file name, so that no tool reads the template as code."""

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_vllm.export import export_for_vllm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from modulora_core.errors import AdapterError
+from modulora_core import registry
+from modulora_core.checkpoints.convert import convert
+from modulora_core.cli import main
+from modulora_core.errors import AdapterError, OptionError
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.hf.vllm import export_for_vllm
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import quantize
@@ -135,3 +138,48 @@ def test_channel_scales_are_refused(pack: Pack, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"got channel scales, which vLLM doesn't know.*merge"):
         export_for_vllm(str(tmp_path / "adapter"), tmp_path / "vllm", model=str(packed))
     assert not (tmp_path / "vllm").exists()
+
+
+def test_the_command_writes_what_vllm_takes(
+    pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed = pack("llama", "toy")[1]
+    adapter_of(packed, tmp_path / "adapter")
+    words = ["convert", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "vllm"]
+    assert main([*words, "--model", str(packed), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == {"out": str(tmp_path / "out"), "modules": 14, "rank": 4}
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+WRONG = {
+    "": "--to vllm: expected --model MODEL beside it",
+    "--model {packed} --max-shard-size 1GB": "--max-shard-size: expected a --to that writes",
+    "--model {packed}": "expected adapter_config.json in it",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_request_is_one_sentence(
+    pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    packed = pack("llama", "toy")[1]
+    given = words.format(packed=packed).split()
+    assert main(["convert", str(packed), str(tmp_path / "out"), "--to", "vllm", *given]) == 2
+    assert WRONG[words] in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_package_the_command_names_it(
+    pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "formats", list)
+    packed = pack("llama", "toy")[1]
+    assert main(["convert", str(packed), str(tmp_path / "out"), "--to", "vllm"]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "it is of modulora-vllm, which isn't installed: run `pip install -r" in error
+
+
+def test_a_model_is_not_written_in_a_format_of_adapters(pack: Pack, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="expected a format of models, got one of adapters"):
+        convert(pack("llama", "toy")[1], tmp_path / "out", "vllm")

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from modulora_core.checkpoints.foreign.files import AdapterWriter
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
-from modulora_core.errors import AdapterError
+from modulora_core.errors import AdapterError, OptionError
 from modulora_core.hf.expert_format import Stack, stacks_of
 from modulora_core.hf.load_adapter import adapter_for
 from modulora_core.hf.peft_format import (
@@ -46,6 +47,17 @@ class ExportResult:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class VLLMAdapter(AdapterWriter):
+    """``modulora convert ADAPTER OUT --to vllm --model MODEL``."""
+
+    def write_adapter(
+        self, adapter: str, out: str | Path, *, model: str | None = None
+    ) -> ExportResult:
+        if model is None:
+            raise OptionError(f"--to {self.spec.name}: expected --model MODEL beside it, got none")
+        return export_for_vllm(adapter, out, model=model)
 
 
 def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResult:

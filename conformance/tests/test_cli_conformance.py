@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -16,14 +15,7 @@ from modulora_core.cli import main
 from modulora_core.spec import Promise
 from modulora_core.tests.conftest import TOY_FORMAT, TOY_INIT, TOY_QUANTIZER, install_package
 
-KIT = "modulora_conformance"
 
-needs_kit = pytest.mark.skipif(
-    importlib.util.find_spec(KIT) is None, reason="modulora-conformance isn't installed"
-)
-
-
-@needs_kit
 @pytest.mark.slow
 def test_a_run_prints_the_result_alone_and_leaves_the_reports(tmp_path: Path) -> None:
     site, reports = tmp_path / "site", tmp_path / "reports"
@@ -69,7 +61,6 @@ WRONG = {
 }
 
 
-@needs_kit
 @pytest.mark.parametrize("words", WRONG)
 def test_a_wrong_request_is_refused_before_any_check(
     toy: ModuleType, capfd: pytest.CaptureFixture[str], tmp_path: Path, words: str
@@ -88,7 +79,6 @@ BROKEN = {
 }
 
 
-@needs_kit
 @pytest.mark.parametrize("file", BROKEN)
 def test_the_author_reads_which_line_is_broken(tmp_path: Path, file: str) -> None:
     files = {"__init__.py": TOY_INIT, "quantizer.py": TOY_QUANTIZER, "crude.py": TOY_FORMAT}
@@ -105,7 +95,6 @@ def test_the_author_reads_which_line_is_broken(tmp_path: Path, file: str) -> Non
     assert "report it to its authors" not in ran.stderr
 
 
-@needs_kit
 def test_checks_and_promises_are_printed_without_a_run(
     toy: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,17 +112,3 @@ def test_checks_and_promises_are_printed_without_a_run(
     assert main(["conformance", "toy", "-o", "levels=7", "--measure", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["promises"]
     assert [Promise(**each) for each in found] == [promise]
-
-
-@pytest.mark.parametrize("command", ["conformance", "bench"])
-def test_without_the_kit_it_says_what_to_install(
-    toy: ModuleType,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    command: str,
-) -> None:
-    monkeypatch.setitem(sys.modules, KIT, None)  # Python's mark for "can't be imported"
-    assert main([command, "toy", "--json"]) == 2
-    error = json.loads(capsys.readouterr().out)["error"]
-    assert error["kind"] == "MissingExtraError"
-    assert "pip install ./conformance" in error["message"]

@@ -1,4 +1,4 @@
-"""Measurements of ``modulora doctor --gpu``: kernels, bandwidth, a training step, decoding."""
+"""Measurements of ``modulora check-gpu``: kernels, bandwidth, a training step, decoding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from modulora_kernels.parity import Comparison, compare
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modulora_core.checkpoints.peak_memory import PeakMemory
@@ -24,13 +25,14 @@ from modulora_core.training.gradient_checkpointing import checkpoint_activations
 SHAPES = ((3, 5), (37, 52), (130, 300))
 """Out and in features, before they are made to fit the quantizer: no multiples of a block."""
 
+ROWS = (1, 3, 17, 70)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGE = {"cuda": (4096, 4096), "cpu": (512, 512)}
 TOKENS, NEW_TOKENS = {"cuda": (2, 512), "cpu": (2, 16)}, 16
 
 
-def differences(entry: Entry[QuantizerSpec], device: torch.device) -> Iterator[str]:
-    """The kernels of a plugin that differ from its reference: its promised options, each shape,
+def comparisons(entry: Entry[QuantizerSpec], device: torch.device) -> Iterator[Comparison]:
+    """Every result of a plugin's kernels beside plain torch's: its promised options, each shape,
     each dtype."""
     assert entry.spec is not None
     for options in {str(p.options): p.options for p in entry.spec.promises}.values() or [{}]:
@@ -38,7 +40,7 @@ def differences(entry: Entry[QuantizerSpec], device: torch.device) -> Iterator[s
         for shape in dict.fromkeys(accepted(quantizer, shape) for shape in SHAPES):
             packed = packed_noise(quantizer, shape).to(device)
             for dtype in DTYPES:
-                yield from quantizer.check_kernels(packed, dtype)
+                yield from compare(quantizer, packed, dtype, ROWS)
 
 
 def seconds(work: Callable[[], Any], device: torch.device, repeats: int = 20) -> float:

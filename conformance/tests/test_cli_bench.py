@@ -7,8 +7,6 @@ import pytest
 
 from modulora_core.cli import main
 
-pytest.importorskip("modulora_conformance", reason="modulora-conformance isn't installed")
-
 SMALL = ["--shape", "24x40", "--rows", "1", "--rows", "5", "--seconds", "1e-6", "--device", "cpu"]
 KEYS = {
     "quantizer", "options", "shape", "device", "device_name", "threads", "bits_per_weight",

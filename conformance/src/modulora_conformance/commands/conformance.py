@@ -1,53 +1,36 @@
-"""``modulora conformance``. The kit is a package of its own, since the core doesn't need it."""
+"""``modulora conformance``."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
-from modulora_core.cli.arguments import QuantizerOptions, argument, option
+from modulora_conformance import flags
+from modulora_core.cli.arguments import argument, option
 from modulora_core.cli.terminal import Report, terminal
-
-KIT = "modulora_conformance"
-LAST_LEVEL = 7
 
 PASSED, FAILED = 0, 1
 """pytest's exit codes of a run that took place. Others mean that it didn't."""
 
-Name = Annotated[str | None, argument("NAME", "A quantizer of `modulora list-quantizers`.")]
-Level = Annotated[int, option("--level N", "Run the levels 0 to N.", min=0, max=LAST_LEVEL)]
+Name = Annotated[str | None, argument(flags.QUANTIZER.words, flags.QUANTIZER.help)]
+Options = Annotated[list[str], flags.OPTIONS.for_command()]
+Level = Annotated[int, flags.LEVEL.for_command(min=0, max=flags.HIGHEST)]
 Select = Annotated[str | None, option("-k EXPRESSION", "Run the checks whose names match.")]
 StopFirst = Annotated[bool, option("--exitfirst -x", "Stop at the first failure.")]
 Traceback = Annotated[
     Literal["no", "short", "long", "line", "native", "auto"],
     option("--tb STYLE", "Show tracebacks: no, short, long, line, native or auto."),
 ]
-ReportFolder = Annotated[
-    Path | None,
-    option(
-        "--report DIR",
-        "Write NAME.html, .json, .xml (JUnit), .svg (a badge) and .md (a table) to DIR.",
-        file_okay=False,
-    ),
-]
-Certified = Annotated[
-    bool,
-    option("--certified", "Fail too for expected failures, and for skips other than hardware's."),
-]
+ReportFolder = Annotated[Path | None, flags.REPORT.for_command(file_okay=False)]
+Certified = Annotated[bool, flags.CERTIFIED.for_command()]
 DrawSeed = Annotated[
     int | None,
     option("--seed N", "Seed of random shapes and values.", min=0, default="a new one, printed"),
 ]
-Golden = Annotated[
-    Path | None,
-    option("--golden DIR", "Compare with the golden vectors in DIR.", exists=True, file_okay=False),
-]
+Golden = Annotated[Path | None, flags.GOLDEN.for_command(exists=True, file_okay=False)]
 Measure = Annotated[bool, option("--measure", "Run no check: print the promises to paste.")]
 ListChecks = Annotated[bool, option("--list", "Run no check: list them, and how to mend each.")]
 
@@ -56,8 +39,8 @@ PANELS = {"Information": ["measure", "list_checks"]}
 
 def command(
     name: Name = None,
-    option: QuantizerOptions = [],
-    level: Level = LAST_LEVEL,
+    option: Options = [],
+    level: Level = flags.HIGHEST,
     select: Select = None,
     exitfirst: StopFirst = False,
     tb: Traceback = "no",
@@ -71,8 +54,8 @@ def command(
     """Check that a quantizer keeps its promises, with the conformance kit.
 
     Without -o it checks every configuration for which the quantizer makes promises. The exit code
-    is 1 if a check failed, or if --certified isn't reached. The kit is a package of its own,
-    modulora-conformance: in a clone, run `pip install ./plugins/kernels ./conformance`.
+    is 1 if a check failed, or if --certified isn't reached. For a plugin that was written for an
+    older protocol it says what to change.
 
     Examples:
         modulora conformance NAME
@@ -82,46 +65,39 @@ def command(
         modulora conformance NAME --report conformance --certified
         modulora conformance --list
     """
-    check_kit("conformance")
     if list_checks:
         return _list()
-    left_out = {f"--level {level}": level < LAST_LEVEL, "-k": select, "-x": exitfirst}
-    name = _check_request(name, option, certified, left_out)
+    left_out = {f"--level {level}": level < flags.HIGHEST, "-k": select, "-x": exitfirst}
+    name = _check_request(name, certified, left_out)
+    if (older := _older(name)) is not None:
+        return older
+    _check_plugin(name, option)
     if measure:
-        kit = _kit("measure")
-        promises, memory = kit.measured(name, option), kit.packing_memory(name, option)
-        found = {"quantizer": name, "promises": [each.model_dump() for each in promises]}
-        return Report(found | {"packing_memory": memory}, kit.as_code(promises, memory))
-    words = [name, *(f"--option={text}" for text in option), f"--level={level}", f"--tb={tb}"]
-    words += [f"-k={select}"] if select is not None else []
-    words += ["-x"] if exitfirst else []
-    words += ["--certified"] if certified else []
+        return _measured(name, option)
     if report is not None:
         _make(report)
-        words.append(f"--report={report}")
-    words += [f"--seed={seed}"] if seed is not None else []
-    words += [f"--golden={golden}"] if golden is not None else []
+    words = [f"--tb={tb}", *flags.OPTIONS.words_of(option), *flags.LEVEL.words_of(level)]
+    words += ["-k", select] if select is not None else []
+    words += ["--exitfirst"] if exitfirst else []
+    words += flags.CERTIFIED.words_of(certified) + flags.REPORT.words_of(report)
+    words += [f"--hypothesis-seed={seed}"] if seed is not None else []
+    words += flags.GOLDEN.words_of(golden)
     terminal().stop_working()  # pytest prints
-    code, result, fault = _kit("__main__").run(words)
+    from modulora_conformance.run import run
+
+    code, result, fault = run(name, words, report)
     if code not in (PASSED, FAILED) or result is None:
         _refuse(name, code, select, fault)
     text = None if report is None else f"report: {report / name}.html"
     return Report(result, text, exit_code=code)
 
 
-def _kit(module: str) -> ModuleType:
-    return importlib.import_module(f"{KIT}.{module}")
+def _measured(name: str, option: list[str]) -> Report:
+    from modulora_conformance.measure import as_code, measured, packing_memory
 
-
-def check_kit(command: str) -> None:
-    """Raises MissingExtraError: the conformance kit isn't installed."""
-    from modulora_core.errors import MissingExtraError
-
-    if importlib.util.find_spec(KIT) is None:
-        raise MissingExtraError(
-            f"modulora {command}: expected the conformance kit, which isn't installed; "
-            "run `pip install ./plugins/kernels ./conformance` in a clone of ModuLoRA"
-        )
+    promises, memory = measured(name, option), packing_memory(name, option)
+    found = {"quantizer": name, "promises": [each.model_dump() for each in promises]}
+    return Report(found | {"packing_memory": memory}, as_code(promises, memory))
 
 
 def _list() -> Report:
@@ -129,7 +105,10 @@ def _list() -> Report:
     from rich.padding import Padding
     from rich.text import Text
 
-    found = _kit("checks").explained(_kit("suite").QuantizerConformance)
+    from modulora_conformance.checks import explained
+    from modulora_conformance.suite import QuantizerConformance
+
+    found = list(explained(QuantizerConformance))
     lines: list[Text | Padding] = []
     for each in found:
         lines.append(Text(f"{each.level}  {each.check}", style="bold"))  # whole: -k takes the name
@@ -137,31 +116,55 @@ def _list() -> Report:
     return Report({"checks": [check._asdict() for check in found]}, Group(*lines))
 
 
-def _check_request(
-    name: str | None, option: list[str], certified: bool, left_out: Mapping[str, object]
-) -> str:
-    """Refuse a wrong request before the first check, and return the quantizer's name."""
-    from modulora_core.errors import BrokenPluginError, OptionError, UnknownQuantizerError
-    from modulora_core.options import parse_options
-    from modulora_core.registry import create
+def _check_request(name: str | None, certified: bool, left_out: Mapping[str, object]) -> str:
+    """Refuse flags that don't fit together, and return the quantizer's name."""
+    from modulora_core.errors import OptionError
 
     if name is None:
         raise OptionError("NAME: expected a quantizer of `modulora list-quantizers`, got none")
-    try:
-        create(name, parse_options(option))
-    except BrokenPluginError as error:
-        where = _where(error.__cause__ or _import_error(name))
-        advice = "mend it, and run again; --debug shows the traceback"
-        raise BrokenPluginError(f"{error.fault}{where}", advice) from error
-    except UnknownQuantizerError as error:
-        hint = "if it is yours, run pip install -e . in its folder"
-        raise UnknownQuantizerError(f"{error}; {hint}") from None
     given = [flag for flag, value in left_out.items() if value]
     if certified and given:
         raise OptionError(
             f"--certified: expected every check, got {' and '.join(given)} too; leave out one"
         )
     return name
+
+
+def _older(name: str) -> Report | None:
+    """The report of a plugin of an older protocol; None for others."""
+    from modulora_conformance.protocols import changes_since
+    from modulora_core.registry import entries
+    from modulora_core.spec import PROTOCOL
+
+    named = [each for each in entries() if each.name == name and each.status == "incompatible"]
+    for entry in named:
+        assert entry.spec is not None  # its protocol is known
+        if changes := changes_since(entry.spec.protocol):
+            found = {"quantizer": name, "protocol": entry.spec.protocol, "changes": changes}
+            first = f"{name} of {entry.origin} is written for protocol {entry.spec.protocol}."
+            lines = [f"* {change}" for change in changes]
+            text = "\n".join([f"{first} For protocol {PROTOCOL}:", *lines])
+            return Report(found, text, exit_code=FAILED)
+    return None
+
+
+def _check_plugin(name: str, option: list[str]) -> None:
+    """Refuse a plugin that can't be used, and wrong options of it."""
+    from modulora_conformance.protocols import advice_on
+    from modulora_core.errors import BrokenPluginError, UnknownQuantizerError
+    from modulora_core.options import parse_options
+    from modulora_core.registry import create
+
+    try:
+        create(name, parse_options(option))
+    except BrokenPluginError as error:
+        where = _where(error.__cause__ or _import_error(name))
+        advice = "mend it, and run again; --debug shows the traceback"
+        changed = advice_on(error.fault)
+        raise BrokenPluginError(f"{error.fault}{where}", changed or advice) from error
+    except UnknownQuantizerError as error:
+        hint = "if it is yours, run pip install -e . in its folder"
+        raise UnknownQuantizerError(f"{error}; {hint}") from None
 
 
 def _make(report: Path) -> None:
@@ -194,12 +197,15 @@ def _where(error: BaseException | None) -> str:
     """Name the line at which an import failed; a syntax error names its own."""
     if error is None or isinstance(error, SyntaxError):
         return ""
+    import pydantic
+
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(("<", sys.base_prefix))] or frames
+    others = ("<", sys.base_prefix, str(Path(pydantic.__file__).parent))  # which checks a spec
+    own = [f for f in frames if not f.filename.startswith(others)] or frames
     return f" ({own[-1].filename}, line {own[-1].lineno})"
 
 
-def _refuse(name: str, code: int, select: str | None, fault: str) -> None:
+def _refuse(name: str, code: int, select: str | None, fault: str) -> NoReturn:
     """Raise an error for a run of pytest that ran no check."""
     import pytest
 

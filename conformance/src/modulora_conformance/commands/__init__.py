@@ -1,0 +1,1 @@
+"""The commands of the kit; :mod:`modulora_core.cli` says what a command is."""
