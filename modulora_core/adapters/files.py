@@ -76,7 +76,7 @@ class MergedFile:
 
 class FileWriter(ABC):
     """The way back to files of a format. Subclass it, and name it as the ``writer`` of the plugin's
-    :class:`~modulora_core.spec.FormatSpec`.
+    :class:`~modulora_core.hookspecs.FormatSpec`.
 
     Attributes:
         default_type: the type of changed weights in a merged file, by its name in the format.
