@@ -1,10 +1,16 @@
-"""The tests of third_party_plugin run if its package is installed.
+"""The tests of a third-party package run if it is installed.
 
-tests/test_third_party_plugin.py installs it in a folder of its own.
+tests/test_third_party_packages.py installs each in a folder of its own.
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("modulora_half_quadratic") else ["third_party_plugin"]
+PACKAGES = {
+    "third_party_plugin": "modulora_half_quadratic",
+    "third_party_format": "modulora_quanto",
+    "third_party_command": "modulora_weigh",
+}
+
+collect_ignore = [folder for folder, module in PACKAGES.items() if not find_spec(module)]

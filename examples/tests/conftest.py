@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,3 +39,37 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     save_llama_with_tokenizer(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs ``python -m WORDS`` in a folder, with the packages of a site folder too."""
+
+    def run(folder: Path, site: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def install(
+    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Path], Path]:
+    """Installs a package from a wheel of its own into a new folder, and nothing else."""
+    pytest.importorskip("hatchling", reason="builds a wheel without network: pip install hatchling")
+    flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", "site"]
+
+    def install(package: Path) -> Path:
+        folder = tmp_path_factory.mktemp(package.name)
+        done = run(folder, folder, "pip", "install", *flags, str(package))
+        assert done.returncode == 0, done.stderr
+        return folder / "site"
+
+    return install

@@ -1,82 +1,41 @@
-"""Builds, installs and checks ``examples/third_party_plugin``, as an outsider's CI."""
+"""Checks ``examples/third_party_plugin`` with the kit, as an outsider's CI."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
 PLUGIN = Path(__file__).parents[1] / "third_party_plugin"
 
-
-def run(folder: Path, site: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-m", *words],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+Conformance = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package installed from a wheel of its own, and nothing else."""
-    pytest.importorskip("hatchling", reason="builds a wheel without network: pip install hatchling")
-    folder = tmp_path_factory.mktemp("outsider")
-    words = [
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--target",
-        "site",
-        str(PLUGIN),
-    ]
-    done = run(folder, folder, *words)
-    assert done.returncode == 0, done.stderr
-    return folder / "site"
+def site(install: Callable[[Path], Path]) -> Path:
+    return install(PLUGIN)
+
+
+@pytest.fixture
+def conformance(
+    site: Path, run: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> Conformance:
+    def conform(*words: str) -> dict[str, Any]:
+        command = ["modulora_core.cli", "conformance", "half-quadratic", "--json"]
+        done = run(tmp_path, site, *command, *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return dict(json.loads(done.stdout))
+
+    return conform
 
 
 @pytest.mark.slow
-def test_it_passes_its_own_tests(site: Path, tmp_path: Path) -> None:
-    settings, certified = (
-        PLUGIN / "pyproject.toml",
-        PLUGIN / "tests" / "test_half_quadratic_conformance.py",
-    )
-    words = [
-        "pytest",
-        str(PLUGIN / "tests"),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        str(settings),
-        "--ignore",
-        str(certified),
-    ]
-    done = run(tmp_path, site, *words)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
-
-
-def conformance(site: Path, folder: Path, *words: str) -> dict[str, Any]:
-    done = run(folder, site, "modulora_core.cli", "conformance", "half-quadratic", "--json", *words)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout))
-
-
-@pytest.mark.slow
-def test_it_passes_the_kit_and_leaves_a_report(site: Path, tmp_path: Path) -> None:
-    result = conformance(site, tmp_path, "-o", "bits=3", "--report", "report")
+def test_it_passes_the_kit_and_leaves_a_report(conformance: Conformance, tmp_path: Path) -> None:
+    result = conformance("-o", "bits=3", "--report", "report")
     assert result["distribution"] == "modulora-half-quadratic"
     assert result["failures"] == []
     assert result["levels"].keys() == {f"L{level}" for level in range(8)}
@@ -84,8 +43,8 @@ def test_it_passes_the_kit_and_leaves_a_report(site: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_it_keeps_the_promise_of_each_width(site: Path, tmp_path: Path) -> None:
-    result = conformance(site, tmp_path, "-k", "test_the_error_keeps_the_promise")
+def test_it_keeps_the_promise_of_each_width(conformance: Conformance) -> None:
+    result = conformance("-k", "test_the_error_keeps_the_promise")
     assert len(result["configurations"]) >= 5
 
 

@@ -1,12 +1,13 @@
 """The classes that a plugin implements to read and write other tools' checkpoint formats.
 
-A plugin names a format in ``QuantizerSpec.formats`` and implements a :class:`CheckpointFormat`, or
-a :class:`FormatReader` if it doesn't write the format. The core finds the linear layers, streams a
-layer at a time, and keeps config, tokenizer and dense tensors. A foreign folder can then be
-finetuned, evaluated and merged as it is, and ``modulora convert`` rewrites it.
+A plugin returns a :class:`FormatSpec` from the hook ``modulora_formats``, and implements a
+:class:`CheckpointFormat`, or a :class:`FormatReader` if it doesn't write the format. The core finds
+the linear layers, streams a layer at a time, and keeps config, tokenizer and dense tensors. A
+foreign folder can then be finetuned, evaluated and merged as it is, and ``modulora convert``
+rewrites it.
 
 A format of files that hold a whole model has a ``file_suffix`` in its
-:class:`~modulora_core.spec.FormatSpec`, which names a :class:`ModelFile`: an opened file with
+:class:`FormatSpec`, which names a :class:`ModelFile`: an opened file with
 config, tokenizer and tensors. Such a file can be used as a folder can.
 """
 
@@ -218,7 +219,7 @@ class PackedTensors:
 
 class ModelFile(ABC):
     """An opened file that holds a whole model. Subclass it, and name it in the plugin's
-    :class:`~modulora_core.spec.FormatSpec`. The spec's ``writer`` names the way back.
+    :class:`FormatSpec`. The spec's ``writer`` names the way back.
 
     Its header is parsed once, when it is opened; values are read on request.
 

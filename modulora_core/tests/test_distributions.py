@@ -15,12 +15,12 @@ from packaging.requirements import Requirement
 from modulora_core.tests.conftest import TOY_SITE
 
 ROOT = Path(__file__).parents[2]
-PROJECTS = [
+OURS = [
     ROOT,
     ROOT / "conformance",
     *sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml")),
-    ROOT / "examples" / "third_party_plugin",
 ]
+PROJECTS = [*OURS, *sorted(path.parent for path in ROOT.glob("examples/*/pyproject.toml"))]
 ALL = ROOT / ".ci" / "distribution"
 
 REFUSE = """
@@ -81,7 +81,7 @@ def test_metadata_agree(path: Path) -> None:
 
 
 def test_the_whole_distribution_has_every_other_one() -> None:
-    ours = {project(path)["project"]["name"] for path in PROJECTS[:-1]}
+    ours = {project(path)["project"]["name"] for path in OURS}
     assert {Requirement(text).name for text in project(ALL)["project"]["dependencies"]} == ours
 
 
@@ -110,7 +110,7 @@ def test_loading_and_training_open_no_connection(tunable: Path) -> None:
 def test_importing_opens_no_connection() -> None:
     names = [
         Path(*project(path)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]).name
-        for path in PROJECTS[:-1]
+        for path in OURS
     ]
     process = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, *names], capture_output=True, text=True

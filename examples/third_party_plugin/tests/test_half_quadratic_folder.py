@@ -48,7 +48,7 @@ def read_layer(tensors):
     """Our packed weight of one layer ``M``."""
     named = {f"M.{name}": tensor for name, tensor in tensors.items()}
     layouts = {name: TensorLayout.of(t) for name, t in named.items() if t.dtype != torch.int64}
-    spec = FormatSpec(name="hqq", summary="", location="a:B", quant_methods=("hqq",))
+    spec = FormatSpec(name="hqq", summary="", location="a:B", protocol=2, quant_methods=("hqq",))
     return HQQ(spec).weights({}, layouts, named.__getitem__)["M"].unpack(named.__getitem__)
 
 

@@ -1,0 +1,50 @@
+"""Builds, installs and checks each third-party package of ``examples/``, as an outsider's CI.
+
+tests/test_third_party_plugin.py adds the kit for the quantizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from modulora_core.registry import HOOKS
+
+EXAMPLES = Path(__file__).parents[1]
+PACKAGES = {
+    path.parent.name: "".join(
+        module.read_text() for module in path.parent.glob("src/*/__init__.py")
+    )
+    for path in sorted(EXAMPLES.glob("third_party_*/pyproject.toml"))
+}
+"""The modules of the hooks, by the folder of the package."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKAGES)
+def test_it_passes_its_own_tests(
+    name: str,
+    install: Callable[[Path], Path],
+    run: Callable[..., CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    package = EXAMPLES / name
+    words = ["-q", "-p", "no:cacheprovider", "-c", str(package / "pyproject.toml")]
+    certified = [f"--ignore={each}" for each in package.glob("tests/test_*_conformance.py")]
+    done = run(tmp_path, install(package), "pytest", str(package / "tests"), *words, *certified)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_each_hook_has_a_package_that_implements_it(hook: str) -> None:
+    assert any(f"def {hook}()" in code for code in PACKAGES.values())
+
+
+def test_one_package_has_a_format_alone_and_one_a_command_alone() -> None:
+    alone = [[h for h in HOOKS if f"def {h}()" in code] for code in PACKAGES.values()]
+    assert ["modulora_formats"] in alone
+    assert ["modulora_commands"] in alone
