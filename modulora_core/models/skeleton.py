@@ -8,6 +8,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from modulora_core.errors import ModelError, first_line
 
@@ -55,11 +56,16 @@ def build_skeleton(
     return model
 
 
-def untied(config: PretrainedConfig) -> PretrainedConfig:
-    """``config``, changed so that the model's head and embedding are two tensors."""
-    for part in (config, config.get_text_config()):
+def untie(model: PreTrainedModel) -> None:
+    """Change a skeleton so that its head and its embedding are two tensors."""
+    tied = tied_names(model)
+    for part in (model.config, model.config.get_text_config()):
         part.tie_word_embeddings = False
-    return config
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+    for name in tied.keys() - tied_names(model).keys():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        setattr(module, leaf, nn.Parameter(torch.empty_like(module.get_parameter(leaf))))
 
 
 def load_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ from modulora_core.models.config import read_config
 from modulora_core.models.formats import ModelFile
 from modulora_core.models.locate import FoundFile, Location, fetch_weights, locate
 from modulora_core.models.safetensors_store import SafetensorsStore
-from modulora_core.models.skeleton import PACK_IN_PYTHON, build_skeleton, untied
-from modulora_core.models.store import TensorStore
+from modulora_core.models.skeleton import PACK_IN_PYTHON, build_skeleton, untie
+from modulora_core.models.store import StoredTensor, TensorStore
 from modulora_core.models.weights import Weights
 from modulora_core.progress import quiet
 
@@ -133,7 +133,9 @@ def open_dense(model: str | Location, *, revision: str | None = None) -> ModelSo
             return _open_file(location, location.file)
         config, values = read_config(location.folder)
         location = fetch_weights(location)
-        source = source_with(location, config, values, SafetensorsStore(location.folder))
+        store = SafetensorsStore(location.folder)
+        dtype = load_dtype(config, store.tensors.values())
+        source = source_with(location, build_skeleton(config, dtype), dtype, values, store)
     _refuse_integers(source)
     _refuse_unplaced(source)
     return source
@@ -174,23 +176,26 @@ def open_config(location: Location) -> PretrainedConfig:
     """
     with quiet():
         config, _ = read_config(location.folder)
-        dtype = _dtype_of(config, None)
+        dtype = load_dtype(config, ())
         config = build_skeleton(config, dtype).config  # refuses other models than language models
     config.name_or_path, config.dtype = location.model, dtype
     return config
 
 
 def source_with(
-    location: Location, config: PretrainedConfig, values: dict[str, Any], store: TensorStore
+    location: Location,
+    skeleton: PreTrainedModel,
+    dtype: torch.dtype,
+    values: dict[str, Any],
+    store: TensorStore,
 ) -> ModelSource:
-    """The model of ``config`` with the tensors of a store; config.json has ``values``."""
-    dtype = _dtype_of(config, store)
+    """The model of a skeleton with the tensors of a store; config.json has ``values``."""
     stored = {name: [tensor.stored_as, tensor.shape] for name, tensor in store.tensors.items()}
     described = {"config": values, "tensors": stored}
-    source = ModelSource(location, store, build_skeleton(config, dtype), dtype, described)
+    source = ModelSource(location, store, skeleton, dtype, described)
     if source.ties_hold():
         return source
-    skeleton = build_skeleton(untied(source.config), dtype)
+    untie(skeleton)
     return ModelSource(location, store, skeleton, dtype, described)
 
 
@@ -203,8 +208,8 @@ def _open_file(location: Location, found: FoundFile) -> ModelSource:
     return source
 
 
-def _dtype_of(config: PretrainedConfig, store: TensorStore | None) -> torch.dtype:
-    """The dtype of loading: the config's, else of the first float tensor, else fp32."""
+def load_dtype(config: PretrainedConfig, stored: Iterable[StoredTensor]) -> torch.dtype:
+    """The dtype of loading: the config's, else of the first ``stored`` float, else fp32."""
     if config.dtype is not None:
         named = getattr(torch, str(config.dtype).removeprefix("torch."), None)
         if not isinstance(named, torch.dtype) or not named.is_floating_point:
@@ -212,5 +217,5 @@ def _dtype_of(config: PretrainedConfig, store: TensorStore | None) -> torch.dtyp
                 f"config.json: dtype: expected a floating-point dtype, got {config.dtype!r}"
             )
         return named
-    stored = () if store is None else (tensor.dtype for tensor in store.tensors.values())
-    return next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    found = (tensor.dtype for tensor in stored)
+    return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)

@@ -23,8 +23,8 @@ from modulora_core.models.installed_formats import Recognised
 from modulora_core.models.locate import Location
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.models.sites import LinearSite, find_sites
-from modulora_core.models.skeleton import build_skeleton, tied_names, untied
-from modulora_core.models.source import source_with
+from modulora_core.models.skeleton import build_skeleton, tied_names, untie
+from modulora_core.models.source import load_dtype, source_with
 from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE, TensorLayout
 from modulora_core.progress import quiet
@@ -57,18 +57,19 @@ def packed_in_folder(location: Location, recognised: Recognised) -> ForeignCheck
                 f"{location.folder}: {recognised.file} says that it is quantized in the format "
                 f"{recognised.spec.name}, and no tensor of its files is"
             )
-        skeleton = build_skeleton(config, torch.float32)
+        packed = {part for weight in weights.values() for part in weight.tensors}
+        dtype = load_dtype(config, (t for name, t in raw.tensors.items() if name not in packed))
+        skeleton = build_skeleton(config, dtype)
         headers = _Headers(raw, whole_layers(weights, reader.parts, skeleton, raw.tensors))
         found = _packed_parameters(location.model, skeleton, headers)
         if not tied_names(skeleton).keys().isdisjoint(each.target for each in found):
-            config = untied(config)  # the head is packed
-            skeleton = build_skeleton(config, torch.float32)
+            untie(skeleton)  # the head is packed
         sites = {site.name: site for site in find_sites(skeleton, include=["*"]).linears}
         placed = {
             each.target: _fit(location.model, skeleton, each, sites.get(each.target), headers)
             for each in found
         }
-        source = source_with(location, config, values, headers)
+        source = source_with(location, skeleton, dtype, values, headers)
         source.check_whole()
         return ForeignCheckpoint(source, raw, placed, recognised.spec.name)
 

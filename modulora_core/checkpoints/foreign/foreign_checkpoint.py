@@ -78,7 +78,10 @@ class ForeignCheckpoint(PackedCheckpoint):
 
     @override
     def _dense_outline(self) -> PreTrainedModel:
-        return copy.deepcopy(self.source.outline)
+        """The source's, which becomes packed: nothing needs its dense layers any more."""
+        model = self.source.outline
+        model.config = copy.deepcopy(model.config)  # it gets the record
+        return model
 
 
 def packed_in_file(source: ModelSource) -> ForeignCheckpoint | None:

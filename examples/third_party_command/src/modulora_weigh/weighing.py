@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from modulora_core.checkpoints.record import PackedSite
-from modulora_core.hf.load_model import open_model
+from modulora_core.checkpoints.opening import open_model
 
 
 def weigh(model: str) -> list[dict[str, Any]]:
