@@ -15,23 +15,18 @@ import torch
 from torch import Tensor
 
 from modulora_core import dense_products
-from modulora_core.dense_products import matmul_precision
 from modulora_core.packed import PackedWeight
 from modulora_core.tiles import tile_budget
 
 pytest.importorskip("numba")
 
-from modulora_kernels.cpu import CPUKernels, amx, choices
-from modulora_kernels.cpu.choices import dtype_of_few, slices_for_amx
+from modulora_kernels.cpu import CPUKernels, choices
+from modulora_kernels.cpu.choices import dtype_of_few
 
 SHAPES = [(1, 1), (5, 3), (17, 130), (300, 513), (33, 2100), (2100, 40)]
 """(out, in): no multiple of a block, and more of both than is decoded at once."""
 
 FP32, BF16 = torch.float32, torch.bfloat16
-
-Way = tuple[torch.dtype, int]
-"""The dtype of factors, and slices for AMX; 0 for products of few rows."""
-
 
 DECODER = """
 from modulora_kernels.cpu import CPUKernels, jit, narrow
@@ -81,19 +76,12 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return imported(tmp_path_factory.mktemp("rows"), DECODER, "outsiders_rows")
 
 
-def take(patch: pytest.MonkeyPatch, way: Way) -> Way:
-    """All products go this way."""
-    patch.setattr(choices, "slices_for_amx", lambda *_: way[1])
-    patch.setattr(choices, "dtype_of_few", lambda *_: way[0])
-    return way
-
-
-@pytest.fixture(params=[(FP32, 0), (BF16, 0), (FP32, 2), (FP32, 3)], ids=str)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
-    """Every way but tiles in turn."""
-    if request.param[1] and not amx.available():
-        pytest.skip("this machine has no AMX")
-    return take(monkeypatch, request.param)
+@pytest.fixture(params=[FP32, BF16], ids=str)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    """The dtype of products of few rows: all products go this way."""
+    inner: torch.dtype = request.param
+    monkeypatch.setattr(choices, "dtype_of_few", lambda *_: inner)
+    return inner
 
 
 def product(module: ModuleType, weight: PackedWeight, x: Tensor, transpose: bool) -> Tensor:
@@ -103,22 +91,16 @@ def product(module: ModuleType, weight: PackedWeight, x: Tensor, transpose: bool
     return y
 
 
-def allowed(way: Way, terms: int) -> float:
+def allowed(way: torch.dtype, terms: int) -> float:
     """The error of a sum of so many products, as a part of the sum of their magnitudes.
 
     Each product and each addition rounds by 2⁻²⁴. Weights and inputs in bf16, which has eight
-    significant bits, are rounded by 2⁻⁸. A slice is at most 2⁻⁸ of the slice before. Products of
-    slices whose numbers add up to the number of slices are left out.
+    significant bits, are rounded by 2⁻⁸.
     """
-    dtype, slices = way
-    left_out = {0: 0.0, 2: 3 * 2.0**-16, 3: 2 * 2.0**-24 + 2.0**-32}[slices]
-    additions = slices * (slices + 1) // 2 + 2
-    return (
-        terms * additions * 2.0**-24 + left_out + ((1 + 2.0**-8) ** 2 - 1 if dtype is BF16 else 0)
-    )
+    return terms * 2 * 2.0**-24 + ((1 + 2.0**-8) ** 2 - 1 if way is BF16 else 0)
 
 
-def check(module: ModuleType, way: Way, shape: tuple[int, int], n: int) -> None:
+def check(module: ModuleType, way: torch.dtype, shape: tuple[int, int], n: int) -> None:
     weight, W = packed(*shape)
     for transpose in (False, True):
         M = W if transpose else W.T
@@ -131,58 +113,14 @@ def check(module: ModuleType, way: Way, shape: tuple[int, int], n: int) -> None:
 @pytest.mark.parametrize("n", [1, 4, 13, 33])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_those_of_the_decoded_weight(
-    module: ModuleType, way: Way, shape: tuple[int, int], n: int
+    module: ModuleType, way: torch.dtype, shape: tuple[int, int], n: int
 ) -> None:
     check(module, way, shape, n)
 
 
-EMULATED = """
-import numpy as np
-from modulora_kernels import jit
-from modulora_kernels.cpu import amx
-from modulora_kernels.cpu.numbers import from_bf16
-
-@jit()
-def add_square(slices, a, of_a, b, of_b, steps, c, to):
-    flat, wide = c.reshape(c.size), c.shape[1]
-    for step in range(steps):
-        for i in range(slices):
-            for j in range(slices - i):
-                first_a, first_b = of_a + (step * slices + i) * 32, of_b + (step * slices + j) * 32
-                for r in range(32):
-                    for col in range(32):
-                        total = np.float32(0)
-                        for k in range(32):
-                            line, at = first_b + col // 16 * 16 + k // 2, 2 * (col % 16) + k % 2
-                            total += from_bf16(a[first_a + r, k]) * from_bf16(b[line, at])
-                        flat[to + r * wide + col] += total
-
-@jit()
-def nothing():
-    pass
-
-amx.add_square, amx.use_registers, amx.leave_registers = add_square, nothing, nothing
-"""
-
-
-@pytest.mark.slow
-def test_without_amx_its_loops_multiply_by_an_emulated_unit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if amx.available() or not torch.cpu._is_avx512_bf16_supported():
-        pytest.skip("a processor that rounds to bf16, and has no AMX")
-    for name in ("add_square", "use_registers", "leave_registers"):
-        monkeypatch.setattr(amx, name, getattr(amx, name))
-    module = imported(tmp_path, EMULATED + DECODER, "outsiders_emulated")
-    for slices in (2, 3):
-        way = take(monkeypatch, (FP32, slices))
-        for shape in SHAPES:
-            check(module, way, shape, 70)
-
-
 @pytest.mark.parametrize("transpose", [False, True])
 def test_bits_do_not_depend_on_threads_nor_the_budget_nor_the_rows_beside(
-    module: ModuleType, way: Way, transpose: bool
+    module: ModuleType, way: torch.dtype, transpose: bool
 ) -> None:
     weight, _ = packed(600, 560)
     x, before = torch.randn(50, 600 if transpose else 560), torch.get_num_threads()
@@ -201,7 +139,7 @@ def test_bits_do_not_depend_on_threads_nor_the_budget_nor_the_rows_beside(
 
 @pytest.mark.parametrize("transpose", [False, True])
 def test_padding_adds_nothing_and_nan_stays_in_its_row(
-    module: ModuleType, way: Way, transpose: bool
+    module: ModuleType, way: torch.dtype, transpose: bool
 ) -> None:
     """If this fails: NaN that another product left in scratch reaches a sum."""
     weight, _ = packed(17, 20)
@@ -294,28 +232,6 @@ def test_few_rows_are_products_in_a_dtype_of_the_processor(
     monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: has_units)
     monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: processor == "amx")
     assert dtype_of_few(rows, dtype) is expected
-
-
-@pytest.mark.parametrize(
-    ("has_amx", "rows", "dtype", "shape", "precision", "expected"),
-    [(True, 65, FP32, (2048, 2048), "highest", 3), (True, 65, FP32, (2048, 2048), "high", 2),
-     (True, 10**6, torch.float16, (2048, 2048), "highest", 3),
-     (True, 64, FP32, (2048, 2048), "highest", 0), (True, 65, FP32, (2047, 2048), "highest", 0),
-     (True, 65, BF16, (2048, 2048), "highest", 0), (False, 65, FP32, (2048, 2048), "highest", 0)],
-)  # fmt: skip
-def test_amx_multiplies_many_fp32_rows_by_a_large_weight(
-    monkeypatch: pytest.MonkeyPatch,
-    has_amx: bool,
-    rows: int,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    precision: str,
-    expected: int,
-) -> None:
-    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: has_amx)
-    monkeypatch.setattr(amx, "available", lambda: has_amx)
-    with matmul_precision(precision):
-        assert slices_for_amx(rows, dtype, shape) == expected
 
 
 def in_another_process(folder: Path) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
-from modulora_kernels.cpu import amx, choices
+from modulora_kernels.cpu import choices
 from modulora_kernels.kernel_quantizer import KernelQuantizer
 from torch import Tensor
 
@@ -28,10 +28,8 @@ from modulora_core.registry import Choice
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
 FP32, BF16 = torch.float32, torch.bfloat16
-WAYS = {
-    "tiles": (None, 0), "few rows": (FP32, 0), "few rows, bf16": (BF16, 0), "AMX": (FP32, 3),
-}  # fmt: skip
-"""The dtype of products of few rows, and AMX's slices. A plugin may have a kernel for one row."""
+WAYS = {"tiles": None, "few rows": FP32, "few rows, bf16": BF16}
+"""The dtype of products of few rows. A plugin may have a kernel for one row."""
 
 COPIED_BYTES = 64 * 2**20
 
@@ -45,8 +43,6 @@ def ways_of(rows: int, dtype: torch.dtype) -> Iterator[str]:
         yield "few rows"
         if dtype is BF16:
             yield "few rows, bf16"
-    if dtype is not BF16 and amx.available():
-        yield "AMX"
 
 
 def packed_by(quantizer: Quantizer, weight: Tensor) -> list[PackedWeight]:
@@ -70,9 +66,8 @@ def times(
     sides = (0,) if rows == 1 else (0, 1)  # kernels for one row go forward
     for way, side in itertools.product(["dense", *ways_of(rows, dtype)] * turns, sides):
         x, W, own = given[side], next(dense), next(copies)
-        inner, slices = WAYS.get(way, (FP32, 0))
+        inner = WAYS.get(way, FP32)
         choices.dtype_of_few = lambda *_, inner=inner: inner
-        choices.slices_for_amx = lambda *_, slices=slices: slices
         loops._one_row = one_row if way == "one row" else lambda _: None
         started = time.process_time()
         if way == "dense":

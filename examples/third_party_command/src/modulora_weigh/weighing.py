@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.opening import open_model
+from modulora_core.checkpoints.record import PackedSite
 
 
 def weigh(model: str) -> list[dict[str, Any]]:

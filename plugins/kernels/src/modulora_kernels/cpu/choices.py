@@ -1,18 +1,14 @@
 """Choose between products of few rows and tiles, by the rows and the dtype of the inputs.
 
 Few rows are multiplied by :mod:`modulora_kernels.cpu.products`, many by decoded tiles and
-torch. A processor with AMX multiplies many fp32 rows by a large weight in loops of its own.
-The figures are in docs/explanation/performance.md.
+torch. The figures are in docs/explanation/performance.md.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from modulora_core import dense_products
-from modulora_kernels.cpu import amx
 
 FEW_ROWS = 64
 """Rows up to which products of few rows are faster than tiles."""
@@ -22,9 +18,6 @@ BF16_ROWS = 8
 
 FEW_BF16_ROWS = 24
 """The same as :data:`FEW_ROWS` for bf16 inputs, if torch has instructions for tiles of bf16."""
-
-AMX_WEIGHTS = 2**22
-"""Values of a weight, 2048 × 2048, from which the loops for AMX are faster than tiles."""
 
 
 def dtype_of_few(rows: int, dtype: torch.dtype) -> torch.dtype | None:
@@ -42,13 +35,3 @@ def dtype_of_few(rows: int, dtype: torch.dtype) -> torch.dtype | None:
         if rows >= BF16_ROWS and not dense_products.has_bfloat16_tile_units():
             return torch.bfloat16
     return torch.float32
-
-
-def slices_for_amx(rows: int, dtype: torch.dtype, shape: tuple[int, int]) -> int:
-    """The number of bf16 slices of an fp32 number in AMX's product; 0 where AMX would be slower."""
-    is_few = rows <= FEW_ROWS or math.prod(shape) < AMX_WEIGHTS
-    if is_few or dtype is torch.bfloat16 or not dense_products.has_bfloat16_tile_units():
-        return 0
-    if not amx.available():
-        return 0
-    return 3 if dense_products.float32_precision() == "highest" else 2

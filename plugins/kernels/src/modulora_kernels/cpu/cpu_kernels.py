@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core.packed import PackedWeight
-from modulora_core.tiles import tile_bytes
 from modulora_kernels.compiled import jit
-from modulora_kernels.cpu import amx, choices, products
+from modulora_kernels.cpu import choices, products
 from modulora_kernels.launching import (
     filled_tile,
     launch,
@@ -23,9 +22,6 @@ from modulora_kernels.launching import (
 
 Operands = tuple[Any, ...]
 """Arrays and numbers that a decoder reads."""
-
-AMX_ROWS = 512
-"""Rows of inputs that AMX multiplies at once: their sums stay in the L2 cache."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -74,7 +70,6 @@ class CPUKernels:
             dtype: [_compiled(loop, made) for loop in (products.forward, products.transposed)]
             for dtype, made in decoders.items()
         }
-        self._amx = [_compiled(loop, decode) for loop in (amx.forward, amx.transposed)]
 
     def tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, rounded once to ``dtype``."""
@@ -114,18 +109,12 @@ class CPUKernels:
             return y if x.dtype is torch.float32 else y.to(x.dtype)
         dtype, threads = dtype or x.dtype, torch.get_num_threads()
         rows = x.detach().reshape(n, given)
-        if slices := choices.slices_for_amx(n, dtype, packed.shape):
-            rows = rows.to(torch.float32).contiguous()
-            sums = torch.zeros(n, wanted, dtype=torch.float32, device="cpu")
-            budget = tile_bytes(x.device) // threads
-            for part, y in zip(rows.split(AMX_ROWS), sums.split(AMX_ROWS), strict=True):
-                launch(self._amx[transpose], arrays, threads, budget, slices, part, y)
-        elif inner := choices.dtype_of_few(n, dtype):
-            padded = F.pad(rows.to(inner), (0, -given % products.COLUMNS)).contiguous()
-            sums = torch.empty(n, wanted, dtype=torch.float32, device="cpu")
-            launch(self._products[inner][transpose], arrays, threads, given, padded, sums)
-        else:
+        inner = choices.dtype_of_few(n, dtype)
+        if inner is None:
             return None
+        padded = F.pad(rows.to(inner), (0, -given % products.COLUMNS)).contiguous()
+        sums = torch.empty(n, wanted, dtype=torch.float32, device="cpu")
+        launch(self._products[inner][transpose], arrays, threads, given, padded, sums)
         return sums.to(x.dtype).view(*x.shape[:-1], wanted)
 
 
