@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,36 @@ def test_each_library_has_one_lower_bound_and_no_upper_one() -> None:
             assert {part.operator for part in wanted.specifier} <= {">=", "!="}, text
             bounds.setdefault(wanted.name, set()).add(str(wanted.specifier))
     assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.name)
+def test_each_library_that_a_module_imports_is_declared(path: Path) -> None:
+    """By its distribution, or by the core's, which all others need."""
+    described = project(path)
+    extras = described["project"].get("optional-dependencies", {}).values()
+    needed = [*described["project"]["dependencies"], *project(ROOT)["project"]["dependencies"]]
+    declared = {canonical(Requirement(text).name) for text in sum(extras, needed)}
+    declared.add(canonical(described["project"]["name"]))
+    found = set()
+    for package in described["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]:
+        for file in (path / package).rglob("*.py"):
+            if not {"tests", "gpu", "kernels"} & set(file.relative_to(path / package).parts):
+                for node in ast.parse(file.read_text("utf-8")).body:
+                    found |= top_level(node)
+    owners = packages_distributions()
+    named = {name: {canonical(each) for each in owners.get(name, ())} for name in found}
+    assert {name for name, of in named.items() if of and of.isdisjoint(declared)} == set()
+
+
+def canonical(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def top_level(node: ast.stmt) -> set[str]:
+    """The packages of a statement, if it is an absolute import."""
+    if isinstance(node, ast.Import):
+        return {alias.name.partition(".")[0] for alias in node.names}
+    return {str(node.module).partition(".")[0]} if isinstance(node, ast.ImportFrom) else set()
 
 
 def test_loading_and_training_open_no_connection(tunable: Path) -> None:

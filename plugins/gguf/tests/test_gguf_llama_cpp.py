@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
-from modulora_gguf import SPEC, reference
+from modulora_gguf import FORMATS, reference
 from modulora_gguf.file.lora_file import write_lora_file
 from modulora_gguf.file.merging import LlamaCppWriter
 from modulora_gguf.file.model_header import read_header
@@ -36,7 +36,7 @@ from modulora_core.models.stops import stop_ids
 from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import Calibration
 
-write_merged = LlamaCppWriter(SPEC.formats[0]).merge
+write_merged = LlamaCppWriter(FORMATS[0]).merge
 
 llama_cpp = pytest.importorskip("llama_cpp")
 

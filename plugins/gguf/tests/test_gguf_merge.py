@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from modulora_gguf import SPEC
+from modulora_gguf import FORMATS
 from modulora_gguf.file import header
 from modulora_gguf.file.merging import LlamaCppWriter
 from modulora_gguf.file.model_header import read_header
@@ -24,7 +24,7 @@ from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
 from modulora_core.tests.tiny_models import tiny_config
 
-write_merged = LlamaCppWriter(SPEC.formats[0]).merge
+write_merged = LlamaCppWriter(FORMATS[0]).merge
 
 Adapted = Callable[..., torch.nn.Module]
 

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from modulora_quip_sharp_e8 import SPEC
+from modulora_quip_sharp_e8 import FORMATS
 from modulora_quip_sharp_e8.formats.relaxml import Relaxml, unpack
 from torch import Tensor, nn
 
@@ -129,7 +129,7 @@ def test_parts_are_windows_on_one_whole_that_is_read_once(
 
     layouts = {name: TensorLayout.of(tensor) for name, tensor in tensors.items()}
     config = json.loads((folder / "config.json").read_text())
-    weights = Relaxml(SPEC.formats[0]).weights(config, layouts, read)
+    weights = Relaxml(FORMATS[0]).weights(config, layouts, read)
     assert not any("Qidxs" in name for name in reads)
     parts = {
         name: weights[f"{ATTENTION}.{name}"].unpack(read) for name in ("q_proj", "k_proj", "v_proj")

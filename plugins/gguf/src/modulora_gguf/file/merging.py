@@ -176,7 +176,7 @@ def _changes(
         ModelError: the file has other tensors, or its conversion can't be undone.
     """
     is_own = checkpoint.path.samefile(header.path)
-    linears = {linear.name for linear in find_sites(source.outline).linears}
+    linears = {linear.name for linear in find_sites(source.skeleton()).linears}
     found: dict[str, _Change] = {}
     for name, stored in checkpoint.parameters.items():
         if is_own and delta_of(checkpoint, name, deltas) is None:
