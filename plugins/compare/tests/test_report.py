@@ -273,3 +273,8 @@ def test_a_long_run_has_few_points_and_nan_has_none() -> None:
     (curve,) = curves([*history, {"step": 10_000, "loss": float("nan")}])
     (line,) = re.findall(r'points="([^"]+)"', curve.svg)
     assert len(line.split()) <= 300
+
+
+def test_a_run_on_preferences_has_the_curve_of_its_margins() -> None:
+    history = [{"step": 1, "loss": 0.7, "rewards/margins": 0.1}, {"step": 2, "loss": 0.6}]
+    assert [curve.title for curve in curves(history)] == ["Loss", "Reward margin"]
