@@ -130,7 +130,6 @@ def test_quantizing_it_again_is_refused(gptq: ModuleType, tmp_path: Path) -> Non
         ({"rotation": "hadamard"}, "rotation 'hadamard' is not implemented"),
         ({"group_size": 8}, "'group_size': expected 16 or more, or -1, got 8"),
         ({"dynamic": {"+:.*mlp": {"bits": 6}}}, r"dynamic '\+:\.\*mlp': option 'bits': .* got 6"),
-        ({"dynamic": {r"(?:(?:.|m){1,99}){1,99}[xyz]": {}}}, r"dynamic: .* within 0\.1 seconds"),
         ({"dynamic": {"(": {}}}, r"dynamic: expected a regular expression, got '\('"),
     ],
 )  # fmt: skip
