@@ -12,7 +12,11 @@ from modulora_core.cli.text import next_commands
 from modulora_core.progress import Bars
 from modulora_recover.config import RecoverConfig
 
-PANELS = {**FINETUNE_PANELS, "Options": ("original", "weight", *FINETUNE_PANELS["Options"])}
+PANELS = {
+    **FINETUNE_PANELS,
+    "Options": ("original", "weight", *FINETUNE_PANELS["Options"]),
+    "Data": tuple(name for name in FINETUNE_PANELS["Data"] if name != "method"),
+}
 
 
 def command(config: str | None = None, resume: bool = False, **options: Any) -> Report:
