@@ -15,7 +15,6 @@ from torch import nn
 import modulora_core
 from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, RequestError
-from modulora_core.quantization.layout import Selection
 
 if TYPE_CHECKING:
     from transformers import Unknown
@@ -25,7 +24,10 @@ api: Any = modulora_core
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "null byte": (lambda _: api.load_model("a\0b"), "null"),
     "out": (lambda _: api.quantize("m", None, "toy"), "out: expected str or Path, got None"),
-    "include": (lambda _: Selection("q_proj"), "include: expected a list of str, got 'q_proj'"),
+    "include": (
+        lambda _: api.quantize("m", "o", "toy", include="q_proj"),
+        "include: expected a list of str, got 'q_proj'",
+    ),
     "nan": (lambda _: api.Sampling(temperature=float("nan")), "temperature: expected 0"),
     "bool": (lambda _: api.Sampling(top_k=True), "top_k: expected int, got True"),
     "rank": (lambda _: api.LoRASettings(rank=None), "rank: expected int, got None"),
