@@ -24,7 +24,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
 
     The dense model's predictions of the data are computed once, a decoder block at a time. The
     result is an ordinary adapter: `finetune --adapter OUT` trains it further. All other options
-    are those of finetune.
+    are as in finetune.
 
     OUT/finetune.yaml has all options; --config repeats the run with them.
 
