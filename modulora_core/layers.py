@@ -124,8 +124,7 @@ class LoRALayer(nn.Module):
     def active_dropout(self) -> float:
         """The probability of the active adapters, which read one input; 0 in evaluation.
 
-        Raises:
-            AdapterError: they have different ones.
+        Raises AdapterError: they have different ones.
         """
         if not self.training:
             return 0.0
@@ -159,8 +158,7 @@ class ChannelScales:
         input: u, ``[in]``.
         output: v, ``[out]``.
 
-    Raises:
-        ShapeError: one of them is not a vector.
+    Raises ShapeError: one of them is not a vector.
     """
 
     input: Tensor

@@ -1,28 +1,15 @@
-"""Print a command's help: usage, description, examples, and its options in panels."""
+"""Print a command's help: usage, text, and its options in rich's panels."""
 
 from __future__ import annotations
 
 import inspect
-import re
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from modulora_core.cli.arguments import LARGEST
 from modulora_core.cli.terminal import terminal
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.text import Text
 
 NAMES_WIDTH = 30
 """Columns of a panel for an option's names; longer ones take several lines."""
-
-EXAMPLE_WIDTH = 78
-"""Columns of an example; a longer one continues on the next line."""
-
-FIRST_PANEL = "Options"
-"""The panel of every option that has no other."""
 
 
 def show_help(
@@ -34,73 +21,29 @@ def show_help(
     """Print the help of a click command.
 
     Args:
-        panels: names of parameters by panel title; the others are in :data:`FIRST_PANEL`.
+        panels: names of parameters by panel title; the others are in ``Arguments`` or ``Options``.
         commands: the name and the line of each command, by panel title.
     """
     from rich.console import Group
-
-    rows = _rows(command, context, panels)
-    rows |= commands or {}
-    shown = [_panel(title, lines) for title, lines in rows.items() if lines]
-    terminal().render(Group(context.get_usage(), "", *_description(command.help), *shown))
-
-
-def _rows(command: Any, context: Any, panels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """Give the names and the help of each parameter, by panel, in the order of ``panels``."""
-    parameters = {parameter.name: parameter for parameter in command.get_params(context)}
-    listed = {name for names in panels.values() for name in names}
-    titles = ["Arguments", *dict.fromkeys([FIRST_PANEL, *panels])]
-    rows: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
-    for title, names in panels.items():
-        rows[title] = [_row(parameters[name], context) for name in names]
-    for name, parameter in parameters.items():
-        if name not in listed:
-            title = FIRST_PANEL if parameter.param_type_name == "option" else "Arguments"
-            rows[title].append(_row(parameter, context))
-    return rows
-
-
-def _row(parameter: Any, context: Any) -> tuple[str, str]:
-    names, help = parameter.get_help_record(context)
-    if parameter.param_type_name == "argument":
-        names = parameter.metavar or names
-    default = parameter.show_default
-    help = re.sub(rf"; \d+<=x<={LARGEST}(?=\])", "", help or "")  # it says nothing to a reader
-    return names, help.replace(f"[default: ({default})", f"[default: {default}")
-
-
-def _panel(title: str, lines: list[tuple[str, str]]) -> RenderableType:
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
 
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(max_width=NAMES_WIDTH, style="cyan", overflow="fold")
-    table.add_column()
-    for names, help in lines:
-        table.add_row(Text(names), Text(help))
-    return Panel(table, title=title, title_align="left", border_style="dim")
-
-
-def _description(text: str) -> Iterator[Text]:
-    """Unwrap the paragraphs of a docstring. Paragraphs with indented lines stay as they are."""
-    from rich.text import Text
-
-    for paragraph in inspect.cleandoc(text).split("\n\n"):
-        verbatim = "\n " in paragraph
-        lines = "\n".join(map(_continued, paragraph.splitlines()))
-        shown = Text(lines if verbatim else paragraph.replace("\n", " "))
-        shown.highlight_regex(r"(?m)^ +modulora (.*\\\n)*.*$", "cyan")
-        yield shown
-        yield Text("")
-
-
-def _continued(line: str) -> str:
-    """A long command on several lines, as a shell takes it."""
-    if not line.lstrip().startswith("modulora "):
-        return line
-    parts = textwrap.wrap(
-        line, EXAMPLE_WIDTH, subsequent_indent=" " * 8, break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
-    return " \\\n".join(parts)
+    parameters = {each.name: each for each in command.get_params(context)}
+    titles = {name: title for title, names in panels.items() for name in names}
+    rows: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+    for name in (*titles, *(name for name in parameters if name not in titles)):
+        kind = f"{parameters[name].param_type_name.title()}s"
+        names, help = parameters[name].get_help_record(context)
+        rows.setdefault(titles.get(name, kind), []).append((names, help))
+    shown = []
+    for title, lines in {**rows, **(commands or {})}.items():
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(max_width=NAMES_WIDTH, style="cyan", overflow="fold")
+        for line in lines:
+            table.add_row(*map(Text, line))
+        shown += [Panel(table, title=title, title_align="left", border_style="dim")] * bool(lines)
+    text = inspect.cleandoc(command.help).split("\n\n")
+    # a paragraph without indented lines wraps anew
+    prose = "\n\n".join(p if "\n " in p else p.replace("\n", " ") for p in text)
+    terminal().render(Group(context.get_usage(), "", Text(prose + "\n"), *shown))

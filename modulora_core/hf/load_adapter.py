@@ -13,11 +13,7 @@ from modulora_core.distributed import split_like, whole
 from modulora_core.errors import AdapterError
 from modulora_core.hf.base_record import describe_base
 from modulora_core.hf.expert_format import stacks_of
-from modulora_core.hf.peft_format import (
-    AdapterDelta,
-    SavedAdapter,
-    read_adapter,
-)
+from modulora_core.hf.peft_format import AdapterDelta, SavedAdapter, read_adapter
 from modulora_core.layers import LoRALayer, TiedHead
 from modulora_core.lora.adapted import (
     adapter_layers,
@@ -87,8 +83,7 @@ def put_on(model: nn.Module, adapter: SavedAdapter, name: str = "default") -> No
 def restore_adapter(model: nn.Module, path: str | Path) -> None:
     """Copy the values of a saved adapter into the adapter on ``model``, to resume a run.
 
-    Raises:
-        AdapterError: it was trained on another base.
+    Raises AdapterError: it was trained on another base.
     """
     saved = read_adapter(path, stacks_of(model), heads=True)
     here = describe_base(model, model_name(model))
@@ -108,8 +103,7 @@ def adapter_for(
     Args:
         heads: whether the caller can use the head of a task; else an adapter with one is refused.
 
-    Raises:
-        AdapterError: it is no LoRA adapter, or it does not fit the model.
+    Raises AdapterError: it is no LoRA adapter, or it does not fit the model.
     """
     model = checkpoint.outline
     adapter = read_adapter(path, stacks_of(model), heads=heads)
@@ -119,22 +113,12 @@ def adapter_for(
 
 
 def _check_fit(
-    adapter: SavedAdapter,
-    model: nn.Module,
-    here: str,
-    checkpoint: PackedCheckpoint | None = None,
+    adapter: SavedAdapter, model: nn.Module, here: str, checkpoint: PackedCheckpoint | None = None
 ) -> None:
     """Refuse an adapter that does not fit a packed model; warn of another base or quantization.
 
     Args:
-        adapter: the adapter.
-        model: the packed model.
-        here: the model's name, for messages.
         checkpoint: the one whose outline ``model`` is, on the meta device.
-
-    Raises:
-        ModelError: the model has no packed layers.
-        AdapterError: a layer is missing, dense, or of another shape; or other linear layers differ.
     """
     misfit = (
         f"adapter {adapter.folder}: made for the base {adapter.base_name}, it does not fit {here}"

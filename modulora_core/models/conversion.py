@@ -100,8 +100,7 @@ def converted_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters that a conversion gives; it runs on the meta device.
 
-    Raises:
-        CheckpointError: the tensors can't be combined.
+    Raises CheckpointError: the tensors can't be combined.
     """
 
     def read(name: str) -> Tensor:
@@ -116,15 +115,3 @@ def converted_shapes(
             f"combined ({shapes}, ...): {error}"
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in converted.items()}
-
-
-def stored_parts(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Take a parameter apart into the tensors of the model's own checkpoint, by their names.
-
-    The last dimension of ``tensor`` may differ from the parameter's if the conversion leaves it
-    alone.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    parts: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
-    return parts

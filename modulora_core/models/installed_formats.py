@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from modulora_core import registry
-from modulora_core.errors import ModelError, OptionError, PluginError
+from modulora_core.errors import ModelError, OptionError
 from modulora_core.hookspecs import QUANTIZATION_KEYS, FormatSpec
-from modulora_core.models.formats import CheckpointFormat, FormatReader
+from modulora_core.models.formats import FormatReader
 from modulora_core.models.json_files import read_json
 
 Class = TypeVar("Class")
@@ -51,12 +50,7 @@ def specs() -> dict[str, FormatSpec]:
 
 
 def create(name: str) -> FormatReader:
-    """The installed format called ``name``.
-
-    Raises:
-        OptionError: no installed plugin has it, or it is a format of files.
-        PluginError: several plugins have it, or its class can't be used.
-    """
+    """The installed format called ``name``. Raises OptionError, PluginError."""
     named = [entry for entry in registry.formats() if entry.name == name]
     if not named:
         sentence = f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}"
@@ -76,25 +70,6 @@ def create(name: str) -> FormatReader:
     return found.create(entry.spec.location, FormatReader)  # type: ignore[type-abstract]
 
 
-def create_writer(name: str) -> CheckpointFormat:
-    """As :func:`create`, for writing. Raises OptionError also for a format that is only read."""
-    found = create(name)
-    if not isinstance(found, CheckpointFormat):
-        raise OptionError(
-            f"format {name!r}: it is only read, not written; expected one of "
-            f"{', '.join(['modulora', *_written()])}"
-        )
-    return found
-
-
-def _written() -> Iterator[str]:
-    """The formats of folders that plugins write too."""
-    for name in specs():
-        with suppress(OptionError, PluginError):  # of files, or broken
-            if isinstance(create(name), CheckpointFormat):
-                yield name
-
-
 def config_files() -> list[str]:
     """The files beside config.json that mark a folder of an installed format."""
     return sorted({file for each in installed() for file in each.spec.config_files})
@@ -103,8 +78,7 @@ def config_files() -> list[str]:
 def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
     """The installed format of a folder, by its config.json or a format's own config file.
 
-    Raises:
-        ModelError: that file isn't a JSON object.
+    Raises ModelError: that file isn't a JSON object.
     """
     method, quantization = _quantization(config)
     if method is not None:
@@ -201,8 +175,6 @@ def unread_method(model: str, method: str) -> str:
         instead = (
             f"dequantize it with transformers: from_pretrained(..., {config}), save_pretrained"
         )
-    if method == "auto-round":
-        instead = 'save it with auto-round\'s format="auto_gptq" or "auto_awq"'
     return (
         f"model {model}: quantized with {method}, which no installed plugin reads (formats: "
         f"{', '.join(specs()) or 'none'}); install one that does, or {instead}"

@@ -29,10 +29,8 @@ class ModelSource(Weights):
     """A model that :func:`open_dense` opened: its weights with config, tokenizer and origin.
 
     Attributes:
-        location: the place of its files.
         config: transformers' config of the model that :meth:`skeleton` builds. ``config.dtype`` is
             the dtype that transformers loads it in, ``config.name_or_path`` is MODEL.
-        file: the opened file, of a model in one file.
     """
 
     def __init__(
@@ -117,15 +115,7 @@ def open_dense(model: str | Location, *, revision: str | None = None) -> ModelSo
 
     Only headers are read. The weights of a file are dequantized as they are read.
 
-    Args:
-        model: MODEL as the user wrote it, or its place.
-        revision: a branch, tag or commit of a Hub repository.
-
-    Raises:
-        ModelError: nothing is there, transformers can't use it, it isn't a causal language model,
-            or it is quantized already.
-        CheckpointError: the weights are missing, truncated or broken, or the causal language model
-            has no place for some of them.
+    Raises ModelError, CheckpointError.
     """
     location = model if isinstance(model, Location) else locate(model, revision)
     with quiet():
@@ -164,22 +154,6 @@ def _refuse_unplaced(source: ModelSource) -> None:
             f"model {source.location.model}: expected the tensors of {kind}, got "
             f"{len(source.unplaced)} that it has no place for, such as {named}; {PACK_IN_PYTHON}"
         )
-
-
-def open_config(location: Location) -> PretrainedConfig:
-    """The config of a model of safetensors, with the dtype that transformers loads it in.
-
-    The weights need not be there: those of a Hub model are not downloaded.
-
-    Raises:
-        ModelError: as :func:`open_dense`.
-    """
-    with quiet():
-        config, _ = read_config(location.folder)
-        dtype = load_dtype(config, ())
-        config = build_skeleton(config, dtype).config  # refuses other models than language models
-    config.name_or_path, config.dtype = location.model, dtype
-    return config
 
 
 def source_with(

@@ -21,7 +21,7 @@ ROOT = CORE.parent
 
 KNOWN_PLUGINS = {"nf4", "int8", "optq", "quip"}
 
-WORDS = {"compare", "kernels", "recover"}
+WORDS = {"compare", "convert", "kernels", "recover"}
 """Plugins whose name is a word that the core may use."""
 
 

@@ -77,8 +77,7 @@ class Method:
             tokenizer: the model's; vocabulary: the number of tokens that the model knows.
             folder: the folder of the checkpoints, for files until the end of the run.
 
-        Raises:
-            RequestError: something can't be used.
+        Raises RequestError: something can't be used.
         """
 
     def arguments(
@@ -189,8 +188,7 @@ METHODS: Mapping[str, type[Method]] = {"sft": Method, "dpo": Preferences}
 def trainer_refused(given: Mapping[str, Any], folder: Path) -> Iterator[None]:
     """Refuse values of ``--trainer`` with which the Trainer, which makes ``folder``, can't be made.
 
-    Raises:
-        OptionError: the Trainer raised an error.
+    Raises OptionError: the Trainer raised an error.
     """
     try:
         yield

@@ -59,11 +59,8 @@ class TrainingStep:
 
     Attributes:
         step: its number, from 1 to ``total``.
-        loss: mean over the trained tokens of its batch.
-        learning_rate: the rate of this step.
         tokens: number of tokens since the run began, without padding.
         grad_norm: norm of the gradient before clipping; None if it is not measured.
-        tokens_per_second: throughput of this step.
         memory_bytes: peak memory of the run so far
             (:class:`modulora_core.checkpoints.peak_memory.PeakMemory`).
     """
@@ -95,7 +92,6 @@ class AdapterRun(Trainer):
     Args:
         settings: the settings of a new adapter, recorded in the checkpoints.
         memory: measures the run; its peak is in the logs.
-        arguments: the arguments of Trainer.
     """
 
     def __init__(
@@ -186,15 +182,10 @@ class AdapterTrainer(AdapterRun):
     Args:
         offload_activations: keep the activations of training in CPU memory.
         group_by_length: batch examples of similar length.
-        arguments: the arguments of AdapterRun.
     """
 
     def __init__(
-        self,
-        *,
-        offload_activations: bool,
-        group_by_length: bool,
-        **arguments: Any,
+        self, *, offload_activations: bool, group_by_length: bool, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
         self._offload, self._group = offload_activations, group_by_length

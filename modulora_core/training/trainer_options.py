@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
@@ -65,12 +64,7 @@ _UNLISTED = ("flyte",)
 def trainer_options(
     given: Mapping[str, Any], kind: type[TrainingArguments] = TrainingArguments
 ) -> dict[str, Any]:
-    """Parse values by the types of the fields of ``kind``; strings may spell any type.
-
-    Raises:
-        OptionError: no such field (with near misses), a field that another option sets, or a value
-            of another type.
-    """
+    """Parse values by the types of the fields of ``kind``; strings may spell any type."""
     types = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     return {key: _parsed(key, value, names, types) for key, value in given.items()}
@@ -89,7 +83,7 @@ def _parsed(key: str, value: Any, names: Sequence[str], types: Mapping[str, Any]
         )
     adapter = TypeAdapter(types[key])
     try:
-        return _in_range(key, adapter.validate_python(value))
+        return adapter.validate_python(value)
     except ValidationError as error:
         expected = error.errors(include_url=False)[0]["msg"].replace("Input should be", "expected")
     try:
@@ -98,22 +92,8 @@ def _parsed(key: str, value: Any, names: Sequence[str], types: Mapping[str, Any]
         raise OptionError(f"trainer {key}: {expected}, got {value!r}") from None
 
 
-def _in_range(key: str, value: Any) -> Any:
-    """Return the value. Raises OptionError: the Trainer would fail on it after it has begun."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise OptionError(f"trainer {key}: expected a finite number, got {value}")
-    if key.startswith("dataloader_") and isinstance(value, int) and value < 0:
-        raise OptionError(f"trainer {key}: expected 0 or more, got {value}")
-    return value
-
-
 def check_reporters(names: Sequence[str]) -> None:
-    """Refuse an experiment tracker that transformers does not know or that is not installed.
-
-    Raises:
-        OptionError: an unknown name; the message lists the names.
-        MissingExtraError: its library is not installed.
-    """
+    """Refuse an experiment tracker that transformers does not know or that is not installed."""
     for name in names:
         try:
             get_reporting_integration_callbacks([name])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, TuningConfig
-from modulora_core.calibration.output_moments import OutputMoments
+from modulora_core.calibration.token_weights import OutputMoments
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.cli import main

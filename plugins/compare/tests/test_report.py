@@ -23,9 +23,9 @@ from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.data import load_examples
 from modulora_core.hf.load_model import load_model
+from modulora_core.lora.adapted import without_adapter
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
-from modulora_core.lora.switching import without_adapter
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.progress import no_progress
 from modulora_core.tests.adapted_models import logits, trained

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import QuantLinear
 from modulora_core.tests.tiny_tokenizer import make_tokenizer

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 from exl3_folders import mixed, save_exl3
+from modulora_convert.convert import convert
 from modulora_qtip.quantizer import QTIP
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.hf.load_model import load_model
 from modulora_core.tests.other_tools import logits

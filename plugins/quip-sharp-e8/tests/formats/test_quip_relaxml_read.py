@@ -10,11 +10,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from modulora_quip_sharp_e8 import FORMATS
 from modulora_quip_sharp_e8.formats.relaxml import Relaxml, unpack
 from torch import Tensor, nn
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from modulora_quip_sharp_e8.formats.relaxml import check_dimension
 from torch import Tensor
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import is_packed, open_packed
 from modulora_core.errors import CheckpointError, ModelError, OptionError
 from modulora_core.models import open_dense
