@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
+from modulora_core.tests.fuzzing import refused_or_runs
 from modulora_core.tests.other_tools import (
     assert_trains_as_converted,
     load_with_transformers,
@@ -81,3 +82,9 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     change(tmp_path, **{f"{DOWN}.weight_format": older * 0, f"{DOWN}.SCB": scales / 0})
     with pytest.raises(CheckpointError, match=f"{DOWN}.SCB: expected finite values"):
         load_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_changed_folder_is_refused_or_runs(tmp_path: Path) -> None:
+    save(tmp_path)
+    refused_or_runs(tmp_path)

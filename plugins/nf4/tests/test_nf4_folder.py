@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
+from modulora_core.tests.fuzzing import refused_or_runs
 from modulora_core.tests.other_tools import (
     assert_trains_as_converted,
     load_with_transformers,
@@ -138,3 +139,9 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     change(tmp_path, **(whole | {f"{DOWN}.nested_absmax": nan}))
     with pytest.raises(CheckpointError, match="nested_absmax: expected finite values"):
         load_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_changed_folder_is_refused_or_runs(tmp_path: Path) -> None:
+    save(tmp_path, bnb_4bit_use_double_quant=True)
+    refused_or_runs(tmp_path)

@@ -132,27 +132,3 @@ def _records(found: Any) -> Iterator[dict[str, Any]]:
     elif isinstance(found, dict | list):
         for part in found.values() if isinstance(found, dict) else found:
             yield from _records(part)
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("bits=0", "bits"), ("bits=9", "bits"), ("states=9", "states"), ("states=17", "states"),
-        ("code=mcg,mul1", "code"), ("damping=nan", "damping"), ("codebook_scale=inf", "codebook"),
-        ("layout=exl2", "layout"), ("sweeps=-1", "sweeps"), ("trellis=1", "trellis"),
-    ],
-)  # fmt: skip
-def test_options_that_cannot_be_are_refused(
-    option: str, message: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = quantize_words(dense, tmp_path / "out", "-o", option)
-    assert message in refused(words, capsys)
-    assert not (tmp_path / "out").exists()
-
-
-def test_it_needs_text_to_calibrate_with(
-    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["quantize", dense, tmp_path / "out", "-q", "qtip"]
-    assert "calibration" in refused(words, capsys)
-    assert not (tmp_path / "out").exists()

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from modulora_optq.formats import words
 from modulora_optq.quantizer import to_solution
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import QuantLinear
-from modulora_core.models import open_dense
+from modulora_core.tests.fuzzing import refused_or_runs
 
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 
@@ -100,25 +99,6 @@ def test_zeros_of_0_that_borrowed_from_their_neighbours_are_read(
     assert torch.equal(to_solution(packed).zeros.long(), z)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_words_survive_packing_and_unpacking(bits: int, gptq: ModuleType) -> None:
-    codes = torch.randint(0, 2**bits, (96, 5), generator=torch.Generator().manual_seed(0)).to(
-        torch.uint8
-    )
-    expected = gptq.words(codes.T.tolist(), bits)
-    assert torch.equal(words.pack(codes, bits), expected)
-    assert torch.equal(words.unpack(expected, bits), codes)
-    one = expected[:, :1].t().contiguous().t()  # of other strides
-    assert torch.equal(words.unpack(one, bits), codes[:, :1])
-
-
-def test_quantizing_it_again_is_refused(gptq: ModuleType, tmp_path: Path) -> None:
-    gptq.save_gptq(tmp_path / "m", config_file="quantize_config.json")
-    match = r"already quantized with gptq \(quantize_config\.json\).*modulora convert \S+ OUT --to"
-    with pytest.raises(ModelError, match=match):
-        open_dense(str(tmp_path / "m"))
-
-
 @pytest.mark.parametrize(
     ("config", "match"),
     [
@@ -195,3 +175,10 @@ def test_a_layer_that_the_config_leaves_out_is_refused(gptq: ModuleType, tmp_pat
     gptq.save_gptq(tmp_path / "m", dynamic={"-:.*up_proj": {}})
     with pytest.raises(CheckpointError, match=rf"{UP}\.qweight: expected a dense weight"):
         open_packed(tmp_path / "m")
+
+
+@pytest.mark.slow
+def test_a_changed_folder_is_refused_or_runs(gptq: ModuleType, tmp_path: Path) -> None:
+    dynamic = {r"+:.*up_proj$": {"bits": 8}, r"-:^lm_head$": {}}
+    gptq.save_gptq(tmp_path, permuted=True, others={"up_proj": (8, 16)}, dynamic=dynamic)
+    refused_or_runs(tmp_path)

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from exl3_folders import alike, mixed, save_exl3
@@ -19,10 +18,8 @@ from torch import Tensor
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.hf.load_model import load_model
-from modulora_core.inference.opened import open_to_run
 from modulora_core.models import installed_formats
 from modulora_core.spec import PackedWeight, TensorLayout
-from modulora_core.tests.fake_hub import serve_repository
 from modulora_core.tests.other_tools import assert_close, assert_used, logits
 
 ORACLE: dict[str, Any] = json.loads((Path(__file__).parent / "oracle.json").read_text())
@@ -118,19 +115,3 @@ def test_a_folder_is_the_model_that_it_holds(
 def test_a_folder_is_finetuned_converted_merged_and_asked(tmp_path: Path) -> None:
     save_exl3(tmp_path / "m", vocab_size=640)
     assert_used(tmp_path / "m", tmp_path)
-
-
-@pytest.mark.parametrize("in_config", [True, False])
-def test_a_revision_on_the_hub_is_a_model(
-    in_config: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_exl3(tmp_path / "m", choice=alike(2, "mcg"), num_hidden_layers=1, in_config=in_config)
-    with serve_repository(tmp_path / "m") as url:
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        found = open_to_run("org/name", revision="2.25bpw", dtype="float32", device="cpu")
-        model = found.load()
-    assert torch.equal(logits(model), logits(load_model(tmp_path / "m", dtype="float32")))
