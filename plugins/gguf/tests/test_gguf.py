@@ -14,7 +14,7 @@ from modulora_gguf.kernels import cpu
 from modulora_gguf.quantizer import GGUF, Options
 
 from modulora_core.errors import ShapeError, WeightError
-from modulora_core.spec import Calibration, PackedWeight
+from modulora_core.spec import PackedWeight
 
 gguf = pytest.importorskip("gguf.quants")
 
@@ -123,24 +123,6 @@ def test_q4_k_is_not_worse_than_llama_cpps_search():
     ours = GGUF().dequantize_tile(packed, (0, 64), torch.float32)
     theirs = of_llama_cpp(W.view(-1, 32)).view(64, 1024)
     assert (ours - W).norm() <= 1.01 * (theirs - W).norm()
-
-
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_calibration_lowers_the_error_of_the_output(kind):
-    generator = torch.Generator().manual_seed(4)
-    W, x = torch.randn(32, 512, generator=generator), torch.randn(4096, 512, generator=generator)
-    x *= torch.logspace(-1, 1, 512)[torch.randperm(512, generator=generator)]
-    quantizer, calibration = GGUF(Options(type=kind)), Calibration(x.T @ x / len(x), len(x))
-    errors = [
-        (x @ (quantizer.dequantize_tile(quantizer.pack(W, c), (0, 32), torch.float32) - W).T).norm()
-        for c in (calibration, None)
-    ]
-    assert errors[0] < 0.97 * errors[1]
-
-
-def test_types_without_weighted_errors_want_no_calibration():
-    wanting = [k for k in packing.QUANTIZE if GGUF(Options(type=k)).wants_calibration]
-    assert wanting == ["Q4_K", "Q6_K"]
 
 
 def test_equal_weights_below_zero_are_kept():

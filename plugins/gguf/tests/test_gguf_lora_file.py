@@ -138,20 +138,6 @@ def test_finetune_writes_the_file_at_the_end(
     )
 
 
-def test_a_modelfile_names_a_base_elsewhere_by_its_whole_path(
-    tmp_path: Path, adapted: Adapted
-) -> None:
-    """Such as a blob of Ollama's, which has no suffix."""
-    (tmp_path / "blobs").mkdir()
-    written = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
-    blob = written.rename(tmp_path / "blobs" / "sha256-0f")
-    adapted(blob, tmp_path / "adapter")
-    found = write_lora_file(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(blob))
-    assert found.beside == (str(tmp_path / "lora.Modelfile"),)
-    text = (tmp_path / "lora.Modelfile").read_text()
-    assert f"FROM {blob.resolve()}\nADAPTER ./lora.gguf\n" in text
-
-
 def test_a_newcomer_needs_no_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Windows are as long as the model's, which is shorter than the default. The file has no
     suffix."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from modulora_gguf import FORMATS
-from modulora_gguf.file import header
 from modulora_gguf.file.merging import LlamaCppWriter
 from modulora_gguf.file.model_header import read_header
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
@@ -55,23 +54,6 @@ def test_the_file_has_the_logits_of_the_adapter(
         if one.name not in merged.retained:
             stored = before[one.offset :][: one.nbytes]
             assert after[other.offset :][: other.nbytes] == stored, one.name
-
-
-def test_merging_into_the_own_file_parses_its_header_once(
-    tmp_path: Path, adapted: Adapted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model as it was opened also gives the metadata to copy."""
-    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
-    adapted(path, tmp_path / "adapter")
-    parse, files = header._Parser.header, list[str]()
-
-    def counted(parser: header._Parser) -> object:
-        files.append("parsed")
-        return parse(parser)
-
-    monkeypatch.setattr(header._Parser, "header", counted)
-    write_merged(str(path), tmp_path / "merged.gguf", adapter=str(tmp_path / "adapter"))
-    assert files == ["parsed"]
 
 
 def test_a_base_that_is_the_model_by_another_path_keeps_its_tensors(

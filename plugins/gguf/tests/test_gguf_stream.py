@@ -141,15 +141,6 @@ def test_a_truncated_file_is_refused(keep: int, tmp_path: Path) -> None:
         open_dense(str(path))
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf")
-    source, data = open_dense(str(path)), path.read_bytes()
-    path.unlink()  # GGUFReader still maps the old file
-    path.write_bytes(data[:-4000])
-    with pytest.raises(CheckpointError, match="the file was changed"):
-        list(source.tensors())
-
-
 def test_an_architecture_that_transformers_cannot_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

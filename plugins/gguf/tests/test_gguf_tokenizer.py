@@ -134,33 +134,6 @@ def test_phi_3_strips_the_space_behind_special_tokens(tmp_path: Path) -> None:
     assert kept != tokenizer("<|endoftext|>x").input_ids
 
 
-def test_absent_fields_have_the_values_of_llama_cpp(tmp_path: Path) -> None:
-    """SentencePiece has a BOS, an EOS and a token of unknown letters; a byte-level BPE has none."""
-    for name, named in (("llama-2", ["<s>", "</s>", "<unk>"]), ("qwen2", [None, None, None])):
-        like = IMITATIONS[name]
-        bare = Imitation(like.model, like.pre, (), (), None, None, "", "")
-        path = write_vocabulary(tmp_path / f"{name}.gguf", bare)
-        tokenizer = load_tokenizer(read_header(path))
-        assert [tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token] == named
-        assert tokenizer.add_bos_token == (named[0] is not None)
-
-
-def test_an_id_beyond_the_vocabulary_counts_as_none(tmp_path: Path) -> None:
-    path = tmp_path / "v.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(["a", "", "b"])
-    writer.add_token_merges([])
-    writer.add_pad_token_id(3)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    tokenizer = load_tokenizer(read_header(path))
-    assert tokenizer.pad_token is None
-    assert tokenizer.convert_ids_to_tokens([0, 1, 2]) == ["a", "[EMPTY_1]", "b"]
-
-
 @pytest.mark.parametrize(
     ("name", "text", "pieces"),
     [

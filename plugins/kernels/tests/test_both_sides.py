@@ -70,10 +70,3 @@ def test_a_moment_of_negative_directions_is_refused() -> None:
     H_O[0, 1] = H_O[1, 0] = 1e6
     with pytest.raises(WeightError, match="test: expected a positive semidefinite second moment"):
         rounded(torch.zeros(M, N, dtype=torch.float64), H_O)
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"), [(1, 16), (192, 16), (576, 32), (1536, 64), (14336, 64)]
-)
-def test_blocks_are_of_16_to_64_rows(rows: int, expected: int) -> None:
-    assert block_rows(rows) == expected

@@ -165,15 +165,6 @@ def test_tiles_are_rounded_once(
         assert torch.equal(tile, W[1:].to(torch.float32).to(dtype))
 
 
-@pytest.mark.slow
-def test_a_decoder_that_rounds_gives_the_same_bits(module: ModuleType) -> None:
-    weight, _ = packed(40, 100)
-    for transpose in (False, True):
-        x = torch.randn(9, 40 if transpose else 100).bfloat16()
-        both = [k.product(x, weight, transpose) for k in (module.kernels, module.rounding)]
-        assert torch.equal(*both)
-
-
 def test_a_kernel_for_one_row_multiplies_one_row_of_a_weight_that_it_takes(
     module: ModuleType,
 ) -> None:

