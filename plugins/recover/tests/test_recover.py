@@ -15,7 +15,7 @@ import torch
 from modulora_recover import predictions as module
 from modulora_recover.config import RecoverConfig
 from modulora_recover.init_adapter import init_adapter
-from modulora_recover.predictions import Distilled, DistilledCollator, Predictions
+from modulora_recover.predictions import Distilled, Predictions
 from modulora_recover.recover import recover
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.cli import main
-from modulora_core.data import Collator, load_examples
+from modulora_core.data import load_examples
 from modulora_core.data.examples import DataReport, Examples
-from modulora_core.errors import ModelError, OptionError
+from modulora_core.errors import OptionError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.models import open_dense
@@ -121,7 +121,7 @@ def test_rows_are_the_dense_models_own_predictions(
 
 @pytest.mark.parametrize(
     "architecture",
-    ["llama-tied", "mistral", "gpt2", "opt", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3"],
+    ["gpt2", "gemma3_text", "gpt_oss"],
 )
 def test_padding_changes_no_prediction_of_any_architecture(
     architecture: str, tmp_path: Path
@@ -147,31 +147,6 @@ def test_padding_changes_no_prediction_of_any_architecture(
         np.testing.assert_allclose(rows["log_p"], expected.gather(1, tokens), rtol=1e-3, atol=1e-3)
 
 
-def test_examples_that_no_step_trains_are_not_predicted(
-    dense: Path, examples: Examples, tmp_path: Path
-) -> None:
-    predictions = Predictions(open_dense(str(dense)), examples, 3, 0, tmp_path)
-    predictions.compute(torch.device("cpu"), lambda *_: None)
-    dataset = Distilled(predictions)
-    assert len(dataset) == len(dataset.lengths) == 3
-    for i, number in enumerate(predictions.numbers):
-        assert dataset[i]["input_ids"] == examples[number]["input_ids"]
-        assert len(dataset[i]["rows"]) == sum(label != -100 for label in dataset[i]["labels"][1:])
-    assert sum(len(dataset[i]["rows"]) for i in range(3)) == predictions.ends[-1]
-
-
-def test_a_dense_model_without_values_for_its_head_is_refused(
-    teacher: Path, examples: Examples, tmp_path: Path
-) -> None:
-    [file] = teacher.glob("*.safetensors")
-    tensors = load_file(file)
-    del tensors["lm_head.weight"]
-    save_file(tensors, file, {"format": "pt"})
-    predictions = Predictions(open_dense(str(teacher)), examples, 3, 0, tmp_path)
-    with pytest.raises(ModelError, match=r"expected values for lm_head\.weight, got none"):
-        predictions.compute(torch.device("cpu"), lambda *_: None)
-
-
 def test_a_killed_run_goes_on_from_its_whole_rows(
     dense: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,17 +167,6 @@ def test_a_killed_run_goes_on_from_its_whole_rows(
     calls.clear()
     predictions.compute(torch.device("cpu"), lambda *call: calls.append(call))
     assert not calls
-
-
-def test_predictions_of_other_data_are_replaced(
-    dense: Path, examples: Examples, tmp_path: Path
-) -> None:
-    source = open_dense(str(dense))
-    before = Predictions(source, examples, 3, 0, tmp_path)
-    before.compute(torch.device("cpu"), lambda *_: None)
-    after = Predictions(source, examples, 4, 0, tmp_path)
-    after.compute(torch.device("cpu"), lambda *_: None)
-    assert [*tmp_path.glob("predictions-*")] == [after.file]
 
 
 @pytest.mark.parametrize("options", [
@@ -301,29 +265,6 @@ def test_another_tokenizer_or_context_is_refused_before_work_starts(
         with pytest.raises(OptionError, match=f"^original .*{expected}"):
             recover(configure(original=str(other)))
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("options", [
-    {"weight": 0}, {"weight": 1.5}, {"method": "dpo"}, {"adapter": "a", "rank": 4},
-])  # fmt: skip
-def test_options_without_sense_are_refused(configure: Configure, options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match=r"recover.*(weight|method|rank)"):
-        configure(**options)
-
-
-def test_a_batch_has_the_rows_of_its_examples_behind_each_other(
-    dense: Path, examples: Examples, tmp_path: Path
-) -> None:
-    predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
-    predictions.compute(torch.device("cpu"), lambda *_: None)
-    dataset = Distilled(predictions)
-    batch = DistilledCollator(Collator(0))([dataset[i] for i in (4, 1)])
-    trained = (batch["labels"][:, 1:] != -100).sum()
-    assert batch["teacher_tokens"].shape == batch["teacher_log_p"].shape
-    assert len(batch["teacher_tokens"]) == trained
-    np.testing.assert_array_equal(
-        batch["teacher_tokens"], np.concatenate([dataset[i]["rows"]["token"] for i in (4, 1)])
-    )
 
 
 def test_the_command_gives_a_start_that_finetune_continues(
