@@ -71,26 +71,6 @@ def test_the_core_names_no_other_package_of_the_project() -> None:
     assert found(r"\b(from|import) +(modulora_(?!core\b)|(?-i:examples)\b)") == []
 
 
-@pytest.mark.parametrize(
-    ("text", "name", "names_it"),
-    [
-        ("packs with NF4 codes", "nf4", True),
-        ("modulora_nf4.quantizer", "nf4", True),
-        ("equipped with", "quip", False),
-        ("quip_sharp", "quip", True),
-        ('"int8": 8', "int8", False),
-        ("modulora-int8", "int8", True),
-        ("reads a .gguf file", "gguf", True),
-        ("modulora-gguf", "gguf", True),
-        ("modulora quantize MODEL OUT -q int8", "int8", True),
-    ],
-)
-def test_the_search_for_plugin_names_finds_what_it_should(
-    text: str, name: str, names_it: bool
-) -> None:
-    assert bool(re.search(naming(name), text, flags=re.IGNORECASE)) == names_it
-
-
 def test_there_is_no_utils_module() -> None:
     assert [
         str(path) for path in sources(CORE) if path.stem in ("utils", "util", "helpers", "misc")
@@ -180,19 +160,6 @@ def test_no_two_files_import_each_other() -> None:
     graph = imports()
     assert "modulora_core.spec" in graph["modulora_core.registry"]
     assert circles(graph) == []
-
-
-def test_the_search_for_circles_sees_imports_in_functions_and_for_type_checkers() -> None:
-    sources = {
-        "a": "def f():\n    from b import g",
-        "b": "if TYPE_CHECKING:\n    import c",
-        "c": "import a, d",
-        "d": "from d.e import x",
-        "d.e": "from d import nothing",
-    }
-    graph = {name: imported(source, sources) for name, source in sources.items()}
-    assert sorted(map(sorted, circles(graph))) == [["a", "b", "c"], ["d", "d.e"]]
-    assert circles({**graph, "b": set(), "d.e": set()}) == []
 
 
 # --- the public names ----------------------------------------------------------------------------

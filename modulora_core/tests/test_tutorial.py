@@ -61,16 +61,6 @@ def test_measuring_gives_the_numbers_of_the_page(package: Path, site: Path) -> N
         assert values == pytest.approx(promised[bits], abs=2e-3)
 
 
-def test_before_step_4_both_numbers_are_equal(tmp_path: Path) -> None:
-    new_plugin(NAME, tmp_path / "plugin")
-    (measure,) = [block for block in blocks(TUTORIAL, "python") if block.title == "measure.py"]
-    (tmp_path / "measure.py").write_text(measure.text)
-    site = site_of(tmp_path / "plugin", tmp_path / "site")
-    measured = errors(python("measure.py", folder=tmp_path, site=site).stdout)
-    assert measured
-    assert all(plain == calibrated for plain, calibrated in measured.values())
-
-
 def test_the_tests_of_the_package_pass(package: Path, site: Path) -> None:
     words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_feedback_rounding.py")
     done = python(*words, folder=package, site=site)
@@ -100,10 +90,3 @@ def test_the_package_passes_the_kit_at_the_end(package: Path, site: Path, tmp_pa
     done = python(*words, folder=tmp_path, site=site)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "spec.promises has no entry" not in done.stdout
-
-
-@pytest.mark.skipif(find_spec("ruff") is None, reason="ruff isn't installed")
-def test_the_code_is_formatted(package: Path, site: Path) -> None:
-    for words in (("check",), ("format", "--diff")):
-        done = python("-m", "ruff", *words, "--isolated", ".", folder=package, site=site)
-        assert done.returncode == 0, done.stdout

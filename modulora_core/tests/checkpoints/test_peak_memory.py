@@ -38,32 +38,3 @@ def test_what_was_held_before_the_block_and_freed_does_not_count() -> None:
     assert difference > 200, (
         f"300 MiB before, 10 MiB within the block: the peaks differ by {difference:.0f} MiB"
     )
-
-
-@linux
-def test_a_block_within_a_block_does_not_hide_the_outer_peak() -> None:
-    with PeakMemory() as outer:
-        touch(300)
-        with PeakMemory() as inner:
-            touch(10)
-        during = outer.nbytes
-    difference = (outer.nbytes - inner.nbytes) / MIB
-    assert difference > 200, (
-        f"the outer block saw 300 MiB, the inner 10 MiB: they differ by {difference:.0f} MiB"
-    )
-    assert during == outer.nbytes
-
-
-@linux
-def test_the_inner_peak_counts_for_the_outer_block() -> None:
-    with PeakMemory() as outer, PeakMemory() as inner:
-        touch(200)
-    assert outer.nbytes >= inner.nbytes > 200 * MIB
-
-
-def test_reading_within_the_block_gives_the_peak_so_far() -> None:
-    with PeakMemory() as peak:
-        first = peak.nbytes
-        touch(200)
-        second = peak.nbytes
-    assert 0 < first <= second == peak.nbytes

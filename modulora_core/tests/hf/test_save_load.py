@@ -17,9 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from modulora_core.cli import main
 from modulora_core.errors import AdapterError
-from modulora_core.hf.base_record import BaseRecord, describe_base
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.peft_format import read_adapter
@@ -29,7 +27,7 @@ from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.adapted_models import IDS, logits, randomize, trained
+from modulora_core.tests.adapted_models import IDS, logits, trained
 from modulora_core.tests.fake_hub import COMMIT, serve_repository
 from modulora_core.tests.tiny_models import save_tiny_model, tiny_config
 
@@ -94,12 +92,6 @@ def test_a_saved_adapter_comes_back_bit_for_bit(
     assert trains(other) == trainable
 
 
-def test_the_base_is_named_after_the_checkpoints_source(pack: Pack, tmp_path: Path) -> None:
-    dense, packed = pack("llama")
-    save_adapter(trained(load_model(packed)), tmp_path)
-    assert read(tmp_path / CONFIG)["base_model_name_or_path"] == dense.name
-
-
 def test_an_adapter_remembers_the_commit_of_its_base(
     offline_hub: Path, toy: ModuleType, tmp_path: Path
 ) -> None:
@@ -110,27 +102,6 @@ def test_an_adapter_remembers_the_commit_of_its_base(
         save_adapter(adapted, tmp_path / "adapter", base=base)
         config = read(tmp_path / "adapter" / CONFIG)
         assert (config["base_model_name_or_path"], config["revision"]) == expected
-
-
-def test_a_plain_adapter_replaces_one_with_scales(llama: nn.Module, saved: Path) -> None:
-    save_adapter(trained(llama, PLAIN), saved)
-    assert sorted(path.name for path in saved.iterdir()) == FILES[:3]
-    assert not read_adapter(saved).has_channel_scales
-
-
-def test_two_adapters_on_one_model_add_up(pack: Pack, tmp_path: Path) -> None:
-    folder = pack("llama")[1]
-    both = load_model(folder)
-    add_lora(both, LoRASettings(rank=4, targets=("q_proj",), seed=1), "first")
-    add_lora(both, LoRASettings(rank=2, targets=("q_proj", "v_proj"), seed=2), "second")
-    randomize(both)
-    assert {name.rpartition(".")[2] for name in trains(both)} == {"second"}
-    for name in ("first", "second"):
-        save_adapter(both, tmp_path / name, base="base", name=name)
-    again = load_model(folder)
-    for name in ("second", "first"):
-        load_adapter(again, tmp_path / name, name)
-    torch.testing.assert_close(logits(again), logits(both))
 
 
 def test_each_adapter_keeps_its_dropout(llama: nn.Module, tmp_path: Path) -> None:
@@ -250,14 +221,6 @@ def test_other_norms_are_one_warning_which_says_if_they_were_tuned(
     assert re.search(message, warning), warning
 
 
-def test_scales_are_no_part_of_the_base_and_older_records_lack_tuned(llama: nn.Module) -> None:
-    base = describe_base(llama, "base")
-    assert describe_base(trained(llama, SCALED), "base") == base
-    written = base.model_dump(mode="json")
-    del written["tuned"]
-    assert BaseRecord.model_validate(written) == base
-
-
 # damaged files
 
 
@@ -361,18 +324,6 @@ def test_an_adapter_from_the_hub_comes_with_its_scales(
     assert all(layer.input_scale for _, layer in adapter_layers(llama))
     asked = [*(tmp_path / "hub" / "models--org--adapter" / "refs").iterdir()]
     assert [path.name for path in asked] == [revision]
-
-
-@pytest.mark.usefixtures("hub")
-def test_an_adapter_on_the_hub_is_known_by_every_command(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["info", "org/adapter", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "adapter"
-    assert main(["info", "org/adapter", "--verify"]) == 2
-    assert "hf download org/adapter" in capsys.readouterr().err
-    assert main(["generate", "org/adapter", "a text"]) == 2
-    assert "the folder holds an adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,6 @@ Configure = Callable[..., FinetuneConfig]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_it_can_be_left_out(configure: Configure, text: Path) -> None:
-    result = finetune(configure(steps=1, baseline=False, eval_data=str(text)))
-    assert result.eval_loss_before is None
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_held_out_loss_is_on_examples_that_no_step_read(
     configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
@@ -100,10 +95,6 @@ def test_the_held_out_loss_of_joined_examples_is_the_loss_of_each_alone(
     assert result.held_out.before == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
-def test_after_an_epoch_no_example_is_unread(configure: Configure, text: Path) -> None:
-    assert finetune(configure(data=str(text), epochs=1, baseline=True)).held_out is None
-
-
 def test_the_log_of_a_resumed_run_has_all_steps_and_one_first_evaluation(
     configure: Configure, text: Path, tmp_path: Path
 ) -> None:
@@ -122,20 +113,6 @@ def test_the_log_of_a_resumed_run_has_all_steps_and_one_first_evaluation(
     history = RunLog.read(tmp_path / "out").log_history
     assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 4]
-
-
-def test_no_later_evaluation_is_called_the_first(configure: Configure, text: Path) -> None:
-    """The run began without a baseline, and so without an evaluation before its first step."""
-    config = configure(steps=4, save_every=2, eval_data=str(text), eval_every=2)
-
-    def stop(step: object) -> None:
-        if step.step == 3:  # type: ignore[attr-defined]
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config, on_step=stop)
-    result = finetune(config.model_copy(update={"baseline": True}), resume=True)
-    assert result.eval_loss_before is None
 
 
 def test_the_log_of_infinite_values_is_json_without_them(

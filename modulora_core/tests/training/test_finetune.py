@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, TrainerCallback
 
 from modulora_core.data import load_examples
-from modulora_core.dense_products import matmul_precision
 from modulora_core.errors import (
     AdapterError,
     DataError,
@@ -34,8 +33,6 @@ from modulora_core.hf.peft_format import read_adapter
 from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.installed_formats import file_format
-from modulora_core.quantization.quantize import quantize
-from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
@@ -168,20 +165,6 @@ def test_a_run_of_one_step_trains(configure: Configure, tmp_path: Path) -> None:
     assert any(delta.B.abs().max() > 0 for delta in deltas.values())
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("high", "high"), (None, "medium")])
-def test_the_precision_of_products_is_set_for_the_run(
-    configure: Configure, precision: str | None, expected: str
-) -> None:
-    found: list[str] = []
-    with matmul_precision("medium"):
-        finetune(
-            configure(steps=1, matmul_precision=precision),
-            on_step=lambda _: found.append(torch.get_float32_matmul_precision()),
-        )
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert found == [expected]
-
-
 def test_options_that_save_memory_change_no_loss(configure: Configure, tmp_path: Path) -> None:
     expected = finetune(configure(dropout=0.3)).losses
     for name, options in {
@@ -284,21 +267,6 @@ def test_a_warmup_as_long_as_the_run_is_one_warning(
     assert [message[: len(expected)] for message in caplog.messages] == [expected] * bool(takes)
 
 
-def test_few_tokens_are_a_warning(
-    configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "few.txt").write_text("the cat and " * 20)
-    finetune(configure(data=str(tmp_path / "few.txt"), steps=1))
-    (warning,) = caplog.messages
-    assert "a run learns little from that" in warning
-    assert "than 1000 tokens" in warning
-
-
-def test_few_steps_are_a_warning(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
-    finetune(configure(steps=2))
-    assert [message[:36] for message in caplog.messages] == ["steps 2: the run reads at most 256 t"]
-
-
 def test_a_run_that_diverged_warns_and_still_finishes(
     configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -350,19 +318,6 @@ def test_a_bad_request_is_refused_and_nothing_is_written(
     with pytest.raises(error, match=message):
         finetune(configure(**options))
     assert set(tmp_path.rglob("*")) == before
-
-
-def test_targets_select_as_on_the_loaded_model(
-    configure: Configure, tunable: Path, tmp_path: Path
-) -> None:
-    """all-linear has no head; and a model that will be packed is refused before that."""
-    dense = tunable.parent / "dense"
-    quantize(str(dense), tmp_path / "head", "toy", exclude=["model.*"], head=Choice("toy"))
-    with pytest.raises(AdapterError, match="'all-linear': expected a packed linear layer besides"):
-        finetune(configure(model=str(tmp_path / "head")))
-    with pytest.raises(AdapterError, match=r"'lm_head': .* and lm_head is none"):
-        finetune(configure(model=str(dense), quantizer="toy", targets="lm_head"))
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do these")

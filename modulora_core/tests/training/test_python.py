@@ -7,17 +7,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import modulora_core
-from modulora_core import FinetuneConfig, evaluate, finetune, load_model, open_to_run
+from modulora_core import FinetuneConfig, evaluate, finetune
 from modulora_core.errors import OptionError
-from modulora_core.progress import Bars
 
 Configure = Callable[..., FinetuneConfig]
 
@@ -49,14 +46,6 @@ def test_records_are_evaluated(tunable: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(f"{text}\n\n{text}")
     expected = evaluate(str(tunable), tmp_path / "text.txt", seq_len=32)
     assert evaluate(str(tunable), [{"text": text}, {"text": text}], seq_len=32) == expected
-
-
-def test_torch_dtypes_are_taken_for_their_names(tunable: Path, configure: Configure) -> None:
-    assert load_model(tunable, dtype=torch.bfloat16).dtype == torch.bfloat16
-    assert open_to_run(str(tunable), dtype=torch.float16).load().dtype == torch.float16
-    assert configure(dtype=torch.bfloat16) == configure(dtype="bfloat16")
-    with pytest.raises(OptionError, match=r"dtype: expected one of .*, got 'int8'"):
-        load_model(tunable, dtype=torch.int8)
 
 
 # bars
@@ -107,21 +96,6 @@ def test_they_draw_none_on_request_or_without_a_terminal(
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     evaluate(str(tunable), text, seq_len=16)
     assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
-
-
-def test_a_program_may_open_its_own_bars(configure: Configure) -> None:
-    calls: list[Any] = []
-
-    def bars(what: str, unit: str) -> Any:
-        calls.append((what, unit))
-        return nullcontext(lambda what, *counts: calls.append((what.split()[0], *counts)))
-
-    rows = [{"text": "The with statement."}]
-    finetune(configure(steps=2, baseline=True), eval_data=rows, progress=Bars(bars))
-    assert calls == [
-        ("loading the model", "layers"), ("training", "steps"), ("evaluating", 0, 2),
-        ("loss", 1, 2), ("loss", 2, 2), ("evaluating", 2, 2),
-    ]  # fmt: skip
 
 
 # types
