@@ -30,10 +30,9 @@ from modulora_core.models import open_dense
 from modulora_core.models.sites import find_sites
 from modulora_core.spec import Calibration
 from modulora_core.tests.products import second_moments
-from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
+from modulora_core.tests.tiny_models import EVERY_ARCHITECTURE, save_tiny_model, tiny_model
 
 IDS = torch.randint(3, 96, (7, 24), generator=torch.Generator().manual_seed(1))
-ODD = ("llama-biased", "gpt2", "gemma3_text", "falcon", "mixtral", "gpt_oss")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,9 +105,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("architecture", [
-    name if name in ODD else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
-])  # fmt: skip
+@EVERY_ARCHITECTURE
 def test_every_layer_gets_the_second_moment_of_its_inputs(
     architecture: str, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.errors import CheckpointError
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.registry import Choice
-from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model
+from modulora_core.tests.tiny_models import ARCHITECTURES, EVERY_ARCHITECTURE, save_tiny_model
 
 HEADS = ("llama", "llama-tied", "mixtral")
 IDS = torch.tensor([[1, 5, 9, 30]])
@@ -90,7 +90,7 @@ def packed_of(model: Any, whole: Any) -> list[Any]:
     return [model.base_model.get_submodule(path) for path in paths]
 
 
-@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {*HEADS}))
+@EVERY_ARCHITECTURE
 def test_transformers_alone_refuses_the_folder(
     folders: Any, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,13 +17,9 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.models.sites import find_sites
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model
+from modulora_core.tests.tiny_models import EVERY_ARCHITECTURE, save_tiny_model
 
 IDS = torch.tensor([[5, 17, 3, 80, 42, 9, 11], [7, 2, 2, 31, 60, 4, 90]])
-ODD = ("llama-tied", "gpt2", "falcon", "mixtral", "gpt_oss", "sarvam_moe")
-FAMILIES = [
-    name if name in ODD else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
-]
 
 
 def oracle(folder: Path, toy: ModuleType) -> PreTrainedModel:
@@ -49,7 +44,7 @@ def logits_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return logits.detach(), embeddings.grad
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@EVERY_ARCHITECTURE
 def test_a_packed_and_a_merged_model_are_the_dense_model_with_rounded_weights(
     architecture: str, toy: ModuleType, tmp_path: Path
 ) -> None:
