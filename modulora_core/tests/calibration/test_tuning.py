@@ -23,8 +23,7 @@ from modulora_core.calibration import (
     find_blocks,
 )
 from modulora_core.calibration.observe import Key, ObservedWeight
-from modulora_core.calibration.tuning import learning_rate_factor, relative_error
-from modulora_core.errors import DataError, OptionError, WorkError
+from modulora_core.errors import WorkError
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import ChannelScales
 from modulora_core.models import open_dense
@@ -237,43 +236,3 @@ def test_scales_multiply_columns_and_rows_and_have_exact_gradients(
 
     torch.testing.assert_close(product(x, b, u, v), x @ (v.diag() @ W @ u.diag()).t() + b)
     assert torch.autograd.gradcheck(product, [tensor.requires_grad_() for tensor in (x, b, u, v)])
-
-
-def test_each_token_counts_alike_in_the_error(generator: torch.Generator) -> None:
-    target = torch.randn(2, 3, 8, generator=generator)
-    output = target + torch.randn(2, 3, 8, generator=generator)
-    plain = float(relative_error(output, target))
-    assert plain == pytest.approx(error(output, target), rel=1e-5)
-    size = torch.tensor([1000.0, 1, 1])[:, None]
-    assert float(relative_error(output * size, target * size)) == pytest.approx(plain, rel=1e-5)
-
-
-def test_the_learning_rate_rises_and_falls_to_zero() -> None:
-    factors = [learning_rate_factor(step, 100) for step in range(100)]
-    assert max(factors) == factors[4] == 1
-    assert factors == sorted(factors[:5]) + sorted(factors[5:], reverse=True)
-    assert 0 < factors[0] < 0.25
-    assert 0 < factors[-1] < 0.01
-    assert learning_rate_factor(0, 1) == 1
-
-
-@pytest.mark.parametrize(("samples", "trained"), [(2, 1), (15, 14), (16, 15), (33, 31)])
-def test_every_sample_is_trained_on_or_held_out(samples: int, trained: int) -> None:
-    steps, held_out = TuningConfig(batch_size=4).batches(samples, 512)
-    assert [i for batch in steps for i in range(samples)[batch]] == list(range(trained))
-    assert [i for batch in held_out for i in range(samples)[batch]] == list(range(trained, samples))
-    assert max(batch.stop - batch.start for batch in steps) <= 4
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("epochs", -1), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("batch_size", 0)],
-)
-def test_a_number_out_of_its_range_is_refused(name: str, value: Any) -> None:
-    with pytest.raises(OptionError, match=f"tuning {name}: expected"):
-        TuningConfig(**{name: value})
-
-
-def test_one_sample_is_refused() -> None:
-    with pytest.raises(DataError, match="at least 2 calibration samples"):
-        TuningConfig().batches(1, 512)

@@ -206,13 +206,6 @@ def test_weights_of_an_earlier_run_are_read_and_the_rest_sees_the_same(tmp_path:
         assert torch.equal(found.hessian, whole.calibrations[key].hessian), key
 
 
-def test_a_quantizer_that_wants_no_calibration_gets_none(tmp_path: Path) -> None:
-    folder, seen = save_tiny_model("llama", tmp_path), Seen()
-    seen.unwanted = {f"model.layers.0.mlp.{leaf}_proj.weight" for leaf in ("gate", "up", "down")}
-    walk(folder, seen)
-    assert {(name, 0) for name in seen.weights.keys() - seen.unwanted} == seen.calibrations.keys()
-
-
 @pytest.mark.parametrize(
     ("architecture", "paused_bytes", "matrices"),
     [("llama", 0, 7), ("llama", 2**30, 7), ("mixtral", 0, 4 + 2 * 4)],

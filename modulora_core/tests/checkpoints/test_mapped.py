@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
+from modulora_core.checkpoints.mapped import MappedFiles
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.data.sources import pydoc_text
@@ -79,18 +79,6 @@ def test_a_mapped_model_is_the_same_model_on_its_files(pack: Pack, architecture:
     assert mapped.name_or_path == str(folder), "the name of the adapter's base"
 
 
-@linux_only
-def test_the_pages_of_cast_tensors_are_dropped(toy: ModuleType, tmp_path: Path) -> None:
-    """If this fails: embeddings and head of a model in another dtype are in memory twice."""
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
-    folder = packed_llama(tmp_path, **sizes, vocab_size=2**14)
-    table = load_model(folder, mapped=True, dtype="bfloat16").get_input_embeddings().weight
-    assert not on_file(table, folder)
-    assert table.abs().max() > 0
-    # the file has 8 MiB of it, and as much of the head; the kernel may read 2 MiB ahead
-    assert mapped_rss(folder) < 4 * 2**20
-
-
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_training_on_a_mapped_model_changes_no_bit(
     tunable: Path, tmp_path: Path, checkpointing: bool
@@ -143,18 +131,6 @@ def test_one_block_is_in_memory_at_a_time(
     assert len(seen) == 2 * blocks
     assert max(seen) < bound
     assert bound < packed / 2, "or the bound would prove nothing"
-
-
-def test_dropped_pages_come_back(tunable: Path) -> None:
-    checkpoint = open_packed(tunable)
-    files, in_memory = checkpoint.mapped(), checkpoint.tensors()
-    views = files.views()
-    for pages in files.ranges(views):
-        pages.drop()
-        pages.prefetch()
-    assert views.keys() == in_memory.keys()
-    assert all(torch.equal(views[name], tensor) for name, tensor in in_memory.items())
-    assert keep_one_block(nn.Linear(2, 2), files).inside is None, "a model without blocks"
 
 
 def test_ranges_are_whole_pages_of_these_tensors_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import datasets
 import pyarrow.parquet
 import pytest
 
-from modulora_core.data import load_examples, load_text
+from modulora_core.data import load_examples
 from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import load_records
 from modulora_core.errors import DataError
@@ -117,13 +117,6 @@ def test_nulls_that_a_table_adds_are_left_out(tokenizer: Any, tmp_path: Path) ->
         assert [dict(x) for x in found] == expected, source
 
 
-def test_parts_of_text_are_the_text(tokenizer: Any) -> None:
-    parts = [{"type": "text", "text": "Rain in "}, {"type": "text", "text": "Oslo?"}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
-    found = trained(tokenizer, {"messages": [{"role": "user", "content": parts}, answer]})
-    assert found == ("<user>Rain in Oslo?</s>\n<assistant>Yes.</s>", ["Yes.</s>"])
-
-
 def test_of_lists_of_messages_the_completion_alone_is_trained(tokenizer: Any) -> None:
     earlier = [ASKED, {"role": "assistant", "content": "No."}, ASKED]
     text, answers = trained(
@@ -194,11 +187,6 @@ def test_examples_without_a_trained_token_are_counted_apart(
     assert "longer" not in caplog.text
     with pytest.raises(DataError, match="starts within seq_len 2, got none of 1; raise seq_len"):
         load_examples(rows, tokenizer, seq_len=2)
-
-
-def test_tokens_without_labels_are_all_trained(tokenizer: Any) -> None:
-    (found,) = load_examples([{"input_ids": [5, 6]}], tokenizer, seq_len=16)
-    assert found["labels"] == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -312,11 +300,6 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
         load_records(f"{tmp_path}/one:test")
     with pytest.raises(DataError, match=r"has no configurations, got 'config' too"):
         load_records(f"{tmp_path}/several:config:test")
-
-
-def test_tokens_are_no_text(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"expected text, got tokens \(input_ids\)"):
-        load_text([TOKENS], tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from modulora_core import ModuLoRAConfig, load_model
 from modulora_core.checkpoints.opening import open_packed
@@ -20,11 +20,8 @@ from modulora_core.errors import (
     UnknownQuantizerError,
     WeightError,
 )
-from modulora_core.hf.load_adapter import load_adapter
-from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.packed_parameters import PackedParameter
 from modulora_core.registry import Choice
-from modulora_core.tests.adapted_models import logits, trained
+from modulora_core.tests.adapted_models import logits
 
 Pack = Callable[..., tuple[Path, Path]]
 
@@ -55,38 +52,6 @@ def test_it_equals_quantize_then_load_and_saves_itself(
     ours, theirs = open_packed(folder).record, open_packed(tmp_path).record
     different = {"source", "contents"}
     assert ours.model_dump(exclude=different) == theirs.model_dump(exclude=different)
-
-
-def test_a_dict_and_a_second_model_take_the_same_config(pack: Pack) -> None:
-    source = pack("llama", "toy")[0]
-    config = ModuLoRAConfig("toy", exclude=["*.mlp.*"])
-    models = [
-        AutoModelForCausalLM.from_pretrained(source, quantization_config=given)
-        for given in (config, config, config.to_dict())
-    ]
-    for model in models:
-        assert sum(isinstance(module, PackedParameter) for module in model.modules()) == 8
-        assert same_tensors(model, models[0])
-    assert config.record is None
-
-
-def test_an_adapter_fits_both_ways_of_quantizing(pack: Pack, tmp_path: Path) -> None:
-    source, folder = pack("llama", "toy")
-    model = trained(loaded(source))
-    save_adapter(model, tmp_path)
-    again = load_model(folder, device="cpu")
-    load_adapter(again, tmp_path)  # a warning would be an error
-    assert torch.equal(logits(again), logits(model))
-
-
-def test_other_heads_stay_dense_and_train(pack: Pack, tmp_path: Path) -> None:
-    source, folder = pack("llama", "toy")
-    whole = load_model(folder, device="cpu")
-    assert same_tensors(loaded(source, head=AutoModel), whole.base_model)
-    classifier = loaded(source, head=AutoModelForSequenceClassification)
-    names = [name for name, parameter in classifier.named_parameters() if parameter.requires_grad]
-    assert names == ["score.weight"]
-    assert same_tensors(classifier.base_model, whole.base_model)
 
 
 def test_weights_are_cast_before_they_are_packed(pack: Pack) -> None:

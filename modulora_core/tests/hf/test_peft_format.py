@@ -79,16 +79,6 @@ def test_ranks_and_scales_that_differ_between_layers_reach_peft(pack: Pack, tmp_
     assert_same(in_peft(dense, tmp_path), model)
 
 
-def test_target_names_never_reach_a_layer_that_stayed_dense(pack: Pack, tmp_path: Path) -> None:
-    """With the first layer's up_proj dense, the name ``up_proj`` alone would select it too."""
-    dense, packed = pack("llama", exclude=("model.layers.0.mlp.up_proj",))
-    model = trained(load_model(packed))
-    save_adapter(model, tmp_path, base=str(dense))
-    targets = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-    assert targets == sorted(path for path, _ in adapter_layers(model))
-    assert_same(in_peft(dense, tmp_path), model)
-
-
 def test_peft_warns_of_channel_scales_and_ignores_them(pack: Pack, tmp_path: Path) -> None:
     dense, packed = pack("llama")
     model = trained(load_model(packed), LoRASettings(rank=3, train_scales=True))

@@ -76,13 +76,6 @@ def test_push_to_hub_uploads_what_save_pretrained_writes(pack: Pack, hub: Path) 
     assert card.read_text() == "by hand"
 
 
-def test_save_pretrained_pushes_too(pack: Pack, hub: Path, tmp_path: Path) -> None:
-    model = load_model(pack("mixtral", "toy")[1], device="cpu")
-    model.save_pretrained(tmp_path / "here", push_to_hub=True, repo_id="me/other")
-    files = {file.name: file.read_bytes() for file in (tmp_path / "here").iterdir()}
-    assert {file.name: file.read_bytes() for file in (hub / "me/other").iterdir()} == files
-
-
 def test_an_adapter_is_pushed_without_its_base(
     pack: Pack, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import AdapterError, CheckpointError
@@ -19,7 +19,7 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
-from modulora_core.tests.adapted_models import IDS, logits, trained
+from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.tiny_models import save_tiny_model
 
 Pack = Callable[..., tuple[Path, Path]]
@@ -72,19 +72,6 @@ def test_a_plugin_makes_its_tables_with_values(
 
     monkeypatch.setattr(toy.Toy, "__init__", with_a_table)
     AutoModelForCausalLM.from_pretrained(pack("llama", "toy")[1])
-
-
-def test_other_heads_take_the_same_layers(pack: Pack) -> None:
-    folder = pack("llama", "toy")[1]
-    whole = load_model(folder, device="cpu")
-    base = AutoModel.from_pretrained(folder, dtype="float32")
-    assert packed_parameters(base) == 14
-    with torch.no_grad():
-        assert torch.equal(base(IDS).last_hidden_state, whole.base_model(IDS).last_hidden_state)
-    classifier = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
-    assert packed_parameters(classifier) == 14
-    names = [name for name, parameter in classifier.named_parameters() if parameter.requires_grad]
-    assert names == ["score.weight"]
 
 
 def test_packed_weights_are_counted_as_the_dense_ones(pack: Pack, tmp_path: Path) -> None:

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.errors import DataError, OptionError, WorkError
-from modulora_core.hf.load_model import load_model
-from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.errors import DataError, WorkError
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models.sampling import Sampling
-from modulora_core.tests.adapted_models import trained
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -40,13 +37,6 @@ def test_a_text_is_continued_greedily_and_streamed(tunable: Path, loaded: tuple[
     assert (found.prompt_tokens, found.tokens) == (ids.shape[1], len(out))
     assert found.to_json()["tokens_per_second"] == found.tokens / found.seconds
     assert generate(loaded, "The", Sampling(max_new_tokens=5)).text == found.text
-
-
-def test_an_adapter_changes_the_text(tunable: Path, tmp_path: Path) -> None:
-    save_adapter(trained(load_model(tunable)), tmp_path)
-    five = Sampling(max_new_tokens=5)
-    with_adapter = generate(str(tunable), "The", five, adapter=tmp_path)
-    assert with_adapter.text != generate(str(tunable), "The", five).text
 
 
 def test_the_seed_decides_a_sample_and_global_random_numbers_stay(loaded: tuple[Any, Any]) -> None:
@@ -85,16 +75,6 @@ def test_a_text_is_a_users_message_if_there_is_a_template(loaded: tuple[Any, Any
 def test_a_wrong_prompt_is_refused(tunable: Path, prompt: Any, tokens: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         generate(str(tunable), prompt, Sampling(max_new_tokens=tokens))
-
-
-@pytest.mark.parametrize(
-    "option",
-    [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1},
-     {"repetition_penalty": 0}],
-)  # fmt: skip
-def test_sampling_out_of_range_is_refused(option: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match=f"{next(iter(option))}: expected"):
-        Sampling(**option)
 
 
 @pytest.mark.parametrize("value", [float("nan"), 3e38])

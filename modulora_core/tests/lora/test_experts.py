@@ -177,11 +177,6 @@ def test_a_group_has_no_router_and_a_name_selects_it() -> None:
     assert select_layers(shapes, "wg", 1, []) == ["mlp.gate.wg"]
 
 
-def test_a_group_that_the_model_lacks_is_refused(pack: Pack) -> None:
-    with pytest.raises(AdapterError, match=r"'experts': expected a packed stack of fused experts"):
-        add_lora(load_model(pack("llama")[1]), LoRASettings(targets="experts"))
-
-
 def test_dropout_of_experts_trains_here_and_is_no_obstacle_to_peft(
     both: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
@@ -195,27 +190,6 @@ def test_dropout_of_experts_trains_here_and_is_no_obstacle_to_peft(
     assert {layer.dropout["default"].p for _, layer in adapter_layers(again)} == {0.3}
     with torch.no_grad():
         assert not torch.equal(again.train()(IDS).logits, again.eval()(IDS).logits)
-
-
-def test_several_adapters_add_up(pack: Pack) -> None:
-    model = load_model(pack("mixtral")[1])
-    base = logits(model)
-    for seed, name in enumerate(("first", "second")):
-        add_lora(model, LoRASettings(rank=2 + seed, targets="experts", seed=seed), name)
-        for _, layer in adapter_layers(model, name):
-            nn.init.normal_(layer.lora_B[name], std=0.25)
-    both = logits(model)
-    layers = dict(adapter_layers(model, "first"))
-    for path, layer in layers.items():
-        A, B, scale = layer._adapter()
-        assert scale == 1
-        assert A is not None
-        assert B is not None
-        delta = sum(layer.scale[n] * layer.lora_B[n] @ layer.lora_A[n] for n in layer.active)
-        torch.testing.assert_close(B @ A, delta, msg=path)
-        layer.active.clear()
-    assert torch.equal(logits(model), base)
-    assert (both - base).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
+from modulora_core.errors import AdapterError, OptionError, RequestError
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.layers import LoRALinear, QuantLinear, TiedHead
@@ -178,16 +177,6 @@ def test_an_unusual_end_is_refused(toy: ModuleType) -> None:
     model.model.embed_tokens.max_norm = 1.0
     with pytest.raises(OptionError, match="--quantize-embeddings: expected an input embedding"):
         find_ends(model, None, TOY, stored)
-
-
-def test_a_record_whose_table_is_no_embedding_is_refused(toy: ModuleType, tmp_path: Path) -> None:
-    config = packed("llama", tmp_path, head=TOY) / "config.json"
-    values = json.loads(config.read_text())
-    record = values["quantization_config"]
-    record["sites"][record["weights"][HEAD]]["kind"] = "embedding"
-    config.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"lm_head: .* expected nn.Embedding, got Linear"):
-        load_model(config.parent, device="cpu")
 
 
 def test_ends_are_packed_without_calibration_beside_calibrated_blocks(tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,9 +10,8 @@ import pytest
 
 from modulora_core.errors import DataError, ModelError, OptionError
 from modulora_core.quantization import cache
-from modulora_core.quantization.cache import CachedModel, cache_folder
+from modulora_core.quantization.cache import cache_folder
 from modulora_core.quantization.quantize import quantize
-from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune
@@ -58,15 +55,6 @@ def test_the_packed_model_is_made_once_and_is_that_of_quantize(
     assert (again.model, again.losses) == (first.model, first.losses)
 
 
-def test_other_options_and_other_weights_have_other_folders(dense: Path) -> None:
-    first = CachedModel(str(dense), Choice("toy")).folder
-    assert CachedModel(str(dense), Choice("toy", {"levels": "127"})).folder == first, "the default"
-    os.utime(dense / "model.safetensors", (1, 1))
-    assert CachedModel(str(dense), Choice("toy")).folder != first
-    others = (Choice("verbatim"), Choice("toy", {"levels": 7}))
-    assert first not in {CachedModel(str(dense), choice).folder for choice in others}
-
-
 def test_a_wrong_request_is_refused_before_anything_is_quantized(
     dense: Path, tmp_path: Path
 ) -> None:
@@ -96,9 +84,3 @@ def test_without_the_variable_it_is_beside_the_cache_of_the_hub(
     monkeypatch.delenv("MODULORA_CACHE", raising=False)
     monkeypatch.setattr(cache, "HF_HOME", "/somewhere/huggingface")
     assert cache_folder() == Path("/somewhere/huggingface/modulora")
-
-
-def test_it_says_where_it_quantizes(dense: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "modulora_core"):
-        run(dense, "out")
-    assert "quantizing" in caplog.text
