@@ -8,12 +8,11 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modulora_core import dense_products
 from modulora_core.dense_products import (
-    DenseLinear,
     add_product,
     linear,
     product,
@@ -141,30 +140,6 @@ def test_a_linear_layer_takes_inputs_and_gradients_of_any_strides(library: str) 
     y.backward(dY)
     torch.testing.assert_close(y.double(), x.detach().double() @ w.double(), **NEAR)
     torch.testing.assert_close(x.grad.double(), dY.double() @ w.t().double(), **NEAR)
-
-
-def test_compilers_and_autocast_reach_torchs_layer(library: str) -> None:
-    x, w = operands(6, 12, 20)
-    compiled = torch.compile(linear, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, w.t()), x @ w, **NEAR)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert linear(x, w.t()).dtype is torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("multiply", "w"), [(product, torch.ones(4, 5)), (linear, torch.ones(5, 4))]
-)
-def test_sizes_that_do_not_fit_are_torchs_error(multiply: object, w: Tensor, library: str) -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        multiply(torch.ones(2, 3), w)  # type: ignore[operator]
-
-
-def test_a_dense_layer_shares_the_parameters_of_the_linear_layer() -> None:
-    layer = nn.Linear(4, 6)
-    dense = DenseLinear.of(layer)
-    assert dense.weight is layer.weight
-    assert dense.bias is layer.bias
-    assert torch.equal(dense(torch.ones(2, 4)), layer(torch.ones(2, 4)))
 
 
 # --- the choice --------------------------------------------------------------------------------

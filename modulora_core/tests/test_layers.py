@@ -128,17 +128,6 @@ def test_several_adapters_of_different_ranks_add_up(weight: PackedParameter) -> 
     )
 
 
-def test_dropout_is_off_outside_of_training(weight: PackedParameter) -> None:
-    layer = LoRALinear(QuantLinear(weight))
-    layer.add_adapter("default", 2, alpha=4, dropout=0.5)
-    nn.init.normal_(layer.lora_B["default"])
-    x = torch.randn(64, 4)
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-    layer.train()
-    assert not torch.equal(layer(x), layer(x))
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"), [({"rank": 0}, "rank"), ({"rank": 2, "dropout": 1.0}, "dropout")]
 )
@@ -151,18 +140,6 @@ def test_an_adapter_with_impossible_settings_is_refused(
     layer.add_adapter("default", 1, alpha=1)
     with pytest.raises(AdapterError, match="one of that name"):
         layer.add_adapter("default", 1, alpha=1)
-
-
-def test_new_scales_are_float32_and_change_no_bit(weight: PackedParameter) -> None:
-    scaled = LoRALinear(QuantLinear(weight))
-    scaled.add_adapter("default", 2, alpha=4, channel_scales=True)
-    parameters = scaled.parameters_of("default")
-    shapes = {"lora_A": (2, 4), "lora_B": (6, 2), "input_scale": (4,), "output_scale": (6,)}
-    assert {name: tuple(p.shape) for name, p in parameters.items()} == shapes
-    assert {p.dtype for p in parameters.values()} == {torch.float32}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(3, 4).to(dtype)
-        assert torch.equal(scaled(x), QuantLinear(weight)(x))
 
 
 def test_scales_of_several_adapters_multiply_and_all_train(weight: PackedParameter) -> None:

@@ -22,12 +22,11 @@ from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.peft_format import read_adapter
 from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.layers import LoRALayer
 from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.adapted_models import IDS, logits, trained
+from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.fake_hub import COMMIT, serve_repository
 from modulora_core.tests.tiny_models import save_tiny_model, tiny_config
 
@@ -102,22 +101,6 @@ def test_an_adapter_remembers_the_commit_of_its_base(
         save_adapter(adapted, tmp_path / "adapter", base=base)
         config = read(tmp_path / "adapter" / CONFIG)
         assert (config["base_model_name_or_path"], config["revision"]) == expected
-
-
-def test_each_adapter_keeps_its_dropout(llama: nn.Module, tmp_path: Path) -> None:
-    add_lora(llama, replace(PLAIN, dropout=0.3), "mine")
-    add_lora(llama, replace(PLAIN, dropout=0.0), "other")
-    for name, expected in (("mine", 0.3), ("other", 0.0)):
-        save_adapter(llama, tmp_path / name, name=name)
-        assert read_adapter(tmp_path / name).dropout == expected
-    logits(llama)  # evaluation drops nothing
-    with pytest.raises(AdapterError, match="expected one dropout in training, got 0"):
-        llama.train()(IDS)
-    for active, drops in ((["mine"], True), (["other"], False)):
-        for layer in (module for module in llama.modules() if isinstance(module, LoRALayer)):
-            layer.active = active
-            nn.init.normal_(layer.lora_B[active[0]])
-        assert torch.equal(llama(IDS).logits, llama(IDS).logits) != drops
 
 
 @pytest.mark.parametrize("file", [WEIGHTS, SCALES])

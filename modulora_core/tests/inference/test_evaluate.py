@@ -123,18 +123,6 @@ def test_every_module_keeps_its_mode_and_nothing_is_saved_for_a_backward(
     assert {name: module.training for name, module in llama.named_modules()} == before
 
 
-def test_wrong_segments_are_refused(llama: Any, segments: torch.Tensor) -> None:
-    for wrong in (segments[0], segments[:0], segments[:, :1]):
-        with pytest.raises(DataError, match=r"segments: expected shape \[n >= 1, seq_len >= 2\]"):
-            perplexity(llama, wrong)
-    with pytest.raises(
-        OptionError, match="seq_len 144: expected at most the model's window of 128"
-    ):
-        perplexity(llama, segments[:3].reshape(1, -1))
-    with pytest.raises(OptionError, match="batch_size: expected at least 1, got 0"):
-        perplexity(llama, segments, batch_size=0)
-
-
 # accuracy
 
 

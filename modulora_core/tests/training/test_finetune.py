@@ -39,7 +39,6 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.deferred_logits import DeferredLogits
 from modulora_core.training.finetune import finetune
 from modulora_core.training.losses import loss_in_words
-from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import TrainingStep
 
 Configure = Callable[..., FinetuneConfig]
@@ -203,19 +202,6 @@ def test_an_adapter_can_be_continued(
         assert not torch.equal(delta.B, before[path].B)
 
 
-def test_a_continued_adapter_keeps_its_dropout_unless_the_run_has_one(
-    configure: Configure, tunable: Path, tmp_path: Path
-) -> None:
-    settings = LoRASettings(rank=2, dropout=0.3)
-    save_adapter(trained(load_model(tunable), settings), tmp_path / "start")
-    start = {"adapter": str(tmp_path / "start"), "steps": 1}
-    for given, expected in (({}, 0.3), ({"dropout": 0.2}, 0.2)):
-        out = tmp_path / f"dropout {expected}"
-        finetune(configure(**start, **given, out=str(out)))
-        assert read_adapter(out).dropout == expected
-        assert FinetuneConfig.build({}, file=out / "finetune.yaml").dropout == expected
-
-
 def test_the_model_card_describes_the_run(configure: Configure, text: Path, tmp_path: Path) -> None:
     result = finetune(configure(eval_data=str(text)))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -372,18 +358,6 @@ def test_a_run_that_wrote_its_file_is_finished_too(configure: Configure, tmp_pat
     assert not list((stopped / "checkpoints").glob("*/*.safetensors"))
     with pytest.raises(OutputError, match=r"expected a new file called .*, got a file that"):
         finetune(config.model_copy(update={"out": str(tmp_path / "other")}))
-
-
-def test_a_dense_model_is_quantized_into_the_cache_which_commands_name(
-    configure: Configure, tunable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
-    dense = tunable.parent / "dense"
-    config = configure(model=str(dense), quantizer="toy", steps=1)
-    found = finetune(config)
-    assert Path(found.model).parent == tmp_path / "cache"
-    assert RunLog.read(tmp_path / "out").model == found.model
-    assert finetune(config, resume=True).model == found.model
 
 
 def test_a_folder_that_is_removed_during_the_run_is_an_error_at_its_end(

@@ -123,36 +123,6 @@ def test_kernels_run_on_as_many_threads_as_torch_and_numba_have(threads: int) ->
     assert numba.get_num_threads() == numbas
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_python_threads_may_launch_at_once(folder: Path, layer: str) -> None:
-    """If this fails: numba's workqueue, entered from two threads, ends the process."""
-    done = python(
-        """
-        import threading, torch
-        import modulora_kernels as kernels
-        cpu = kernels.load("outsiders_kernels", torch.device("cpu"))
-        right = []
-
-        def work(seed):
-            x = torch.full((200_000,), float(seed))
-            out = torch.empty_like(x)
-            for _ in range(100):
-                kernels.launch(cpu.double, x, out)
-                right.append(bool((out == 2 * seed).all()))
-
-        workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        [w.start() for w in workers]
-        [w.join() for w in workers]
-        assert len(right) == 400 and all(right)
-        """,
-        folder,
-        NUMBA_THREADING_LAYER=layer,
-    )
-    if layer == "omp" and "No threading layer could be loaded" in done.stderr:
-        pytest.skip("no OpenMP library here")
-    assert done.returncode == 0, done.stderr
-
-
 def test_other_python_threads_run_while_a_kernel_does(cpu: ModuleType) -> None:
     """If this fails: kernels hold the GIL, and a data loader waits."""
     x, out, running = torch.ones(100_000), torch.empty(100_000), torch.zeros(1)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from modulora_conformance.fixtures import without_kernels
 from modulora_optq import reference, solver
 from modulora_optq.options import Options
@@ -144,27 +141,6 @@ def test_kernels_choose_the_references_grids_at_any_scale(scale, range_search):
     assert torch.equal(ours.zeros, theirs.zeros)
 
 
-@given(
-    columns=st.integers(0, 1000),
-    group_size=st.integers(16, 500) | st.just(-1),
-    static_groups=st.booleans(),
-)
-@settings(max_examples=100, deadline=None)
-def test_blocks_cover_the_columns_and_no_group_begins_inside_a_block_and_ends_after_it(
-    columns, group_size, static_groups
-):
-    options = Options(group_size=group_size, static_groups=static_groups)
-    cut = list(solver.blocks(columns, options))
-    assert [j for start, stop in cut for j in range(start, stop)] == list(range(columns))
-    assert all(0 < stop - start <= solver.BLOCK for start, stop in cut)
-    if not static_groups:
-        size = options.group(columns)
-        for start, stop in cut:
-            for first in range(start, stop):
-                if first % size == 0:
-                    assert first == start or min(first + size, columns) <= stop
-
-
 def errors(W: Tensor, M: Tensor, solution: Solution, options: Options) -> Tensor:
     """r M rᵀ of each row, ``[out]``."""
     R = W - solution.dequantize(options).to(W.dtype)
@@ -189,24 +165,6 @@ def test_a_sweep_makes_no_row_worse_and_most_better(choice, path):
     for before, after in pairwise(found):
         assert bool((after <= before * (1 + 1e-9)).all())
     assert int((found[1] < 0.999 * found[0]).sum()) > len(W) / 2
-
-
-@pytest.mark.parametrize("choice", [{"bits": 2}, {"bits": 3, "symmetric": True}], ids=str)
-def test_after_many_sweeps_no_code_and_no_scale_alone_can_be_better(choice, path):
-    W, H = layer(3, 70, torch.float64)
-    options = Options(sweeps=50, group_size=32, **choice)
-    M, found = damped(W, H, options), solver.solve(W, H, options)
-    least = errors(W, M, found, options)
-    for j in range(W.shape[1]):
-        for step in (-1, 1):
-            codes = found.codes.clone()
-            codes[:, j] = (codes[:, j].long() + step).clamp(0, options.maxq).to(torch.uint8)
-            assert bool((errors(W, M, replace(found, codes=codes), options) >= least).all()), j
-    for g in range(found.scales.shape[1]):
-        for step in (-1, 1):  # the neighbours among fp16 numbers
-            scales = found.scales.clone()
-            scales[:, g] = (scales[:, g].view(torch.int16) + step).view(torch.float16)
-            assert bool((errors(W, M, replace(found, scales=scales), options) >= least).all()), g
 
 
 def test_compiled_sweeps_give_the_codes_of_plain_torch(monkeypatch):
