@@ -1,7 +1,5 @@
 """Reports of runs that never took place: page, badge, tables, terminal, JSON."""
 
-from __future__ import annotations
-
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser

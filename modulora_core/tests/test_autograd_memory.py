@@ -1,9 +1,5 @@
 """The backward saves and keeps no dense weight."""
 
-from __future__ import annotations
-
-from types import ModuleType
-
 import pytest
 import torch
 
@@ -34,15 +30,13 @@ SHAPES = {
         ("x u v", "v", ["Z"]),
     ],
 )
-def test_autograd_saves_the_operands_of_the_formulas(
-    toy: ModuleType, names: str, trains: str, saved: list[str]
-) -> None:
+def test_autograd_saves_the_operands_of_the_formulas(toy, names, trains, saved):
     quantizer = toy.Toy()
     packed = quantizer.pack(torch.randn(OUT, IN))
     t = {name: torch.randn(SHAPES[name]) for name in names.split()}
     for name, tensor in t.items():
         tensor.requires_grad_(name in trains.split())
-    sizes: list[int] = []
+    sizes = []
     keep = torch.autograd.graph.saved_tensors_hooks(lambda s: sizes.append(s.numel()), lambda s: s)
     with keep:
         lora_linear(

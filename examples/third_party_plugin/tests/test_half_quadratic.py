@@ -1,7 +1,5 @@
 """Kernels against the reference, odd shapes, and refusals. The conformance kit checks the rest."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_half_quadratic import quantizer as module

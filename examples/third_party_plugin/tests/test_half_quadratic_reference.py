@@ -1,7 +1,5 @@
 """The optimization against the method's equations in float64, and against its own purpose."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import mmap
 import sys
 
@@ -12,14 +10,14 @@ MIB = 2**20
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a process's peak")
 
 
-def touch(mib: int) -> None:
+def touch(mib):
     """Hold ``mib`` MiB of new resident memory for a moment."""
     # the heap may have as much resident memory that is free, after other tests
     torch.frombuffer(mmap.mmap(-1, mib * MIB), dtype=torch.uint8).fill_(1)
 
 
 @linux
-def test_a_peak_is_seen_though_the_memory_is_free_again() -> None:
+def test_a_peak_is_seen_though_the_memory_is_free_again():
     with PeakMemory() as idle:
         pass
     with PeakMemory() as peak:
@@ -29,7 +27,7 @@ def test_a_peak_is_seen_though_the_memory_is_free_again() -> None:
 
 
 @linux
-def test_what_was_held_before_the_block_and_freed_does_not_count() -> None:
+def test_what_was_held_before_the_block_and_freed_does_not_count():
     with PeakMemory() as before:
         touch(300)
     with PeakMemory() as after:

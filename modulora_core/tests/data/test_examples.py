@@ -1,7 +1,5 @@
 """Records become examples of at most seq_len tokens; others are refused with their line."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path

@@ -1,12 +1,9 @@
 """Any data file is read, or refused in one line; records that were written come back."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -30,7 +27,7 @@ ROWS = st.lists(st.fixed_dictionaries({"instruction": TEXT, "output": TEXT}), mi
 SUFFIXES = st.sampled_from([".jsonl", ".json", ".csv", ".parquet"])
 
 
-def written(rows: list[dict[str, Any]], suffix: str) -> bytes:
+def written(rows, suffix):
     """A data file of the records."""
     if suffix == ".jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -48,11 +45,11 @@ def written(rows: list[dict[str, Any]], suffix: str) -> bytes:
 
 
 @pytest.fixture(scope="module", params=[None, TEMPLATE], ids=["plain", "templated"])
-def tokenizer(request: pytest.FixtureRequest) -> Any:
+def tokenizer(request):
     return make_tokenizer(template=request.param)
 
 
-def read_as_all(path: Path, tokenizer: Any) -> None:
+def read_as_all(path, tokenizer):
     """Read a file in each of the ways in which commands read it."""
     read_or_refused(lambda: load_examples(str(path), tokenizer, seq_len=16))
     read_or_refused(lambda: load_preferences(str(path), tokenizer, seq_len=16))
@@ -62,7 +59,7 @@ def read_as_all(path: Path, tokenizer: Any) -> None:
 @pytest.mark.slow
 @cases(100)
 @given(rows=ROWS, suffix=SUFFIXES)
-def test_records_come_back(rows: list[dict[str, str]], suffix: str, tmp_path: Path) -> None:
+def test_records_come_back(rows, suffix, tmp_path):
     file = tmp_path / f"data{suffix}"
     file.write_bytes(written(rows, suffix))
     assert [record.fields for record in read_records(file)] == rows
@@ -71,9 +68,7 @@ def test_records_come_back(rows: list[dict[str, str]], suffix: str, tmp_path: Pa
 @pytest.mark.slow
 @cases(100)
 @given(data=st.data())
-def test_a_changed_file_is_read_or_refused(
-    data: st.DataObject, tmp_path: Path, tokenizer: Any
-) -> None:
+def test_a_changed_file_is_read_or_refused(data, tmp_path, tokenizer):
     rows = [{"instruction": f"say {n}", "output": str(n)} for n in range(9)]
     suffix = data.draw(SUFFIXES | st.just(".txt"))
     content = b"To be.\n\nOr not.\n" if suffix == ".txt" else written(rows, suffix)
@@ -83,7 +78,7 @@ def test_a_changed_file_is_read_or_refused(
 
 
 @pytest.mark.parametrize("file", sorted(CORPUS.iterdir()), ids=lambda file: file.name)
-def test_files_of_the_corpus_are_refused_in_one_line(file: Path, tokenizer: Any) -> None:
+def test_files_of_the_corpus_are_refused_in_one_line(file, tokenizer):
     with pytest.raises(RequestError) as caught:
         load_examples(str(file), tokenizer, seq_len=16)
     assert "\n" not in str(caught.value)

@@ -1,7 +1,5 @@
 """A conversation has the tokens that the model is asked with, and only answers are trained."""
 
-from __future__ import annotations
-
 import pytest
 
 from modulora_core.data import instruction_prompt, load_examples

@@ -1,29 +1,23 @@
 """Finetuning from a Python program: records, dtypes, progress bars, and types."""
 
-from __future__ import annotations
-
 import io
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import modulora_core
-from modulora_core import FinetuneConfig, evaluate, finetune
+from modulora_core import evaluate, finetune
 from modulora_core.errors import OptionError
-
-Configure = Callable[..., FinetuneConfig]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = [{"prompt": f"{word}?", "completion": f" {word}"} for word in ("yes", "no", "so", "now")]
 
 
-def test_records_train_as_a_file_of_them_does(configure: Configure, tmp_path: Path) -> None:
+def test_records_train_as_a_file_of_them_does(configure, tmp_path):
     datasets = pytest.importorskip("datasets")
     file = tmp_path / "rows.jsonl"
     datasets.Dataset.from_list(ROWS).to_json(file)
@@ -41,7 +35,7 @@ def test_records_train_as_a_file_of_them_does(configure: Configure, tmp_path: Pa
         finetune(configure(data=None))
 
 
-def test_records_are_evaluated(tunable: Path, tmp_path: Path) -> None:
+def test_records_are_evaluated(tunable, tmp_path):
     text = "The with statement wraps a block. " * 9
     (tmp_path / "text.txt").write_text(f"{text}\n\n{text}")
     expected = evaluate(str(tunable), tmp_path / "text.txt", seq_len=32)
@@ -54,11 +48,11 @@ def test_records_are_evaluated(tunable: Path, tmp_path: Path) -> None:
 class Screen(io.StringIO):
     """A terminal."""
 
-    def isatty(self) -> bool:
+    def isatty(self):
         return True
 
 
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Screen:
+def terminal(monkeypatch):
     """Put a terminal in the place of stderr. Not a fixture: pytest's capture comes after those."""
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
@@ -67,9 +61,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Screen:
     return screen
 
 
-def test_functions_draw_a_bar_on_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, tunable: Path, configure: Configure
-) -> None:
+def test_functions_draw_a_bar_on_a_terminal(monkeypatch, tunable, configure):
     screen = terminal(monkeypatch)
     finetune(configure(steps=2))
     assert re.search(r"loss [\d.]+, [\d,]+ tok/s, peak", screen.getvalue())
@@ -79,9 +71,7 @@ def test_functions_draw_a_bar_on_a_terminal(
     assert "evaluating" in screen.getvalue()
 
 
-def test_they_draw_none_on_request_or_without_a_terminal(
-    monkeypatch: pytest.MonkeyPatch, tunable: Path, configure: Configure, tmp_path: Path
-) -> None:
+def test_they_draw_none_on_request_or_without_a_terminal(monkeypatch, tunable, configure, tmp_path):
     screen, calls = terminal(monkeypatch), list[Any]()
     text = [{"text": "The with statement. " * 9}]
     finetune(configure(steps=1), progress=False)
@@ -95,14 +85,14 @@ def test_they_draw_none_on_request_or_without_a_terminal(
     assert screen.getvalue() == ""
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     evaluate(str(tunable), text, seq_len=16)
-    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+    assert sys.stderr.getvalue() == ""
 
 
 # types
 
 
 @pytest.mark.slow
-def test_a_type_checker_knows_every_public_name(tmp_path: Path) -> None:
+def test_a_type_checker_knows_every_public_name(tmp_path):
     pytest.importorskip("mypy", reason="pip install mypy")
     names = modulora_core.__all__
     program = tmp_path / "program.py"

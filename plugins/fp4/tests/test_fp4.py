@@ -1,7 +1,5 @@
 """Tiles have the bits of other tools, packing follows the rule, and bad weights are refused."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -17,11 +15,11 @@ kinds = pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
+def generator():
     return torch.Generator().manual_seed(0)
 
 
-def any_bytes(kind: str, rows: int, columns: int, generator: torch.Generator) -> PackedWeight:
+def any_bytes(kind, rows, columns, generator):
     """Codes and scales of all values; scales that aren't numbers are left out."""
     packed = FP4(Options(type=kind)).layout((rows, columns)).empty("cpu")
     for name in ("codes", "scales"):
@@ -34,7 +32,7 @@ def any_bytes(kind: str, rows: int, columns: int, generator: torch.Generator) ->
     return packed
 
 
-def tile(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def tile(packed, dtype=torch.float32):
     return FP4().dequantize_tile(packed, (0, packed.shape[0]), dtype)
 
 

@@ -1,7 +1,5 @@
 """Tiles have the bits of the gguf package for every type, and five types are packed as there."""
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np
@@ -14,7 +12,6 @@ from modulora_gguf.kernels import cpu
 from modulora_gguf.quantizer import GGUF, Options
 
 from modulora_core.errors import ShapeError, WeightError
-from modulora_core.spec import PackedWeight
 
 gguf = pytest.importorskip("gguf.quants")
 
@@ -24,7 +21,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 types = pytest.mark.parametrize("kind", reference.DEQUANTIZE)
 
 
-def packed_of(blocks: np.ndarray, kind: str) -> PackedWeight:
+def packed_of(blocks, kind):
     weights, nbytes = reference.block_of(kind)
     shape = (len(blocks), blocks.shape[1] // nbytes * weights)
     layout, tensors = GGUF(Options(type=kind)).layout(shape), {"blocks": torch.from_numpy(blocks)}
@@ -32,7 +29,7 @@ def packed_of(blocks: np.ndarray, kind: str) -> PackedWeight:
     return layout.fill(tensors | scale)
 
 
-def by_gguf(blocks: np.ndarray, kind: str) -> torch.Tensor:
+def by_gguf(blocks, kind):
     with np.errstate(all="ignore"):
         return torch.from_numpy(gguf.dequantize(blocks, GGMLQuantizationType[kind]))
 
@@ -95,7 +92,7 @@ def test_products_and_lookups_use_the_values_of_the_tiles(kind):
     assert torch.equal(GGUF().lookup(ids, packed, torch.float32), W.float()[ids])
 
 
-def of_llama_cpp(x: torch.Tensor) -> torch.Tensor:
+def of_llama_cpp(x):
     """Ŵ of parts of 32 by the search that ggml publishes for Q4_K (``make_qkx2_quants``, MIT).
 
     Without calibration it weights errors by |x| and the root of the mean square.

@@ -1,7 +1,5 @@
 """INT8's kernels give the bits of the reference; weights, options and tensors are refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +9,6 @@ from modulora_int8 import reference
 from modulora_int8.quantizer import INT8, Options
 
 from modulora_core.errors import WeightError
-from modulora_core.spec import PackedWeight
 
 SHAPES = [(1, 1), (3, 7), (17, 129), (33, 200), (0, 8), (8, 0)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -23,11 +20,11 @@ compiled = pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "r
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
+def generator():
     return torch.Generator().manual_seed(0)
 
 
-def by_the_reference(packed: PackedWeight) -> torch.Tensor:
+def by_the_reference(packed):
     """All of Ŵ from reference.py alone, fp32."""
     t = packed.tensors
     return reference.dequantize(t["codes"], t["scales"], packed.metadata["group_size"])

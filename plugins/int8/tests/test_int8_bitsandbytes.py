@@ -1,7 +1,5 @@
 """Row-wise, the format is bitsandbytes' own: the same codes, scales and values."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_int8.quantizer import INT8
@@ -13,7 +11,7 @@ SHAPES = [(64, 64), (1, 1), (5, 200), (7, 129), (33, 1000)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
+def weights(kind, shape):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if kind == "outliers":
         w[torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.02] *= 1000
@@ -27,7 +25,7 @@ def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
     return w
 
 
-def bytes_of_bitsandbytes(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def bytes_of_bitsandbytes(w):
     codes, scales, _ = functional.int8_vectorwise_quant(w.to(torch.float16))
     return codes, scales
 

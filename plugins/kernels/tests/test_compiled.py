@@ -1,16 +1,12 @@
 """Kernels are found for a device, compiled, cached, and launched on torch's threads."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import modulora_kernels as kernels
 import pytest
@@ -53,7 +49,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory):
     """A folder on the path with a module of kernels, as a plugin has one."""
     folder = tmp_path_factory.mktemp("outsider")
     (folder / "outsiders_kernels.py").write_text(KERNELS, encoding="utf-8")
@@ -66,13 +62,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def cpu(folder: Path) -> ModuleType:
+def cpu(folder):
     module = kernels.load("outsiders_kernels", CPU)
     assert module is not None
     return module
 
 
-def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(code, folder, **environment):
     """Run ``code`` in a process of its own that finds the module of kernels."""
     path = os.pathsep.join([str(folder), str(Path(kernels.__file__).parents[2])])
     return subprocess.run(
@@ -92,9 +88,7 @@ DOUBLE = """
 
 
 @pytest.mark.parametrize("modules", [(), ("cpu",), ("gpu",), ("cpu", "gpu")], ids=str)
-def test_a_package_may_lack_a_module(
-    modules: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_may_lack_a_module(modules, tmp_path, monkeypatch):
     """If this fails: a plugin without kernels/gpu.py ends with an ImportError on a GPU."""
     monkeypatch.setattr(compiled, "load_triton", lambda name, device: name)
     monkeypatch.setattr(compiled, "load", lambda name, device: name if device == CPU else None)
@@ -111,9 +105,9 @@ def test_a_package_may_lack_a_module(
 
 
 @pytest.mark.parametrize("threads", [1, 2, numba.config.NUMBA_NUM_THREADS + 3])
-def test_kernels_run_on_as_many_threads_as_torch_and_numba_have(threads: int) -> None:
+def test_kernels_run_on_as_many_threads_as_torch_and_numba_have(threads):
     before, numbas = torch.get_num_threads(), numba.get_num_threads()
-    seen: list[int] = []
+    seen = []
     try:
         torch.set_num_threads(threads)
         kernels.launch(lambda: seen.append(numba.get_num_threads()))
@@ -123,7 +117,7 @@ def test_kernels_run_on_as_many_threads_as_torch_and_numba_have(threads: int) ->
     assert numba.get_num_threads() == numbas
 
 
-def test_other_python_threads_run_while_a_kernel_does(cpu: ModuleType) -> None:
+def test_other_python_threads_run_while_a_kernel_does(cpu):
     """If this fails: kernels hold the GIL, and a data loader waits."""
     x, out, running = torch.ones(100_000), torch.empty(100_000), torch.zeros(1)
     flag = running.numpy()  # reading it, unlike a tensor, keeps the GIL
@@ -140,7 +134,7 @@ def test_other_python_threads_run_while_a_kernel_does(cpu: ModuleType) -> None:
     pytest.fail("this thread never ran inside of a kernel")
 
 
-def test_compiled_kernels_are_cached_for_the_next_process(cpu: ModuleType, folder: Path) -> None:
+def test_compiled_kernels_are_cached_for_the_next_process(cpu, folder):
     kernels.launch(cpu.double, torch.ones(3), torch.empty(3))  # compiled here, if nothing has yet
     assert list((folder / "__pycache__").glob("outsiders_kernels.double_*.nbc"))
     hits = """
@@ -150,7 +144,7 @@ def test_compiled_kernels_are_cached_for_the_next_process(cpu: ModuleType, folde
     assert done.returncode == 0, done.stderr
 
 
-def test_without_numba_there_is_no_module_and_one_warning(folder: Path) -> None:
+def test_without_numba_there_is_no_module_and_one_warning(folder):
     done = python(
         """
         import sys, warnings, torch
@@ -171,14 +165,14 @@ def test_without_numba_there_is_no_module_and_one_warning(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_an_error_in_a_plugins_module_is_not_taken_for_a_missing_numba(folder: Path) -> None:
+def test_an_error_in_a_plugins_module_is_not_taken_for_a_missing_numba(folder):
     (folder / "outsiders_mistake.py").write_text("import no_such_module", encoding="utf-8")
     importlib.invalidate_caches()
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         kernels.load("outsiders_mistake", CPU)
 
 
-def test_a_kernel_that_borrows_counts_no_references_and_makes_no_array(cpu: ModuleType) -> None:
+def test_a_kernel_that_borrows_counts_no_references_and_makes_no_array(cpu):
     """If this fails: numba has another name now for the option that ``jit`` sets."""
     import numpy as np
 
@@ -193,7 +187,7 @@ def test_a_kernel_that_borrows_counts_no_references_and_makes_no_array(cpu: Modu
         kernels.jit(borrows=True)(cpu.make)(x, out)
 
 
-def test_the_first_launch_leaves_torchs_threads_and_teams_as_they_were(folder: Path) -> None:
+def test_the_first_launch_leaves_torchs_threads_and_teams_as_they_were(folder):
     """If this fails: torch takes all cores from then on, or a team inside each team."""
     check = """
     import ctypes

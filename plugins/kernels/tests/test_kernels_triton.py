@@ -1,7 +1,5 @@
 """Triton's tools, by a small format: a weight is its codes over eight."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

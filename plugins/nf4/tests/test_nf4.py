@@ -1,15 +1,11 @@
 """NF4's kernels give the bits of the reference; weights, options and tensors are refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_conformance.fixtures import without_kernels
 from modulora_nf4 import packing, reference
 from modulora_nf4.quantizer import NF4, Options
 from pydantic import ValidationError
-
-from modulora_core.spec import PackedWeight
 
 SHAPES = [(1, 1), (3, 7), (17, 129), (33, 192), (0, 8), (8, 0)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -23,11 +19,11 @@ compiled = pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "r
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
+def generator():
     return torch.Generator().manual_seed(0)
 
 
-def by_the_reference(packed: PackedWeight) -> torch.Tensor:
+def by_the_reference(packed):
     """All of Ŵ from reference.py alone, fp32."""
     out_features, in_features = packed.shape
     t, size = packed.tensors, packed.metadata["block_size"]

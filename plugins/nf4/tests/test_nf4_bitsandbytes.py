@@ -1,9 +1,5 @@
 """The format is bitsandbytes' own: the same bytes go in and come out of it."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-
 import pytest
 import torch
 from modulora_nf4.quantizer import NF4, Options
@@ -16,13 +12,13 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def uncompiled() -> Iterator[None]:
+def uncompiled():
     """Run the Python code of bitsandbytes as it is: compiling it with g++ takes seconds."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
-def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
+def weights(kind, shape):
     w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     if kind == "outliers":
         w[torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.02] *= 1000
@@ -39,7 +35,7 @@ def weights(kind: str, shape: tuple[int, int]) -> torch.Tensor:
     return w
 
 
-def theirs(w: torch.Tensor, block_size: int, double_quant: bool):
+def theirs(w, block_size, double_quant):
     return functional.quantize_4bit(
         w,
         blocksize=block_size,

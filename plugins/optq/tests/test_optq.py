@@ -1,7 +1,5 @@
 """The optq quantizer: layouts, refusals, permutations, and the solver's result, packed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,9 +26,7 @@ from modulora_core.spec import Calibration, PackedWeight
     ),
     shape=st.sampled_from([(1, 16), (3, 7), (17, 129), (5, 1), (0, 16), (4, 0)]),
 )
-def test_the_tile_is_the_solvers_result_in_the_announced_layout(
-    options: Options, shape: tuple[int, int]
-) -> None:
+def test_the_tile_is_the_solvers_result_in_the_announced_layout(options, shape):
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(shape, generator=generator)
     x = torch.randn(4 * shape[1], shape[1], generator=generator)
@@ -42,16 +38,16 @@ def test_the_tile_is_the_solvers_result_in_the_announced_layout(
 
 
 @pytest.fixture
-def permuted(random_solution) -> PackedWeight:
+def permuted(random_solution):
     return from_solution(random_solution((8, 100), Options(), True), Options())
 
 
-def edited(packed: PackedWeight, tensors=(), metadata=()) -> PackedWeight:
+def edited(packed, tensors=(), metadata=()):
     changed = {**packed.tensors, **dict(tensors)}
     return PackedWeight("optq", 1, packed.shape, changed, {**packed.metadata, **dict(metadata)})
 
 
-def assert_refused(packed: PackedWeight, message: str) -> None:
+def assert_refused(packed, message):
     """By each function that reads it: if this fails, a kernel may read out of bounds."""
     out_features, in_features = packed.shape
     with pytest.raises(CheckpointError, match=message):

@@ -1,7 +1,5 @@
 """Packed bits, and the CPU kernels that read them, beside a definition in numpy."""
 
-from __future__ import annotations
-
 import modulora_kernels as kernels
 import numpy as np
 import pytest

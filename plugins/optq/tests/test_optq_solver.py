@@ -1,7 +1,5 @@
 """The solver gives the reference's codes: bit for bit in fp64, and in fp32 but for ties."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import pytest
@@ -9,8 +7,6 @@ import torch
 from modulora_conformance.fixtures import without_kernels
 from modulora_optq import reference, solver
 from modulora_optq.options import Options
-from modulora_optq.reference import Problem, Solution
-from torch import Tensor
 
 DYNAMIC = {"static_groups": False}
 CHOICES = [
@@ -24,12 +20,12 @@ CHOICES = [
 ]
 
 
-def paper(**choice) -> Options:
+def paper(**choice):
     """Options of OPTQ alone, which the reference has."""
     return Options(sweeps=0, **choice)
 
 
-def layer(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def layer(rows, columns, dtype):
     generator = torch.Generator().manual_seed(rows + columns)
     W = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
     X = torch.randn(2 * columns, columns, generator=generator, dtype=torch.float64)
@@ -38,7 +34,7 @@ def layer(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(params=["compiled", "torch"])
-def path(request, monkeypatch) -> str:
+def path(request, monkeypatch):
     if request.param == "compiled":
         pytest.importorskip("numba")
     else:
@@ -69,7 +65,7 @@ def test_a_row_whose_codes_differ_in_fp32_first_differs_at_a_tie(choice, path):
         )
 
 
-def spread(solution: Solution, problem: Problem, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+def spread(solution, problem, options):
     """Codes, scales and zeros of every column, in the order of quantization, fp64 ``[out, in]``."""
     order = problem.order if solution.permutation is None else torch.arange(solution.codes.shape[1])
     group = torch.arange(solution.codes.shape[1]) // options.group(solution.codes.shape[1])
@@ -78,15 +74,13 @@ def spread(solution: Solution, problem: Problem, options: Options) -> tuple[Tens
     return q, s, z
 
 
-def different(a: Solution, b: Solution, options: Options) -> Tensor:
+def different(a, b, options):
     group = torch.arange(a.codes.shape[1]) // options.group(a.codes.shape[1])
     grids = (a.scales != b.scales) | (a.zeros != b.zeros)
     return (a.codes != b.codes) | grids[:, group]
 
 
-def assert_first_difference_is_a_tie(
-    row: int, problem: Problem, ours: Solution, theirs: Solution, options: Options
-) -> None:
+def assert_first_difference_is_a_tie(row, problem, ours, theirs, options):
     """Quantize the row again in fp64 with our codes, up to the first column that differs."""
     (q, s, z), (p, r, y) = (
         (value[row] for value in spread(each, problem, options)) for each in (ours, theirs)
@@ -141,13 +135,13 @@ def test_kernels_choose_the_references_grids_at_any_scale(scale, range_search):
     assert torch.equal(ours.zeros, theirs.zeros)
 
 
-def errors(W: Tensor, M: Tensor, solution: Solution, options: Options) -> Tensor:
+def errors(W, M, solution, options):
     """r M rᵀ of each row, ``[out]``."""
     R = W - solution.dequantize(options).to(W.dtype)
     return ((R @ M) * R).sum(1)
 
 
-def damped(W: Tensor, H: Tensor, options: Options) -> Tensor:
+def damped(W, H, options):
     """M, columns in the weight's own order."""
     problem = reference.prepare(W, H, options)
     place = torch.argsort(problem.order)

@@ -5,20 +5,15 @@ differ, a library takes more or less than memory.RUNTIME says. If the work of a 
 differs, see test_rehearsal.py.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from modulora_planner.fitting import plan
-from modulora_planner.memory import Job
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
@@ -29,17 +24,15 @@ PEAK_WITHIN = WITHIN if torch.version.cuda is None else 0.15
 
 RUN = Path(__file__).with_name("planned_run.py")
 
-WORK: Mapping[str, tuple[str, ...]] = {
+WORK = {
     "training": ("gradients", "activations", "workspace", "loss"),
     "decoding": ("activations", "workspace", "loss", "kv_cache"),
     "quantizing": ("dense_weights", "activations", "workspace", "embeddings_and_head", "loss"),
 }
 """The items that torch's operations allocate during a job."""
 
-Taken = Mapping[str, int]
 
-
-def run(job: str, **options: Any) -> Taken:
+def run(job, **options):
     """Run a job twice, since the first run may compile kernels."""
     one_thread = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     for attempt in range(2):
@@ -47,10 +40,10 @@ def run(job: str, **options: Any) -> Taken:
         words = [sys.executable, str(RUN), job, json.dumps({**options, **out})]
         done = subprocess.run(words, capture_output=True, text=True, env=os.environ | one_thread)
         assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def check(name: str, planned: Job | None, real: Taken) -> None:
+def check(name, planned, real):
     assert planned is not None
     work = sum(planned.items.get(item, 0) for item in WORK[name])
     ratios = f"peak {planned.nbytes / real['peak']:.3f}, work {work / real['work']:.3f} of the real"
@@ -60,7 +53,7 @@ def check(name: str, planned: Job | None, real: Taken) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux resets a process's peak")
-def test_plans_are_within_8_percent_of_real_runs(tmp_path: Path) -> None:
+def test_plans_are_within_8_percent_of_real_runs(tmp_path):
     config = LlamaConfig(
         hidden_size=512, intermediate_size=1408, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, vocab_size=8192, max_position_embeddings=2048, bos_token_id=1,

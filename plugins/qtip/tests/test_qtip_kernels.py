@@ -1,7 +1,5 @@
 """CPU kernels and plain torch against the definition: tiles and products of random walks."""
 
-from __future__ import annotations
-
 import modulora_kernels as kernels
 import pytest
 import torch

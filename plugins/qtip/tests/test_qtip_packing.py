@@ -1,7 +1,5 @@
 """The method: incoherence, feedback, sweeps and bits; the fast solver against the reference."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """The compiled encoder against the reference, and its distortion of a Gaussian against theory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_qtip import codes, packing, reference, trellis

@@ -3,8 +3,6 @@
 test_quip_triton.py runs it in a process with ``TRITON_INTERPRET=1``, which Triton reads once.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import triton
@@ -53,7 +51,7 @@ def random_C(shape, bits, generator):
 
 
 @triton.jit
-def one_block(weight, out, OPTIONS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def one_block(weight, out, OPTIONS, ROWS, COLUMNS):
     values = gpu.decode(weight, 0, 0, ROWS, COLUMNS, OPTIONS, ROWS, COLUMNS)
     tl.store(out + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], values)
 

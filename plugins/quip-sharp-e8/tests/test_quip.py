@@ -1,7 +1,5 @@
 """The contract in a rotated basis: tiles, products both ways, windows, rescaling, refusals."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The codebooks have the sizes, norms and order that the paper gives."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

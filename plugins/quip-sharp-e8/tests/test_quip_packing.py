@@ -1,7 +1,5 @@
 """The fast solver and its kernels against the reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_conformance.fixtures import without_kernels

@@ -1,7 +1,5 @@
 """The reference against the paper's statements: bases, factors, rounding with feedback."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_kernels import incoherence, rotation

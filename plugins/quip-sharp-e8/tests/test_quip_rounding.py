@@ -1,7 +1,5 @@
 """The search is exact: no point of the codebook is nearer than the one found."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Hadamard matrices: the orders that a construction reaches, orthogonality, and digests."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -1,14 +1,11 @@
 """H_n for every dimension: its definition, its inverse, and the bits of a row."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pytest
 import torch
 from modulora_kernels.rotation import matrix, order, rotate, signs
-from torch import Tensor
 
 from modulora_core.errors import ShapeError
 
@@ -23,7 +20,7 @@ UNIT = torch.tensor([1.5])
 
 
 @pytest.fixture(params=["kernels", "torch"])
-def path(request: pytest.FixtureRequest) -> str:
+def path(request):
     if request.param == "torch":
         request.getfixturevalue("plain_torch")
     else:
@@ -31,12 +28,12 @@ def path(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def random(*shape, dtype=torch.float32):
     numbers = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=numbers, dtype=torch.float64).to(dtype)
 
 
-def error(got: Tensor, expected: Tensor) -> float:
+def error(got, expected):
     """The largest difference, in units of the expected root mean square."""
     size = expected.double().square().mean().sqrt()
     return float((got.double() - expected.double()).abs().max() / size)
