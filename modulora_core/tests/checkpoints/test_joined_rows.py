@@ -1,7 +1,5 @@
 """Rows of several packed weights are one weight, with tiles, products and gradients of all."""
 
-import json
-
 import pytest
 import torch
 
@@ -42,17 +40,6 @@ def test_tiles_and_products_are_those_of_all_rows(joined):
     y.backward(dY)
     torch.testing.assert_close(y, x @ W.T)
     torch.testing.assert_close(x.grad, dY @ W)
-
-
-def test_a_record_makes_it_again(joined):
-    quantizer, packed, W = joined
-    recipe = Recipe.model_validate_json(Recipe.of(quantizer).model_dump_json())
-    assert [part.quantizer for part in recipe.parts] == ["toy", "verbatim", "toy"]
-    layout = PackedLayout.from_json(json.loads(json.dumps(packed.layout.to_json())))
-    again = recipe.create()
-    again.check_format(layout)
-    tile = again.dequantize_tile(layout.fill(packed.tensors), (0, 10), torch.float64)
-    assert torch.equal(tile, W)
 
 
 def test_damaged_parts_are_refused(joined):

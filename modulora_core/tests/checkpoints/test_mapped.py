@@ -121,21 +121,6 @@ def test_one_block_is_in_memory_at_a_time(toy, tmp_path, checkpointing):
     assert bound < packed / 2, "or the bound would prove nothing"
 
 
-def test_ranges_are_whole_pages_of_these_tensors_alone(tmp_path):
-    sizes, start, entries = {"a": 5000, "b": 20_000, "c": 3000, "d": 9000}, 0, {}
-    for name, size in sizes.items():
-        entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
-        start += size
-    text = json.dumps(entries).encode().ljust(256 - 8)  # data begins at 256
-    data = struct.pack("<Q", len(text)) + text + bytes(start)
-    (tmp_path / "model.safetensors").write_bytes(data)
-    files = MappedFiles(SafetensorsStore(tmp_path), tmp_path)
-    # b is at 5256 to 25256, d at 28256 to 37256
-    assert [pages.nbytes for pages in files.ranges(["b", "d"])] == [4 * 4096, 2 * 4096]
-    assert [pages.nbytes for pages in files.ranges(["d", "c"])] == [2 * 4096], "neighbours"
-    assert files.ranges(["c"]) == []
-
-
 def test_a_tensor_that_is_not_aligned_or_empty_is_a_copy(tmp_path):
     entries = {
         "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},

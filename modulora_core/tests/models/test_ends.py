@@ -89,20 +89,6 @@ def test_packed_ends_are_the_rounded_ones(family, toy, tmp_path):
     assert half.dtype == half.base_model.dtype == torch.bfloat16, "the scales are float32"
 
 
-@pytest.mark.parametrize(("end", "name"), [("head", HEAD), ("embeddings", TABLE)])
-def test_each_end_is_packed_alone(end, name, toy, tmp_path):
-    folder = packed("llama", tmp_path, "verbatim", **{end: Choice("toy", {"levels": 9})})
-    record = open_packed(folder).record
-    recipe = record.recipes[record.site(name).recipe]
-    assert (recipe.quantizer, recipe.options) == ("toy", {"levels": 9})
-    kept = {name for names in record.kept.values() for name in names}
-    assert kept & {HEAD, TABLE} == {HEAD, TABLE} - {name}
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
-    round_(dense.get_parameter(name), toy.Toy(toy.ToyOptions(levels=9)))
-    logits, _ = outputs(load_model(folder, device="cpu"))
-    torch.testing.assert_close(logits, outputs(dense)[0], rtol=1e-4, atol=1e-4)  # as above
-
-
 @pytest.mark.parametrize("end", ["head", "embeddings"])
 def test_the_table_of_a_tied_model_is_stored_once(end, toy, tmp_path):
     checkpoint = open_packed(packed("llama-tied", tmp_path, **{end: TOY}))

@@ -62,15 +62,6 @@ def test_a_file_without_suffix_is_known_by_its_first_bytes(tmp_path, monkeypatch
     assert installed_formats.file_format("a" * 5000) is None
 
 
-@pytest.mark.parametrize(
-    "model", ["./nowhere", "a/b/c", "missing.single", "org/missing.single", ""]
-)
-@pytest.mark.usefixtures("toy")
-def test_a_path_that_does_not_exist_is_not_asked_of_the_hub(model):
-    with pytest.raises(ModelError, match="no such file or folder, and it doesn't look like a Hub"):
-        locate(model)
-
-
 @pytest.mark.usefixtures("toy")
 def test_other_files_and_revisions_of_folders_are_refused(tmp_path):
     (tmp_path / "model.safetensors").touch()

@@ -15,10 +15,6 @@ SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 TEMPLATE = [{"SpecialToken": {"id": "<x>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
 
 
-def replace(pattern, content, kind="String"):
-    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
-
-
 def charsmap(data):
     return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(data).decode()}
 
@@ -47,13 +43,6 @@ def test_it_is_refused_when_it_encodes(parts, tmp_path):
             load_tokenizer("it", saved(tmp_path, **parts)), ["a" * 40 + "b"],
             add_special_tokens=True,
         )  # fmt: skip
-
-
-def test_ordinary_normalizers_are_read(tmp_path):
-    steps = [replace(" ", "▁"), replace(" {2,}", "▁", "Regex"), {"type": "Prepend", "prepend": "▁"},
-             {"type": "NFKC"}]  # fmt: skip
-    folder = saved(tmp_path, normalizer={"type": "Sequence", "normalizers": steps})
-    assert token_ids(load_tokenizer("it", folder), ["a b"])
 
 
 def sentencepiece_folder(folder):

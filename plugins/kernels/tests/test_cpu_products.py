@@ -11,7 +11,6 @@ import torch
 
 from modulora_core import dense_products
 from modulora_core.packed import PackedWeight
-from modulora_core.tiles import tile_budget
 
 pytest.importorskip("numba")
 
@@ -51,12 +50,6 @@ def packed(out_features, in_features):
     scales = torch.rand(out_features, generator=generator) / 128
     weight = PackedWeight("outsider", 1, shape, {"codes": codes, "scales": scales})
     return weight, (codes.float() * scales[:, None]).double()
-
-
-def poisoned(weight):
-    """The weight with NaN for every scale."""
-    tensors = {**weight.tensors, "scales": torch.full_like(weight.tensors["scales"], torch.nan)}
-    return PackedWeight(weight.quantizer, weight.format, weight.shape, tensors)
 
 
 def imported(folder, source, name):
@@ -109,47 +102,6 @@ def check(module, way, shape, n):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_those_of_the_decoded_weight(module, way, shape, n):
     check(module, way, shape, n)
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-def test_bits_do_not_depend_on_threads_nor_the_budget_nor_the_rows_beside(module, way, transpose):
-    weight, _ = packed(600, 560)
-    x, before = torch.randn(50, 600 if transpose else 560), torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(product(module, weight, x, transpose))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*found)
-    with tile_budget(1):
-        assert torch.equal(found[0], product(module, weight, x, transpose))
-    assert torch.equal(product(module, weight, x[4:8], transpose), found[0][4:8])
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-def test_padding_adds_nothing_and_nan_stays_in_its_row(module, way, transpose):
-    """If this fails: NaN that another product left in scratch reaches a sum."""
-    weight, _ = packed(17, 20)
-    x = torch.randn(5, 17 if transpose else 20)
-    for _ in range(4):  # so that scratch of the right size is free
-        module.product(x, poisoned(weight), transpose)
-    y = product(module, weight, x, transpose)
-    assert bool(y.isfinite().all())
-    x[1, 3], x[3, 4] = torch.nan, torch.inf
-    beside = product(module, weight, x, transpose)
-    assert torch.equal(beside[::2], y[::2])
-    assert not bool(beside[[1, 3]].isfinite().any())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES[2:5], ids=str)
-def test_tiles_are_rounded_once(module, shape, dtype):
-    weight, W = packed(*shape)
-    for kernels in (module.kernels, module.rounding):
-        tile = kernels.tile(weight, (1, shape[0]), dtype)
-        assert torch.equal(tile, W[1:].to(torch.float32).to(dtype))
 
 
 def test_a_kernel_for_one_row_multiplies_one_row_of_a_weight_that_it_takes(module):

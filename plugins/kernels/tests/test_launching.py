@@ -9,7 +9,7 @@ import sys
 import modulora_kernels as kernels
 import pytest
 import torch
-from modulora_kernels.launching import ROUNDING_BYTES, array_of
+from modulora_kernels.launching import array_of
 
 from modulora_core.errors import CheckpointError
 from modulora_core.packed import PackedWeight, TensorLayout
@@ -101,21 +101,6 @@ def test_an_unaligned_tensor_is_copied_and_its_copy_is_not_cached():
         assert array.flags.aligned
         assert array.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert make.times == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [(0, 3000), (17, 2999), (4, 4)], ids=str)
-def test_a_filled_tile_is_the_fp32_rows_rounded_once(rows, dtype):
-    whole, asked = torch.randn(3000, 200), []
-
-    def fill(start, stop, out):
-        asked.append(out.nbytes)
-        out.copy_(whole[start:stop])
-
-    tile = kernels.filled_tile(fill, rows, 200, dtype)
-    assert tile.dtype == dtype
-    assert torch.equal(tile, whole[slice(*rows)].to(dtype))
-    assert dtype is torch.float32 or max(asked, default=0) <= ROUNDING_BYTES
 
 
 ON_STACK = """

@@ -71,37 +71,6 @@ def test_the_dense_matrix_follows_the_definition():
     assert [order(n) for n in (1, 2, 3, 12, 24, 107 * 128, 2004)] == [1, 1, 3, 12, 12, 107, 501]
 
 
-@pytest.mark.parametrize("n", [7, 192, 577, 1712, 2752, 8191])
-def test_the_bits_of_a_row_depend_on_no_other_row_nor_on_threads(n, path):
-    x, scale = random(9, n), random(n, dtype=torch.float16)
-    together = rotate(x, scale, after=True)
-    for start, stop in ((0, 1), (2, 9), (5, 5)):
-        assert torch.equal(rotate(x[start:stop], scale, after=True), together[start:stop])
-    torch.set_num_threads(2)  # the fixture takes it back
-    assert torch.equal(rotate(x, scale, after=True), together)
-
-
-@pytest.mark.parametrize("n", [20, 576, 8191])
-def test_16_bit_inputs_give_what_their_values_give_in_fp32(n, path):
-    scale = random(n, dtype=torch.float16)
-    for dtype in (torch.float16, torch.bfloat16):
-        x = random(3, n, dtype=dtype)
-        expected = rotate(x.float(), scale, UNIT)
-        assert torch.equal(rotate(x, scale, UNIT), expected)
-        rounded = rotate(x, scale, UNIT, dtype=torch.bfloat16)
-        assert torch.equal(rounded, expected.bfloat16())
-
-
-@pytest.mark.parametrize("n", [1, 20, 577])
-def test_an_input_changes_only_in_place(n, path):
-    x = random(5, n)
-    before = x.clone()
-    expected = rotate(x)
-    assert torch.equal(x, before)
-    assert expected.data_ptr() != x.data_ptr()
-    assert torch.equal(rotate(x, in_place=True), expected)
-
-
 @pytest.mark.parametrize("x", [torch.ones(()), torch.ones(3, 0), torch.ones(3, 4).int()])
 def test_an_input_of_a_wrong_shape_or_dtype_is_refused(x):
     with pytest.raises(ShapeError, match=r"rotation: expected a float tensor \[..., n\]"):
