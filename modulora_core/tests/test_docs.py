@@ -214,19 +214,6 @@ def test_the_reference_of_a_quantizer_has_every_method_with_its_arguments():
             assert given == list(inspect.signature(member).parameters)[1:], name
 
 
-@pytest.mark.skipif(find_spec("modulora_conformance") is None, reason="the kit is missing")
-def test_the_site_lists_every_check_of_the_kit_with_its_usual_fault():
-    from modulora_conformance.checks import checks_of
-    from modulora_conformance.suite import QuantizerConformance
-
-    checks = hook("checks")
-    assert checks.PLACE in (DOCS / checks.PAGE).read_text("utf-8")
-    listed = checks.listed()
-    items = re.findall(r"^    \* `\w+`: .+\.$", listed, re.M)
-    assert len(items) == len(list(checks_of(QuantizerConformance))) > 80
-    assert re.findall(r'"(L\d): \d+ checks"', listed) == [f"L{level}" for level in range(8)]
-
-
 def test_quick_commands_of_the_readme_run(tmp_path):
     listed, _ = run_commands(README, tmp_path, "list-quantizers", "new-plugin")
     assert "name" in listed

@@ -11,7 +11,6 @@ from pathlib import Path
 import modulora_kernels as kernels
 import pytest
 import torch
-from modulora_kernels import compiled
 
 numba = pytest.importorskip("numba")
 
@@ -87,23 +86,6 @@ DOUBLE = """
 """
 
 
-@pytest.mark.parametrize("modules", [(), ("cpu",), ("gpu",), ("cpu", "gpu")], ids=str)
-def test_a_package_may_lack_a_module(modules, tmp_path, monkeypatch):
-    """If this fails: a plugin without kernels/gpu.py ends with an ImportError on a GPU."""
-    monkeypatch.setattr(compiled, "load_triton", lambda name, device: name)
-    monkeypatch.setattr(compiled, "load", lambda name, device: name if device == CPU else None)
-    name = f"outsiders_{'_'.join(['package', *modules])}"
-    (tmp_path / name).mkdir()
-    for module in ("__init__", *modules):
-        (tmp_path / name / f"{module}.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    on_gpu = f"{name}.gpu" if "gpu" in modules else None
-    assert kernels.for_device(name, torch.device("cuda")) == on_gpu
-    monkeypatch.setattr(compiled, "load_triton", lambda _name, _device: None)
-    assert kernels.for_device(name, CPU) == (f"{name}.cpu" if "cpu" in modules else None)
-    assert kernels.for_device(name, torch.device("cuda")) is None
-
-
 @pytest.mark.parametrize("threads", [1, 2, numba.config.NUMBA_NUM_THREADS + 3])
 def test_kernels_run_on_as_many_threads_as_torch_and_numba_have(threads):
     before, numbas = torch.get_num_threads(), numba.get_num_threads()
@@ -141,27 +123,6 @@ def test_compiled_kernels_are_cached_for_the_next_process(cpu, folder):
     assert sum(cpu.double.stats.cache_hits.values()) == 1, cpu.double.stats
     """
     done = python(DOUBLE + hits, folder)
-    assert done.returncode == 0, done.stderr
-
-
-def test_without_numba_there_is_no_module_and_one_warning(folder):
-    done = python(
-        """
-        import sys, warnings, torch
-        sys.modules["numba"] = None  # as Python marks a module that can't be imported
-        import modulora_kernels as kernels
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            assert kernels.load("outsiders_kernels", torch.device("meta")) is None
-            assert not said
-            for module in ("outsiders_kernels", "another_plugins_kernels", "outsiders_kernels"):
-                assert kernels.load(module, torch.device("cpu")) is None
-        assert len(said) == 1, said
-        assert said[0].category is RuntimeWarning
-        assert "pip install numba" in str(said[0].message)
-        """,
-        folder,
-    )
     assert done.returncode == 0, done.stderr
 
 

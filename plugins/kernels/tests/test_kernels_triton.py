@@ -119,29 +119,3 @@ assert tile.constants["DECODE"] is mine.decode and product.constants["OPTIONS"] 
 assert tile.constants["CHUNK"] == dict(tile.config.constants)["CHUNK"]
 """
     )
-
-
-def test_one_row_is_multiplied_in_one_share_where_there_are_programs_enough(run):
-    run("""
-        from itertools import product
-        from modulora_kernels.triton.products import Cut, _programs
-        from modulora_kernels.triton.products import ENOUGH_FOR_ONE_ROW as ENOUGH
-        from modulora_kernels.triton.products import PROGRAMS
-
-        cut = Cut(8, 512)
-        assert _programs((8 * ENOUGH, 4096), 1, cut, False, True) == (ENOUGH, 8, 1)
-        assert _programs((8 * (ENOUGH - 1), 4096), 1, cut, False, True)[2] > 1
-        assert _programs((8 * ENOUGH, 4096), 1, cut, False, False)[2] == PROGRAMS // ENOUGH
-        sides = (1, 300, 4096), (1, 1000, 4096)
-        for out, columns, parts, transpose in product(*sides, (1, 8), (False, True)):
-            for cut in (Cut(8, 512), Cut(64, 64)):
-                blocks, steps, shares = _programs((out, columns), parts, cut, transpose, False)
-                part = -(-columns // parts)
-                kept, summed = (part, out) if transpose else (out, part)
-                wide, step = cut.block_out, cut.block_in
-                if transpose:
-                    wide, step = step, wide
-                # each output has a block, each term a step of one share; no share is empty
-                assert blocks == -(-kept // wide) * (parts if transpose else 1)
-                assert (shares - 1) * steps * step < summed <= shares * steps * step
-    """)
