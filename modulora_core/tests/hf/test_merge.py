@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modulora_core.errors import AdapterError, OptionError, PluginError, WeightError
+from modulora_core.errors import AdapterError, OptionError, WeightError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
@@ -85,15 +84,6 @@ def test_a_wrong_request_writes_nothing(pack: Pack, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"dtype: expected one of float16, .* got 'int4'"):
         merge(packed, tmp_path / "merged", dtype="int4")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-
-
-def test_a_missing_plugin_is_refused_before_anything_is_written(pack: Pack, tmp_path: Path) -> None:
-    shutil.copytree(pack("llama", "toy")[1], tmp_path / "packed")
-    config = tmp_path / "packed" / "config.json"
-    config.write_text(config.read_text().replace('"quantizer": "toy"', '"quantizer": "gone"'))
-    with pytest.raises(PluginError, match=r"^quantizer 'gone' "):
-        merge(str(tmp_path / "packed"), tmp_path / "merged")
-    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
 def test_values_beyond_the_dtype_are_refused(pack: Pack, tmp_path: Path) -> None:
