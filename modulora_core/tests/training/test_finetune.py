@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -289,9 +290,26 @@ def test_few_tokens_are_a_warning(
 ) -> None:
     (tmp_path / "few.txt").write_text("the cat and " * 20)
     finetune(configure(data=str(tmp_path / "few.txt"), steps=1))
+    (few, short) = caplog.messages
+    assert re.fullmatch(r"data: [1-3] examples, fewer than a batch of 4", few)
+    expected = r"data: \d\d trained tokens; a run learns little from less than 1000"
+    assert re.fullmatch(expected, short)
+
+
+def test_a_short_epoch_suggests_more_steps(
+    configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chats = ({"prompt": "a", "completion": " b" * 100} for _ in range(12))
+    data = str(write_jsonl(tmp_path / "chats.jsonl", *chats))
+    common = {"data": data, "batch_size": 2, "grad_accum": 2, "seq_len": 128}
+    unset = FinetuneConfig.build({**configure().model_dump(), "steps": None, **common})
+    finetune(unset)
     (warning,) = caplog.messages
-    assert "a run learns little from that" in warning
-    assert "than 1000 tokens" in warning
+    assert warning.startswith("steps: one epoch of 12 examples is 3 steps, which change little")
+    assert "--steps N" in warning
+    caplog.clear()
+    finetune(configure(**common, epochs=1, out=str(tmp_path / "asked")))
+    assert caplog.messages == []
 
 
 def test_few_steps_are_a_warning(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ import torch
 from modulora_compare import ReportCallback
 from modulora_compare.report.curves import Curve, curves
 from modulora_compare.report.page import LONGEST, Sample
-from modulora_compare.report.samples import _split, answers
+from modulora_compare.report.samples import _split, answers, question
 from transformers import Trainer, TrainingArguments
 
 from modulora_core.checkpoints.opening import open_packed
@@ -220,6 +220,18 @@ def test_an_answer_follows_the_prompt_of_the_first_turn() -> None:
     tokenizer: Any = make_tokenizer()
     example = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, -100]}
     assert _split(example, tokenizer) == ([5, 6], [7, 8])
+
+
+CHATML = "<s>system\nBe brief.</s>\n<s>user\nWhat is\nit?</s>\n<s>assistant\n"
+HEADERS = "<s>system<s>\n\nBe brief.</s><s>user<s>\n\nWhat is\nit?</s><s>assistant<s>\n\n"
+
+
+@pytest.mark.parametrize("text", [CHATML, HEADERS], ids=["ChatML", "headers"])
+def test_the_prompt_of_a_chat_is_shown_without_the_words_of_its_template(text: str) -> None:
+    tokenizer: Any = make_tokenizer()
+    assert question(tokenizer.encode(text), tokenizer) == "What is\nit?"
+    plain = "A user\nsaid so."
+    assert question(tokenizer.encode(f"<s>{plain}"), tokenizer) == plain
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
