@@ -79,10 +79,9 @@ def _notes(error: BaseException) -> list[str]:
 
 def _described(error: BaseException) -> tuple[str, str, int]:
     if lacks_memory(error):
-        said = first_line(error)
         return "MemoryError", (
-            f"out of memory: the system gave this process no more ({said}); free some, raise the "
-            "process's limit, or make the work smaller"
+            f"out of memory: the system gave this process no more ({first_line(error)}); free "
+            "some, raise the process's limit, or make the work smaller"
         ), 1  # fmt: skip
     if isinstance(error, ModuLoRAError):
         return error.kind, _one_line(str(error)), error.exit_code
