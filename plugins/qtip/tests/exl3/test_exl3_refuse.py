@@ -54,7 +54,15 @@ def walks(*shape: int) -> Tensor:
 BAD = {
     "9 bits": (put("trellis", walks(8, 16, 144)), r"trellis: expected 16 K numbers .* from 1 to 8"),
     "0 bits": (put("trellis", walks(8, 16, 0)), r"trellis: expected 16 K numbers .* from 1 to 8"),
-    "parts of a bit": (put("trellis", walks(8, 16, 40)), r"trellis: expected 16 K numbers"),
+    "parts of a bit": (put("trellis", walks(8, 16, 36)), r"trellis: expected 16 K numbers"),
+    "half a bit": (
+        put("trellis", walks(8, 16, 40)),
+        rf"{UP}: expected whole bits, got 2\.5: ExLlamaV3 1\.6 writes halves",
+    ),
+    "a table": (
+        lambda tensors: tensors.update({"model.embed_tokens.trellis": walks(8, 16, 32)}),
+        r"model\.embed_tokens: expected a linear layer, got an embedding table: ExLlamaV3 1\.6",
+    ),
     "out": (put("trellis", walks(8, 17, 32)), "multiple of 128 as out_features, got 272"),
     "in": (put("trellis", walks(7, 16, 32)), "multiple of 128 as in_features, got 112"),
     "empty": (put("trellis", walks(0, 16, 32)), "multiple of 128 as in_features, got 0"),
