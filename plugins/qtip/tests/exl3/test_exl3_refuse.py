@@ -91,6 +91,31 @@ def assert_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert "Traceback" not in told
 
 
+def configured(folder: Path, **values: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("key", "value"), [("codebook", "newcode2027"), ("format", "exl3_v2")])
+def test_an_unknown_code_or_format_is_refused(
+    key: str, value: str, saved: Path, tmp_path: Path
+) -> None:
+    folder = configured(changed(saved, tmp_path / "m", lambda _: None), **{key: value})
+    with pytest.raises(ModelError, match=rf"EXL3 config: {key}: expected .*, got '{value}'"):
+        open_packed(folder)
+
+
+@pytest.mark.parametrize("storage", [True, False])
+def test_a_lost_code_mark_is_refused(storage: bool, saved: Path, tmp_path: Path) -> None:
+    """Without its mark a layer would be decoded as 3inst."""
+    more = {} if storage else {"tensor_storage": None, "codebook": "mcg"}
+    folder = configured(changed(saved, tmp_path / "m", put("mcg", None)), **more)
+    with pytest.raises(CheckpointError, match=rf"{UP}: expected the code function mcg by config"):
+        open_packed(folder)
+
+
 def test_signs_of_another_size_are_refused(saved: Path, tmp_path: Path) -> None:
     older = random_layer((256, 128), 2, "mcg", signs=True)
 
