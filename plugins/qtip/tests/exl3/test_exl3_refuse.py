@@ -96,6 +96,29 @@ def assert_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert "Traceback" not in told
 
 
+def configured(folder: Path, **values: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("key", "value"), [("codebook", "newcode2027"), ("format", "exl3_v2")])
+def test_an_unknown_code_or_format_is_refused(key, value, saved, tmp_path: Path):
+    folder = configured(changed(saved, tmp_path / "m", lambda _: None), **{key: value})
+    with pytest.raises(ModelError, match=rf"EXL3 config: {key}: expected .*, got '{value}'"):
+        open_packed(folder)
+
+
+@pytest.mark.parametrize("storage", [True, False])
+def test_a_lost_code_mark_is_refused(storage, saved, tmp_path):
+    """Without its mark a layer would be decoded as 3inst."""
+    more = {} if storage else {"tensor_storage": None, "codebook": "mcg"}
+    folder = configured(changed(saved, tmp_path / "m", put("mcg", None)), **more)
+    with pytest.raises(CheckpointError, match=rf"{UP}: expected the code function mcg by config"):
+        open_packed(folder)
+
+
 @pytest.mark.parametrize(("part", "value"), [("suh", "nan"), ("svh", "inf")])
 def test_scales_must_be_finite(
     part: str, value: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
