@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modulora_core.cli.terminal import terminal
+from modulora_core.cli.text import continued
+
+WIDTH = 80
+"""Columns of an example; a longer one continues on the next line."""
 
 NAMES_WIDTH = 30
 """Columns of a panel for an option's names; longer ones take several lines."""
@@ -33,9 +38,12 @@ def show_help(
     titles = {name: title for title, names in panels.items() for name in names}
     rows: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
     for name in (*titles, *(name for name in parameters if name not in titles)):
-        kind = f"{parameters[name].param_type_name.title()}s"
-        names, help = parameters[name].get_help_record(context)
-        rows.setdefault(titles.get(name, kind), []).append((names, help))
+        if not getattr(parameters[name], "hidden", False):
+            kind = f"{parameters[name].param_type_name.title()}s"
+            names, help = parameters[name].get_help_record(context)
+            names = parameters[name].metavar if kind == "Arguments" else names
+            help = re.sub(r"\[default: \((.+)\)", r"[default: \1", help)  # typer's parentheses
+            rows.setdefault(titles.get(name, kind), []).append((names, help))
     shown = []
     for title, lines in {**rows, **(commands or {})}.items():
         table = Table.grid(padding=(0, 2, 0, 0))
@@ -46,4 +54,7 @@ def show_help(
     text = inspect.cleandoc(command.help).split("\n\n")
     # a paragraph without indented lines wraps anew
     prose = "\n\n".join(p if "\n " in p else p.replace("\n", " ") for p in text)
-    terminal().render(Group(context.get_usage(), "", Text(prose + "\n"), *shown))
+    examples = re.compile(r"^    modulora .*", re.MULTILINE)
+    prose = examples.sub(lambda found: continued(found[0], WIDTH), prose)
+    usage = re.sub(r"[{}]", "", context.get_usage())  # typer's marks of required arguments
+    terminal().render(Group(usage, "", Text(prose + "\n"), *shown))

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
-    from rich.text import Text
 
 _SIZE = TypeAdapter(ByteSize)
 
 _CONTROL = re.compile(r"[^\n\t -~\u00a0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
 """Characters that move the cursor, set colors, turn the order of writing, or can't be written."""
+
+
+_SHELL_WORD = re.compile(r"""\s*(?:'[^']*'|"[^"]*"|[^\s'"])+""")
+"""A word of a command, with its quotes, and the space before it."""
 
 
 def visible(text: str) -> str:
@@ -34,6 +39,15 @@ def parse_size(text: str) -> int:
         raise ValueError(
             f"expected a size such as 24GiB, 800MB or 4096 (bytes), got {text!r:.60}"
         ) from None
+
+
+def size_flag(nbytes: int) -> str:
+    """Write a size as :func:`parse_size` reads it, exactly: ``"24GiB"``, ``"1500000"``."""
+    for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "K")):
+        for base, unit in ((1024, f"{prefix}iB"), (1000, f"{prefix}B")):
+            if nbytes % base**power == 0:
+                return f"{nbytes // base**power}{unit}"
+    return str(nbytes)
 
 
 def format_size(nbytes: float) -> str:
@@ -81,16 +95,34 @@ def _names(found: Sequence[str]) -> str:
     return ", ".join(found) if len(found) < 3 else f"{len(found):,} tensors"
 
 
-def next_commands(*commands: str) -> Text:
+def next_commands(*commands: str) -> RenderableType:
     """The lines that end a report: the commands that a user may type now, each on a line."""
-    return to_paste("\nNext: " + "\n  or: ".join(commands))
+    return ToPaste("\nNext: " + "\n  or: ".join(commands))
 
 
-def to_paste(text: str) -> Text:
-    """Text with commands: a terminal may break its lines, but a pasted line stays whole."""
-    from rich.text import Text
+@dataclass(frozen=True)
+class ToPaste:
+    """Lines with commands. On a terminal a long one is continued as a shell takes it."""
 
-    return Text(visible(text), no_wrap=True, overflow="ignore")
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        for line in visible(self.text).split("\n"):
+            shown = continued(line, options.max_width) if console.is_terminal else line
+            yield Text(shown, no_wrap=True, overflow="ignore")
+
+
+def continued(command: str, width: int) -> str:
+    """A command on lines of at most ``width`` columns, broken between words by backslashes."""
+    lines = [""]
+    for word in _SHELL_WORD.findall(command):
+        if lines[-1].strip() and len(lines[-1] + word) > width - 2:
+            lines.append(" " * 8 + word.lstrip())
+        else:
+            lines[-1] += word
+    return " \\\n".join(lines)
 
 
 def table(

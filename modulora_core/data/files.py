@@ -61,6 +61,16 @@ def _decode(data: bytes, path: Path, line: int) -> str:
         ) from None
 
 
+def check_suffix(path: Path) -> None:
+    """Raise DataError if the suffix of a file is none that can be read."""
+    known = [*TEXT_SUFFIXES, *_READERS, _PARQUET]
+    if path.suffix.lower() not in known:
+        raise DataError(
+            f"{path}: expected a file that ends in one of {', '.join(known)}, got "
+            f"{path.suffix or 'no suffix'!r}"
+        )
+
+
 def read_records(
     path: Path, check: Check | None = None, columns: Collection[str] = ()
 ) -> list[Record]:
@@ -72,14 +82,7 @@ def read_records(
             named.
     """
     suffix = path.suffix.lower()
-    if suffix == _PARQUET:
-        rows = parquet_rows(path, columns)
-    elif suffix in _READERS:
-        rows = _READERS[suffix](path)
-    else:
-        known = ", ".join([*TEXT_SUFFIXES, *_READERS, _PARQUET])
-        got = path.suffix or "no suffix"
-        raise DataError(f"{path}: expected a file that ends in one of {known}, got {got!r}")
+    rows = parquet_rows(path, columns) if suffix == _PARQUET else _READERS[suffix](path)
     records = []
     for fields, place in rows:
         if not isinstance(fields, dict) or not fields:

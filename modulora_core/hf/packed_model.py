@@ -99,4 +99,8 @@ def packed_class(model_class: type) -> type:
     return _CLASSES.setdefault(model_class, made)
 
 
-copyreg.pickle(_PackedClass, lambda made: (packed_class, (made.__bases__[1],)))
+def _reduce(made: type) -> Any:
+    return packed_class, (made.__bases__[1],)
+
+
+copyreg.pickle(_PackedClass, _reduce)

@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modulora_core import registry
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.hookspecs import QUANTIZATION_KEYS, FormatSpec
-from modulora_core.models.formats import FormatReader
 from modulora_core.models.json_files import read_json
+
+if TYPE_CHECKING:
+    from modulora_core.models.formats import CheckpointFormat, FormatReader
 
 Class = TypeVar("Class")
 
@@ -49,25 +51,48 @@ def specs() -> dict[str, FormatSpec]:
     return {name: found[name] for name in sorted(found)}
 
 
-def create(name: str) -> FormatReader:
-    """The installed format called ``name``. Raises OptionError, PluginError."""
+def find(name: str) -> InstalledFormat:
+    """The installed format called ``name``, whose class is not imported.
+
+    Raises:
+        OptionError: no installed plugin has it.
+        PluginError: several plugins have it, or its plugin can't be used.
+    """
     named = [entry for entry in registry.formats() if entry.name == name]
     if not named:
         sentence = f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}"
         provider = registry.providers().get(f"format-{name}")
-        hint = f"; it is of {provider}, which isn't installed: {registry.INSTALL}"
-        raise OptionError(sentence + (hint if provider else ""))
+        raise OptionError(
+            sentence + (f"; it is of {registry.absence(provider)}" if provider else "")
+        )
     entry = registry.usable(named)
     assert entry.spec is not None  # usable() returns usable entries only
-    if entry.spec.adapters:
+    return InstalledFormat(entry.spec, entry)
+
+
+def create(name: str) -> FormatReader:
+    """The installed format called ``name``. Raises OptionError, PluginError."""
+    from modulora_core.models.formats import FormatReader  # torch
+
+    found = find(name)
+    if found.spec.adapters:
         raise OptionError(f"format {name!r}: expected a format of models, got one of adapters")
-    if suffix := entry.spec.file_suffix:
+    if suffix := found.spec.file_suffix:
         raise OptionError(
             f"format {name!r}: expected a format of folders, got one of files *{suffix}, "
             "which merge writes"
         )
-    found = InstalledFormat(entry.spec, entry)
-    return found.create(entry.spec.location, FormatReader)  # type: ignore[type-abstract]
+    return found.create(found.spec.location, FormatReader)  # type: ignore[type-abstract]
+
+
+def create_writer(name: str) -> CheckpointFormat:
+    """As :func:`create`, for writing. Raises OptionError also for a format that is only read."""
+    from modulora_core.models.formats import CheckpointFormat
+
+    found = create(name)
+    if not isinstance(found, CheckpointFormat):
+        raise OptionError(f"format {name!r}: expected a format that is written, got one only read")
+    return found
 
 
 def config_files() -> list[str]:
@@ -132,8 +157,8 @@ def unread_file(path: str | Path) -> str:
     """Say for a message that no installed plugin reads ``path``, and which one to install."""
     suffix = Path(path).suffix.lower()
     plugin = _known_suffixes().get(suffix)
-    sentence = f"expected a plugin that reads files *{suffix}, got none"
-    return f"{sentence}; install {'one' if plugin is None else f'{plugin}: {registry.INSTALL}'}"
+    sentence = f"expected a plugin that reads files *{suffix}, got none; "
+    return sentence + (f"it is {registry.absence(plugin)}" if plugin else "install one")
 
 
 def _known_suffixes() -> dict[str, str]:

@@ -126,12 +126,12 @@ def open_dense(model: str | Location, *, revision: str | None = None) -> ModelSo
         store = SafetensorsStore(location.folder)
         dtype = load_dtype(config, store.tensors.values())
         source = source_with(location, build_skeleton(config, dtype), dtype, values, store)
-    _refuse_integers(source)
+    refuse_integers(source)
     _refuse_unplaced(source)
     return source
 
 
-def _refuse_integers(source: ModelSource) -> None:
+def refuse_integers(source: ModelSource) -> None:
     """Refuse integers in the place of weights, which transformers casts without a word."""
     floats = {name for name, info in source.parameters.items() if info.dtype.is_floating_point}
     stored = source.store.tensors

@@ -16,7 +16,7 @@ from modulora_conformance.protocols import changes_since
 from modulora_conformance.results import Measurements
 from modulora_core import hookspecs
 from modulora_core.errors import ModuLoRAError, OptionError, ShapeError
-from modulora_core.options import parse_options, validate_options
+from modulora_core.options import parse_options, validate_model
 from modulora_core.registry import find
 from modulora_core.spec import SUPPORTED_PROTOCOLS, Quantizer
 
@@ -111,7 +111,7 @@ class Identity(Level):
             model.model_validate({**quantizer.options.model_dump(), "no_such_option_": 1})
         for name in model.model_fields:
             with pytest.raises(OptionError):
-                validate_options(quantizer.spec.name, model, {name: object()})
+                validate_model(quantizer.spec.name, model, {name: object()})
 
     def test_a_checkpoint_records_the_options(self, quantizer: Quantizer) -> None:
         """If this fails: options change on their way through config.json.
@@ -119,14 +119,14 @@ class Identity(Level):
         The quantizer that reads the model would then differ from the quantizer that packed it.
         """
         recorded = json.loads(json.dumps(quantizer.options.model_dump(mode="json")))
-        again = validate_options(quantizer.spec.name, type(quantizer).Options, recorded)
+        again = validate_model(quantizer.spec.name, type(quantizer).Options, recorded)
         assert again == quantizer.options, f"options: expected {quantizer.options}, got {again}"
         assert type(quantizer)(again).options == quantizer.options
 
     def test_promised_options_are_accepted(self, quantizer: Quantizer) -> None:
         """If this fails: spec.promises names options that the quantizer refuses."""
         for promise in quantizer.spec.promises:
-            validate_options(quantizer.spec.name, type(quantizer).Options, promise.options)
+            validate_model(quantizer.spec.name, type(quantizer).Options, promise.options)
 
     @needs("test_promised_options_are_accepted")
     def test_promised_options_are_read_as_words(self, quantizer: Quantizer) -> None:
@@ -141,9 +141,9 @@ class Identity(Level):
                 for key, value in promise.options.items()
                 if isinstance(value, (bool, int, float, str))
             ]
-            expected = validate_options(name, model, promise.options).model_dump()
+            expected = validate_model(name, model, promise.options).model_dump()
             given = {**promise.options, **parse_options(words)}
-            found = validate_options(name, model, given).model_dump()
+            found = validate_model(name, model, given).model_dump()
             for key in expected:
                 assert repr(found[key]) == repr(expected[key]), (
                     f"-o {' -o '.join(words)}: expected {key} to be {expected[key]!r}, as in "

@@ -91,7 +91,7 @@ def convert(
     with PeakMemory("cpu") as peak, shown(progress, "converting", "parameters") as progress:
         out = usable_path(out, "output folder", OutputError)
         check_output(out)
-        writer = None if to == QUANT_METHOD else _model_writer(to)
+        writer = None if to == QUANT_METHOD else installed_formats.create_writer(to)
         checkpoint = open_packed(source, revision=revision)
         if writer is None and checkpoint.format == QUANT_METHOD:
             raise OptionError(
@@ -126,14 +126,6 @@ class _Part:
 
     layouts: Mapping[str, TensorLayout]
     read: Callable[[], Mapping[str, Tensor]]
-
-
-def _model_writer(name: str) -> CheckpointFormat:
-    """The format called ``name``. Raises OptionError for one that is only read."""
-    found = installed_formats.create(name)
-    if not isinstance(found, CheckpointFormat):
-        raise OptionError(f"format {name!r}: expected a format that is written, got one only read")
-    return found
 
 
 def adapter_writer(name: str) -> AdapterWriter | None:

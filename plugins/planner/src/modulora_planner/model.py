@@ -169,19 +169,6 @@ def open_planned(request: PlanRequest) -> tuple[PlanRequest, Dense | PlannedMode
     return replace(request, config=config), found
 
 
-def _dense_config(location: Location) -> PretrainedConfig:
-    """The config of a model of safetensors, with the dtype that transformers loads it in.
-
-    The weights need not be there: those of a Hub model are not downloaded. Raises ModelError.
-    """
-    with quiet():
-        config, _ = read_config(location.folder)
-        dtype = load_dtype(config, ())
-        config = build_skeleton(config, dtype).config  # refuses other models than language models
-    config.name_or_path, config.dtype = location.model, dtype
-    return config
-
-
 def _open(request: PlanRequest) -> Dense | PlannedModel:
     """Find MODEL. Neither a checkpoint of ours nor a dense folder needs its weights."""
     name, location = request.model, locate(request.model, request.revision)
@@ -208,6 +195,22 @@ def _packed(dense: Dense, record: QuantizationRecord, *, foreign: bool = False) 
     for site in record.sites:
         quantizers[site.recipe].check_format(site.layout)
     return PlannedModel(dense, record, quantizers, foreign)
+
+
+def _dense_config(location: Location) -> PretrainedConfig:
+    """The config of a model of safetensors, with the dtype that transformers loads it in.
+
+    The weights need not be there: those of a Hub model are not downloaded.
+
+    Raises:
+        ModelError: as :func:`open_dense`.
+    """
+    with quiet():
+        config, _ = read_config(location.folder)
+        dtype = load_dtype(config, ())
+        config = build_skeleton(config, dtype).config  # refuses other models than language models
+    config.name_or_path, config.dtype = location.model, dtype
+    return config
 
 
 def _config(folder: Path) -> PretrainedConfig:

@@ -118,7 +118,7 @@ def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResul
     return ExportResult(str(out), len(deltas), rank)
 
 
-def _stored_parts(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+def stored_parts(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Take a parameter apart into the tensors of the model's own checkpoint, by their names.
 
     The last dimension of ``tensor`` may differ from the parameter's if the conversion leaves it
@@ -136,7 +136,7 @@ def _stored_names(model: Any) -> dict[str, str]:
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear):
             shape = torch.empty(layer.out_features, layer.in_features, device="meta")
-            first = next(iter(_stored_parts(model, f"{path}.weight", shape)))
+            first = next(iter(stored_parts(model, f"{path}.weight", shape)))
             names[path] = first.removesuffix(".weight")
     return names
 
@@ -146,11 +146,11 @@ def _experts(model: Any, path: str, delta: AdapterDelta) -> dict[str, AdapterDel
 
     A stack of gates and ups is two matrices on top of each other: B is split, and both have A.
     """
-    B = _stored_parts(model, path, delta.B)  # [experts, out, r]
+    B = stored_parts(model, path, delta.B)  # [experts, out, r]
     if set(B) == {path}:
         return {}
     of_each = len(B) // len(delta.B)
-    A = _stored_parts(model, path, torch.cat([delta.A] * of_each, dim=1))  # [experts, r, in]
+    A = stored_parts(model, path, torch.cat([delta.A] * of_each, dim=1))  # [experts, r, in]
     experts = {name.removesuffix(".weight"): AdapterDelta(A[name], B[name], 1.0) for name in B}
     for name, expert in experts.items():
         if not expert.A.shape[0] == expert.B.shape[1] == delta.rank:
