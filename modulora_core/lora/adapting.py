@@ -21,6 +21,7 @@ from modulora_core.layers import LoRALayer, LoRALinear, QuantLinear, TiedHead
 from modulora_core.lora.adapted import (
     adapter_layers,
     check_name_is_free,
+    forget_dense_name,
     output_head,
     packed_layers,
     packed_shape,
@@ -74,6 +75,7 @@ def add_lora(
                 channel_scales=settings.train_scales and not layer.stacked,
             )
     train_only(model, name)
+    forget_dense_name(model)
     return paths
 
 

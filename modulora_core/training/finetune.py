@@ -191,8 +191,8 @@ def _train(
             begins = run.begun.checkpoint is None
             arguments.eval_on_start = config.baseline and "eval" in examples and begins
             model = _loaded(checkpoint, config, device)
-            method.check_model(model, checkpoint.name)
             settings = _put_adapter(model, config)
+            method.check_model(model, checkpoint.name)
             if config.packing:
                 check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model) + method.nbytes)
