@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -83,6 +85,10 @@ class TiedHead(QuantLinear):
     @property
     def packed_weight(self) -> PackedParameter:
         return self.__dict__["table"]  # type: ignore[no-any-return]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The table's too, so that they refuse to train when PEFT asks each parameter."""
+        return chain(super().parameters(recurse), self.packed_weight.parameters(recurse))
 
 
 class LoRALayer(nn.Module):

@@ -8,7 +8,7 @@
 The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, W)``,
 ``x @ W``, ``torch.bmm(x, experts)``, ``F.embedding(ids, W)`` and ``W[rows]`` of a table or a head
 reach the quantizer through torch's ``__torch_function__`` protocol. Any other use of a packed
-weight as a tensor raises DenseWeightError, which says what was tried.
+weight as a tensor raises DenseWeightError, whose message names the attempt.
 """
 
 from __future__ import annotations

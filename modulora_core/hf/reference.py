@@ -2,12 +2,13 @@
 
 TRL's DPO, KTO, GRPO and RLOO compare a model with the model at the start. With PEFT that is the
 model without its adapter. Otherwise TRL loads it with ``from_pretrained``, by the name in the
-model's config: a base without the adapter that an earlier training left on the model.
+model's config. That base lacks an adapter that an earlier training left on the model.
 """
 
 from __future__ import annotations
 
 import gc
+from typing import Any
 from weakref import WeakSet
 
 from torch import nn
@@ -37,7 +38,8 @@ def refuse_reference(name: str) -> None:
 
 
 def _is_trained(name: str) -> bool:
-    models = [model for model in LOADED if model.config.name_or_path == name]  # type: ignore[union-attr]
+    named: list[Any] = [*LOADED]
+    models = [model for model in named if model.config.name_or_path == name]
     return any(
         bool((values.detach() != start).any())
         for model in models

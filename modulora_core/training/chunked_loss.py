@@ -71,8 +71,8 @@ def chunked_loss(
 
     It sets ``model.loss_function``, which transformers provides for this, and torch's hooks. The
     output then has the logits of the last position alone. The usual loss with whole logits remains
-    in three cases. The head is no plain linear layer; the loss is not transformers' causal loss; or
-    the model does more with its logits than scale and cap them.
+    in three cases. The head is no plain linear layer. The loss is not transformers' causal loss.
+    The model does more with its logits than scale and cap them.
 
     Args:
         model: a transformers model, not wrapped.
@@ -102,8 +102,8 @@ def token_losses(
     """-log p of each label, in nats, and 0 for an ignored one; without a gradient.
 
     Args:
-        readout: what a forward left, or whole logits, ``[batch, length, vocabulary]``. Row t
-            predicts label t + 1.
+        readout: of a forward; or whole logits, ``[batch, length, vocabulary]``. Row t predicts
+            label t + 1.
         labels: int64 ``[batch, length]``; -100 is ignored.
         chunk_bytes: as for :func:`chunked_loss`.
 

@@ -65,7 +65,7 @@ WHOLE = Head(lambda logits: logits)
 
 @dataclass(slots=True)
 class Readout:
-    """What a forward left: hidden states, and the function that makes logits of rows of them.
+    """Hidden states that a forward left, and the function that makes logits of rows of them.
 
     Attributes:
         hidden: h, ``[..., hidden]``, or whole logits; None before there are any.
@@ -86,7 +86,7 @@ def read_out(model: Any) -> Iterator[Readout]:
         model: a transformers model, not wrapped.
 
     Yields:
-        what the last forward left, or the running one so far.
+        the Readout of the last forward, which a running one fills.
     """
     head, linear, decoder = _head(model), model.get_output_embeddings(), model.get_decoder()
     able = head is not None and decoder is not model
