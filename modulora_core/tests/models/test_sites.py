@@ -16,7 +16,11 @@ from modulora_core.layers import QuantLinear
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.skeleton import build_skeleton
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.tiny_models import ARCHITECTURES, tiny_config, tiny_model
+from modulora_core.tests.tiny_models import (
+    EVERY_ARCHITECTURE,
+    tiny_config,
+    tiny_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def sites_of(architecture: str) -> dict[str, LinearSite]:
     return {site.name: site for site in find_sites(tiny_model(architecture)).linears}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY_ARCHITECTURE
 def test_every_parameter_is_in_one_list_and_few_weights_stay_dense(architecture: str) -> None:
     model = tiny_model(architecture)
     sites = find_sites(model)

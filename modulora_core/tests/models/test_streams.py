@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from modulora_core.errors import CheckpointError
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.tests.crude_folders import edit_config
-from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
+from modulora_core.tests.tiny_models import EVERY_ARCHITECTURE, save_tiny_model, tiny_model
 
 Tensors = dict[str, torch.Tensor]
 
@@ -41,7 +41,7 @@ def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY_ARCHITECTURE
 def test_streamed_parameters_are_those_that_transformers_loads(
     architecture: str, tmp_path: Path
 ) -> None:

@@ -51,6 +51,9 @@ MARKS = tuple(code for code in EXL3_CODES if code != "3inst")
 WIDER = ("bfloat16", "float32")
 """Dtypes in which tools save fp16 scales again, with the model's other tensors."""
 
+TABLES = ("embed_tokens", "wte", "word_embeddings")
+"""transformers' names of input embeddings."""
+
 HEAD = "lm_head"
 """transformers' name of a language model's head."""
 
@@ -78,6 +81,7 @@ class EXL3(CheckpointFormat):
         quantizers: dict[Options, QTIP] = {}
         found: dict[str, ForeignWeight] = {}
         for module, names in _layers(tensors):
+            _check_kind(module)
             shape, bits = _check_trellis(module, tensors)
             mark = _mark(module, names, config)
             options = _options(bits, mark or "3inst")
@@ -151,6 +155,14 @@ def _layers(tensors: Mapping[str, TensorLayout]) -> Iterable[tuple[str, set[str]
             )
 
 
+def _check_kind(module: str) -> None:
+    if module.rpartition(".")[2] in TABLES:
+        raise CheckpointError(
+            f"{module}: expected a linear layer, got an embedding table: ExLlamaV3 1.6 packs them, "
+            "and this version does not read them; take a revision whose table is dense"
+        )
+
+
 def _check_trellis(module: str, tensors: Mapping[str, TensorLayout]) -> tuple[tuple[int, int], int]:
     """``(out, in)`` and the bits of a layer. Raises CheckpointError if its trellis is malformed."""
     name = f"{module}.trellis"
@@ -160,6 +172,11 @@ def _check_trellis(module: str, tensors: Mapping[str, TensorLayout]) -> tuple[tu
         raise CheckpointError(f"{name}: expected int16 [in / 16, out / 16, 16 K], got {got}")
     rows, columns, words = trellis.shape
     bits, rest = divmod(words, TILE)
+    if rest == TILE // 2:
+        raise CheckpointError(
+            f"{module}: expected whole bits, got {words / TILE:g}: ExLlamaV3 1.6 writes halves, "
+            "which this version does not read; take a revision with whole bits"
+        )
     if rest or bits not in BITS:
         raise CheckpointError(
             f"{name}: expected 16 K numbers for each tile, K from {BITS[0]} to {BITS[-1]} bits, "
