@@ -20,13 +20,20 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 # Two processes of one thread each. The tests of a file, or of a plugin, stay together (conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo install test test-all test-vllm support check docs clean
+# The folders with changes since BASE, each one a distribution with its tests.
+BASE ?= origin/main
+CHANGED = $(shell git diff --name-only $(BASE)... -- conformance modulora_core plugins | \
+	sed -En 's:^(conformance|modulora_core|plugins/[^/]+)/.*:\1:p' | sort -u)
+
+.PHONY: help demo install test test-all test-changed test-vllm support check docs clean
 
 help:
 	@echo 'make demo      quantize, finetune, evaluate and question a small language model, offline'
 	@echo 'make install   install everything that tests and checks need into .venv'
-	@echo 'make test      run the tests (PYTEST_ARGS="-k name -x" narrows it)'
-	@echo 'make test-all  run the slow tests too: every architecture, real plans, certificates, tutorials'
+	@echo 'make test      run the fast tests of all (PYTEST_ARGS="-k name -x" narrows it)'
+	@echo 'make test-nf4  run all tests of plugins/nf4: the slow ones and the conformance kit too'
+	@echo 'make test-all  run all tests: every architecture, real plans, certificates, tutorials'
+	@echo 'make test-changed  run all tests of the plugins that differ from BASE=origin/main'
 	@echo 'make test-vllm run the tests of serving with vLLM on a CPU, in an environment of their own'
 	@echo 'make check     lint, formatting, types, import directions, language'
 	@echo 'make support   run the conformance kit over the plugins and write the support table'
@@ -40,6 +47,13 @@ install: $(STAMP)
 
 test: $(STAMP)
 	$(if $(PYTEST_ARGS),$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS),$(PYTEST) -m 'not slow' $(TESTS))
+
+# The tests of one plugin contain the kit's checks of its quantizer.
+test-%: $(STAMP)
+	$(PYTEST) $(or $(wildcard plugins/$*/tests $*/tests),$(error no tests of plugins/$* or $*))
+
+test-changed: $(STAMP)
+	$(if $(CHANGED),$(PYTEST) $(addsuffix /tests,$(CHANGED)))
 
 test-all: $(STAMP)
 	rm -rf $(CERTIFICATES)

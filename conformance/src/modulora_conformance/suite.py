@@ -30,6 +30,7 @@ from modulora_conformance.levels.real_products import RealProducts
 from modulora_conformance.levels.real_weights import RealWeights
 from modulora_conformance.levels.rescaled import Rescaled
 from modulora_conformance.levels.sliced import Sliced
+from modulora_conformance.levels.snapped import Snapped
 from modulora_conformance.levels.state import State
 from modulora_conformance.levels.tiles import Tiles
 from modulora_conformance.levels.training import Training
@@ -47,6 +48,7 @@ class QuantizerConformance(
     Lookups,
     Rescaled,
     Sliced,
+    Snapped,
     RealWeights,
     Products,
     LongProducts,

@@ -1,7 +1,5 @@
 """A comparison measures each quantizer before and after, continues, and is one page."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 from dataclasses import replace
@@ -20,7 +18,7 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 
 
-def test_the_interval_is_around_the_mean_of_paired_differences() -> None:
+def test_the_interval_is_around_the_mean_of_paired_differences():
     base = [3.0 + 0.1 * (i % 7) for i in range(64)]
     mean, low, high = difference([each + 0.05 for each in base], base)
     assert (mean, low, high) == pytest.approx((0.05, 0.05, 0.05))
@@ -32,7 +30,7 @@ def test_the_interval_is_around_the_mean_of_paired_differences() -> None:
 
 
 @pytest.fixture
-def request_(tmp_path: Path, toy: object, monkeypatch: pytest.MonkeyPatch) -> Request:
+def request_(tmp_path, toy, monkeypatch):
     monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
     save_llama_with_tokenizer(tmp_path / "dense")
     text = " ".join(f"The number {i} follows {i - 1}." for i in range(400))
@@ -44,9 +42,7 @@ def request_(tmp_path: Path, toy: object, monkeypatch: pytest.MonkeyPatch) -> Re
     )  # fmt: skip
 
 
-def test_each_quantizer_is_measured_once_and_the_page_has_all(
-    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_quantizer_is_measured_once_and_the_page_has_all(request_, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     original, toy = compare(request_, out, False)
@@ -87,7 +83,7 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     assert "<script" not in text
 
 
-def test_the_command_on_the_page_repeats_the_comparison(request_: Request, tmp_path: Path) -> None:
+def test_the_command_on_the_page_repeats_the_comparison(request_, tmp_path):
     out, data = str(tmp_path / "out"), request_.train.partition("[")[0]
     words = ["compare", request_.model, "--data", data, "-q", "toy", "--eval-data", data]
     words += ["--device", "cpu", "--quantize-embeddings", "none", "--finetune-steps", "0"]
@@ -97,9 +93,7 @@ def test_the_command_on_the_page_repeats_the_comparison(request_: Request, tmp_p
     assert f"modulora {shlex.join(words)}" in (tmp_path / "out" / PAGE).read_text("utf-8")
 
 
-def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(
-    request_: Request, tmp_path: Path
-) -> None:
+def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(request_, tmp_path):
     config = FinetuneConfig(
         model=request_.model, out=str(tmp_path / "adapter"), data=request_.train, quantizer="toy",
         steps=1, batch_size=1, seq_len=16, baseline=False,
@@ -115,9 +109,7 @@ def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(
     assert (Path(packed) / "config.json").is_file()
 
 
-def test_other_weights_in_the_same_folder_are_measured_again(
-    request_: Request, tmp_path: Path
-) -> None:
+def test_other_weights_in_the_same_folder_are_measured_again(request_, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     request = replace(request_, prompts=0)

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import torch
 from modulora_kernels import KernelQuantizer
+from modulora_kernels.scalar_grid import Grid, ScalarGrid, with_tensors
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Options(BaseModel):
         return value
 
 
-class NF4(KernelQuantizer):
+class NF4(KernelQuantizer, ScalarGrid):
     """4-bit NormalFloat (QLoRA, arXiv 2305.14314), bit for bit as bitsandbytes stores it."""
 
     spec = SPEC
@@ -163,3 +164,21 @@ class NF4(KernelQuantizer):
             c2 = tensors["absmax"][first:stop]
         q = packing.unpack(tensors["codes"], begin, end)
         return reference.dequantize(q, c2, B, begin).reshape(rows[1] - rows[0], in_features)
+
+    def grid(self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int]) -> Grid:
+        device, tensors = packed.device, packed.tensors
+        element = torch.arange(*rows, device=device)[:, None] * packed.shape[1]
+        block = (element + torch.arange(*columns, device=device)) // packed.metadata["block_size"]
+        if packed.metadata["double_quant"]:
+            c2 = reference.dynamic_map(device)[tensors["absmax_codes"][block].to(torch.int32)]
+            c2 = c2 * tensors["nested_absmax"][block // NESTED_BLOCK_SIZE] + tensors["offset"]
+        else:
+            c2 = tensors["absmax"][block]
+        return Grid(torch.tensor(reference.LEVELS, dtype=torch.float32, device=device), c2)
+
+    def codes(self, packed: PackedWeight) -> Tensor:
+        numel = math.prod(packed.shape)
+        return packing.unpack(packed.tensors["codes"], 0, numel).view(packed.shape)
+
+    def with_codes(self, packed: PackedWeight, codes: Tensor) -> PackedWeight:
+        return with_tensors(packed, codes=packing.pack(codes.reshape(-1)))
