@@ -325,13 +325,6 @@ class Quantizer(ABC):
         name = self.spec.name
         raise PluginError(f"{name}: expected rescales=True, got a quantizer without; don't tune")
 
-    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
-        """The packed weight of rows (``dim`` 0) or columns (1) ``[start, stop)`` of Ŵ, bit for bit.
-
-        Tensor parallelism gives each process such a part. None, the default, refuses a cut.
-        """
-        del packed, dim, start, stop
-
     @property
     def snaps(self) -> bool:
         """Whether :meth:`snap` and :meth:`snapped` work with these options."""
@@ -361,6 +354,13 @@ class Quantizer(ABC):
         scales and so its grid stay."""
         del packed, V
         raise PluginError(f"{self.spec.name}: expected a quantizer that snaps; merge dense weights")
+
+    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
+        """The packed weight of rows (``dim`` 0) or columns (1) ``[start, stop)`` of Ŵ, bit for bit.
+
+        Tensor parallelism gives each process such a part. None, the default, refuses a cut.
+        """
+        del packed, dim, start, stop
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a shape that cannot be packed, before any work.
