@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +64,10 @@ class TiedHead(QuantLinear):
         super().__init__(table, bias)
         del self._modules["weight"]
         self.__dict__["weight"] = table  # an assignment would register it as a submodule
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The table's too, so that they refuse to train when PEFT asks each parameter."""
+        return chain(super().parameters(recurse), self.weight.parameters(recurse))
 
 
 class LoRALayer(nn.Module):

@@ -27,8 +27,6 @@ from modulora_core.lora.adapted import head_parameters
 from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.version import VERSION
 
-RECORD_FILE = "modulora.json"
-
 
 class _Quantizer(TypedDict):
     quantizer: str

@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.packed_modules import install
 from modulora_core.distributed import split_like, whole
 from modulora_core.errors import AdapterError
 from modulora_core.hf.base_record import describe_base
 from modulora_core.hf.expert_format import stacks_of
-from modulora_core.hf.peft_format import (
-    AdapterDelta,
-    SavedAdapter,
-    read_adapter,
-)
+from modulora_core.hf.peft_config import TASKS
+from modulora_core.hf.peft_format import WITH_PEFT, AdapterDelta, SavedAdapter, read_adapter
 from modulora_core.layers import LoRALayer, TiedHead
 from modulora_core.lora.adapted import (
     adapter_layers,
@@ -28,6 +28,7 @@ from modulora_core.lora.adapted import (
     packed_shape,
 )
 from modulora_core.lora.adapting import make_adaptable, train_only
+from modulora_core.models.skeleton import build_skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -106,16 +107,30 @@ def adapter_for(
     """Read an adapter for the model of a checkpoint, whose weights are not loaded.
 
     Args:
-        heads: whether the caller can use the head of a task; else an adapter with one is refused.
+        heads: the caller can use the head of a task; else an adapter with one is refused.
 
     Raises:
         AdapterError: it is no LoRA adapter, or it does not fit the model.
     """
-    model = checkpoint.outline
-    adapter = read_adapter(path, stacks_of(model), heads=heads)
+    adapter = read_adapter(path, stacks_of(checkpoint.outline), heads=True)
+    model = outline_with(checkpoint, adapter) if heads else checkpoint.outline
     _check_heads(adapter, model)
     _check_fit(adapter, model, str(checkpoint.path), checkpoint)
     return adapter
+
+
+def outline_with(checkpoint: PackedCheckpoint, adapter: SavedAdapter) -> PreTrainedModel:
+    """The packed model with the head of the adapter's task, if it has one, on the meta device."""
+    end = next(
+        (end for end, task in TASKS.items() if task == adapter.config.get("task_type")), None
+    )
+    if not adapter.heads or end is None:
+        return checkpoint.outline
+    config = checkpoint.transformers_config()
+    config.num_labels = len(next(iter(adapter.heads.values())))
+    model = build_skeleton(config, torch.float32, auto=f"AutoModel{end}")
+    install(model, checkpoint.record)
+    return model
 
 
 def _check_fit(
@@ -149,6 +164,7 @@ def _check_fit(
         if dense:
             tied = isinstance(modules[dense[0]], TiedHead)
             reason = f"{dense[0]} is " + ("the embedding's table" if tied else "not packed")
+            more += f"; {WITH_PEFT}"
         raise AdapterError(f"{misfit}: {reason}{more}")
     for module, delta in adapter.deltas.items():
         if delta.shape != packed[module]:
@@ -172,10 +188,17 @@ def _check_heads(adapter: SavedAdapter, model: nn.Module) -> None:
     others = any(isinstance(module, LoRALayer) for module in model.modules())
     for name, values in adapter.heads.items():
         if name not in here:
+            part = any(path and name.startswith(f"{path}.") for path, _ in model.named_modules())
             raise AdapterError(
-                f"adapter {adapter.folder}: expected a model with its module {name}, which it "
-                f"trained beside LoRA, and in {model_name(model)} that is no head of a task; load "
-                "the class that it was trained on, such as AutoModelForSequenceClassification"
+                f"adapter {adapter.folder}: {name}, which it trained beside LoRA: expected the "
+                f"head of a task, and {model_name(model)} has "
+                + (
+                    f"it as a part of the language model; {WITH_PEFT}"
+                    if part
+                    else "none of that "
+                    "name; load the class that it was trained on, such as "
+                    "AutoModelForSequenceClassification"
+                )
             )
         if values.shape != here[name].shape:
             raise AdapterError(

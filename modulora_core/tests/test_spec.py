@@ -48,12 +48,6 @@ def test_a_malformed_field_is_refused_by_name(field: str, value: object) -> None
     assert {error["loc"][0] for error in refused.value.errors()} == {field}
 
 
-def test_formats_in_a_spec_are_refused_with_the_hook_that_takes_them() -> None:
-    """Plugins of protocol 1 had them there."""
-    with pytest.raises(ValidationError, match="return the FormatSpecs from the hook modulora_form"):
-        QuantizerSpec(**GOOD, formats=())
-
-
 def test_a_good_spec_is_frozen() -> None:
     spec = QuantizerSpec(**GOOD)
     with pytest.raises(ValidationError, match="frozen"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,28 @@ def test_a_folder_appears_whole_or_not_at_all(out: Path) -> None:
         (folder / "whole").write_text("x")
     assert [path.name for path in out.iterdir()] == ["whole"]
     assert not partial_name(out).exists()
+
+
+def test_work_that_failed_and_cannot_be_resumed_leaves_nothing(out):
+    begin(out, "half")
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_folder_that_vanished_is_named(out):
+    with (
+        pytest.raises(OutputError, match=r"temporary folder .*out\.partial: somebody removed it"),
+        whole_or_nothing(out) as folder,
+    ):
+        shutil.rmtree(folder)
+        raise RuntimeError("Parent directory does not exist")  # torch's words
+    with (
+        pytest.raises(OutputError, match=r"output folder .*/out: somebody removed it"),
+        only_writer(out),
+    ):
+        shutil.rmtree(out)
+        raise RuntimeError("Parent directory does not exist")
+    with pytest.raises(RuntimeError, match="another"), only_writer(out):
+        raise RuntimeError("another")
 
 
 def test_work_that_can_be_resumed_is_never_removed(out: Path) -> None:

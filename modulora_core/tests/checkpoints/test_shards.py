@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modulora_core.checkpoints.written.shards import JOURNAL, ShardWriter, plan_shards
 from modulora_core.errors import CheckpointError, WorkError
-from modulora_core.models.safetensors_store import INDEX
+from modulora_core.models.folders import INDEX
 from modulora_core.spec import TensorLayout
 
 TENSORS = {

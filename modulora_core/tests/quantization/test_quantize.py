@@ -173,7 +173,8 @@ def test_a_quantizer_that_breaks_the_promise_of_its_layout_is_named(
 ) -> None:
     promised = toy.Toy().pack(torch.ones(1, 1)).layout
     monkeypatch.setattr(toy.Toy, "layout", lambda self, shape: promised)
-    with pytest.raises(WorkError, match=r"_proj\.weight: toy packed it as .* promised"):
+    named = r"_proj\.weight: layout\(\) and pack\(\) of toy disagree: shape: expected \(1, 1\)"
+    with pytest.raises(WorkError, match=named):
         quantize(source, tmp_path / "out", "toy")
 
 

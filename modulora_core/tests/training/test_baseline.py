@@ -83,5 +83,8 @@ def test_the_log_of_a_resumed_run_has_all_steps_and_one_first_evaluation(
 
 
 def test_a_folder_without_a_log_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=r"a finished run of finetune, got none with log\.json"):
+    expected = "expected the folder of a finished run of finetune, got"
+    with pytest.raises(AdapterError, match=rf"{expected} a folder without log\.json"):
         RunLog.read(tmp_path)
+    with pytest.raises(AdapterError, match=f"nowhere: {expected} no such folder"):
+        RunLog.read(tmp_path / "nowhere")

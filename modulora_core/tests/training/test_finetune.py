@@ -253,6 +253,20 @@ def test_a_warmup_as_long_as_the_run_is_one_warning(
     assert [message[: len(expected)] for message in caplog.messages] == [expected] * bool(takes)
 
 
+def test_a_short_epoch_suggests_more_steps(configure, tmp_path, caplog: pytest.LogCaptureFixture):
+    chats = ({"prompt": "a", "completion": " b" * 100} for _ in range(12))
+    data = str(write_jsonl(tmp_path / "chats.jsonl", *chats))
+    common = {"data": data, "batch_size": 2, "grad_accum": 2, "seq_len": 128}
+    unset = FinetuneConfig.build({**configure().model_dump(), "steps": None, **common})
+    finetune(unset)
+    (warning,) = caplog.messages
+    assert warning.startswith("steps: one epoch of 12 examples is 3 steps, which change little")
+    assert "--steps N" in warning
+    caplog.clear()
+    finetune(configure(**common, epochs=1, out=str(tmp_path / "asked")))
+    assert caplog.messages == []
+
+
 def test_a_run_that_diverged_warns_and_still_finishes(
     configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ import torch
 from modulora_compare import ReportCallback
 from modulora_compare.report.curves import Curve, curves
 from modulora_compare.report.page import LONGEST
-from modulora_compare.report.samples import _split, answers
+from modulora_compare.report.samples import _split, answers, question
 from transformers import Trainer, TrainingArguments
 
 from modulora_core.checkpoints.opening import open_packed
@@ -158,6 +158,18 @@ def test_infinite_logits_are_named_in_the_place_of_an_answer(tunable: Path, text
     (sample, *_) = answers(model, tokenizer, examples, no_progress)
     assert "infinite" in sample.before
     assert "infinite" in sample.after
+
+
+CHATML = "<s>system\nBe brief.</s>\n<s>user\nWhat is\nit?</s>\n<s>assistant\n"
+HEADERS = "<s>system<s>\n\nBe brief.</s><s>user<s>\n\nWhat is\nit?</s><s>assistant<s>\n\n"
+
+
+@pytest.mark.parametrize("text", [CHATML, HEADERS], ids=["ChatML", "headers"])
+def test_the_prompt_of_a_chat_is_shown_without_the_words_of_its_template(text):
+    tokenizer: Any = make_tokenizer()
+    assert question(tokenizer.encode(text), tokenizer) == "What is\nit?"
+    plain = "A user\nsaid so."
+    assert question(tokenizer.encode(f"<s>{plain}"), tokenizer) == plain
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])

@@ -215,7 +215,7 @@ def test_files_without_packed_weights_are_dense_and_damage_is_refused(
         open_packed(path)
     with monkeypatch.context() as without_plugin:
         without_plugin.setenv("MODULORA_BLOCK", "gguf")
-        with pytest.raises(ModelError, match="got none; install modulora-gguf: run `pip"):
+        with pytest.raises(ModelError, match="got none; it is modulora-gguf, which is disabled"):
             open_packed(path)
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:5000])

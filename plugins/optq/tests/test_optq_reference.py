@@ -61,7 +61,7 @@ def test_the_loop_is_optimal_brain_quantization_in_a_fixed_order(bits, group_siz
 def test_U_is_the_upper_cholesky_factor_of_the_damped_inverse(damping):
     H = layer()[1]
     H = H / H.diagonal().mean()
-    U, _ = reference.factor(H, damping)
+    U, _ = reference.factor("optq", H, damping)
     identity = torch.eye(40, dtype=H.dtype)
     assert torch.equal(U, U.triu())
     assert (U.diagonal() > 0).all()
@@ -154,7 +154,7 @@ def test_damping_grows_until_H_can_be_factorized():
     Q = torch.linalg.qr(layer(40)[0]).Q
     eigenvalues = torch.linspace(-0.1, 2.1, 40, dtype=torch.float64)
     H = Q @ eigenvalues.diag() @ Q.T
-    U, lam = reference.factor(H, 0.01)
+    U, lam = reference.factor("optq", H, 0.01)
     assert lam == pytest.approx(0.16)  # the first of 0.01 · 2^k above 0.1
     added = (U.T @ U).inverse().diagonal().mean() - H.diagonal().mean()
     assert float(added) == pytest.approx(0.16)

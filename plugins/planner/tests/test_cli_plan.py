@@ -3,10 +3,12 @@ import sys
 
 import pytest
 from modulora_planner import remedies
+from modulora_planner.commands.plan import PANELS
 from transformers import LlamaConfig
 
 from modulora_core import registry
 from modulora_core.cli import main
+from modulora_core.cli.app import load_command
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
@@ -122,3 +124,16 @@ def test_a_picture_without_matplotlib_names_the_extra(source, capsys, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plan", str(source), "-q", "toy", "--plot", "plan.svg"]) == 2
     assert "pip install 'modulora-core[plots]'" in capsys.readouterr().err
+
+
+def test_the_help_is_two_screens_and_the_page_of_the_command_line_has_the_rest(
+    capsys, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "--help"]) == 0
+    shown = capsys.readouterr().out
+    hidden = [p for p in load_command("plan").params if getattr(p, "hidden", False)]
+    assert {"samples", "padded", "dropout", "optim"} <= {p.name for p in hidden}
+    assert not [p.name for p in hidden if p.opts[0] in shown.split()]
+    assert len(PANELS["Options"]) == 10
+    assert "docs/reference/command-line.md" in " ".join(shown.split())

@@ -54,7 +54,15 @@ def walks(*shape: int) -> Tensor:
 BAD = {
     "9 bits": (put("trellis", walks(8, 16, 144)), r"trellis: expected 16 K numbers .* from 1 to 8"),
     "0 bits": (put("trellis", walks(8, 16, 0)), r"trellis: expected 16 K numbers .* from 1 to 8"),
-    "parts of a bit": (put("trellis", walks(8, 16, 40)), r"trellis: expected 16 K numbers"),
+    "parts of a bit": (put("trellis", walks(8, 16, 36)), r"trellis: expected 16 K numbers"),
+    "half a bit": (
+        put("trellis", walks(8, 16, 40)),
+        rf"{UP}: expected whole bits, got 2\.5: ExLlamaV3 1\.6 writes halves",
+    ),
+    "a table": (
+        lambda tensors: tensors.update({"model.embed_tokens.trellis": walks(8, 16, 32)}),
+        r"model\.embed_tokens: expected a linear layer, got an embedding table: ExLlamaV3 1\.6",
+    ),
     "out": (put("trellis", walks(8, 17, 32)), "multiple of 128 as out_features, got 272"),
     "in": (put("trellis", walks(7, 16, 32)), "multiple of 128 as in_features, got 112"),
     "empty": (put("trellis", walks(0, 16, 32)), "multiple of 128 as in_features, got 0"),
@@ -86,6 +94,29 @@ def assert_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None
     told = capsys.readouterr().err
     assert told.count("error:") == 1
     assert "Traceback" not in told
+
+
+def configured(folder: Path, **values: object) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("key", "value"), [("codebook", "newcode2027"), ("format", "exl3_v2")])
+def test_an_unknown_code_or_format_is_refused(key, value, saved, tmp_path: Path):
+    folder = configured(changed(saved, tmp_path / "m", lambda _: None), **{key: value})
+    with pytest.raises(ModelError, match=rf"EXL3 config: {key}: expected .*, got '{value}'"):
+        open_packed(folder)
+
+
+@pytest.mark.parametrize("storage", [True, False])
+def test_a_lost_code_mark_is_refused(storage, saved, tmp_path):
+    """Without its mark a layer would be decoded as 3inst."""
+    more = {} if storage else {"tensor_storage": None, "codebook": "mcg"}
+    folder = configured(changed(saved, tmp_path / "m", put("mcg", None)), **more)
+    with pytest.raises(CheckpointError, match=rf"{UP}: expected the code function mcg by config"):
+        open_packed(folder)
 
 
 @pytest.mark.parametrize(("part", "value"), [("suh", "nan"), ("svh", "inf")])
