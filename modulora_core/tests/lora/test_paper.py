@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PAPER = "spec packed tiles hookspecs registry options errors autograd packed_parameters layers lora"
 MOST_LINES = 3500
 
