@@ -53,7 +53,13 @@ from modulora_core.training.outputs import Trained, write_outputs
 from modulora_core.training.resuming import CHECKPOINTS, record_examples
 from modulora_core.training.run_log import HeldOut
 from modulora_core.training.sharding import is_sharded
-from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
+from modulora_core.training.trainer import (
+    AdapterTrainer,
+    OnEval,
+    OnStep,
+    TrainerParts,
+    Watcher,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -197,11 +203,10 @@ def _train(
                 check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model) + method.nbytes)
             with trainer_refused(config.trainer, out / CHECKPOINTS):
+                of_run = {"settings": settings, "memory": peak, "callbacks": [watcher, *callbacks]}
                 trainer = method.trainer(
-                    model, config, arguments, examples, run.tokenizer,
-                    settings=settings, memory=peak,
-                    callbacks=[watcher, *callbacks],
-                )  # fmt: skip
+                    TrainerParts(model, config, arguments, examples, run.tokenizer, of_run)
+                )
                 if config.gradient_checkpointing:
                     checkpoint_activations(model, keep_products=config.keep_products)
                 trainer.get_train_dataloader()
