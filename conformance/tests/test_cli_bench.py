@@ -43,10 +43,10 @@ WRONG = {
     "tyo": "did you mean 'toy'",
     "toy -o level=3": "levels",
     "toy --shape 24": "--shape: expected OUTxIN, such as 4096x11008, got '24'",
-    "toy --shape 0x4": "shape: expected positive sizes",
+    "toy --shape 0x4": "--shape: expected OUTxIN",
     "toy --rows 0": "--rows",
-    "toy --dtype float8": "dtype: expected some of",
-    "toy --seconds 0": "seconds: expected more than 0",
+    "toy --dtype float8": "--dtype",
+    "toy --seconds 0": "--seconds",
     "toy --device quantum": "device 'quantum'",
 }
 
