@@ -140,14 +140,15 @@ def jit(
     """
     import numba
 
-    from modulora_kernels.disk_cache import cached
-
     def decorate(function: Callable[..., Any]) -> Any:
         # the name of numba's cache file
         function.__qualname__ += f"_{_sources(Path(function.__code__.co_filename).parent)}"
         options: dict[str, Any] = {"nogil": True, "parallel": parallel, "_nrt": not borrows}
         options["fastmath"] = set(fastmath)
-        return cached(numba.njit(**options)(function), function)
+        try:
+            return numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder for the cache can be written
+            return numba.njit(**options)(function)
 
     return decorate
 
