@@ -168,18 +168,6 @@ class _FrozenLinear(torch.autograd.Function):
         return dX.view(*dY.shape[:-1], weight.shape[1]), None, None
 
 
-def float32_precision() -> str:
-    """``torch.get_float32_matmul_precision()``, for CPUs.
-
-    That function raises once torch's newer settings are used, of which each library has its own.
-    Then oneDNN's counts."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        onednn: Any = torch.backends.mkldnn  # its types lack the setting
-        return "highest" if onednn.matmul.fp32_precision in ("ieee", "none") else "high"
-
-
 @contextmanager
 def matmul_precision(precision: str | None) -> Iterator[None]:
     """Set ``torch.set_float32_matmul_precision`` within this block; None changes nothing."""

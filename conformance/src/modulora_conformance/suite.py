@@ -24,6 +24,8 @@ from modulora_conformance.levels.processes import Processes
 from modulora_conformance.levels.products import Products
 from modulora_conformance.levels.real_products import RealProducts
 from modulora_conformance.levels.real_weights import RealWeights
+from modulora_conformance.levels.sliced import Sliced
+from modulora_conformance.levels.snapped import Snapped
 from modulora_conformance.levels.state import State
 from modulora_conformance.levels.tiles import Tiles
 from modulora_core.spec import Quantizer
@@ -38,6 +40,8 @@ class QuantizerConformance(
     Tiles,
     State,
     Lookups,
+    Sliced,
+    Snapped,
     RealWeights,
     Products,
     Forms,
