@@ -96,9 +96,7 @@ def test_merging_needs_a_dense_model(packed):
     model = adapted(packed())
     losses(model)
     expected = logits(model)
-    with pytest.raises(
-        ModelError, match=r"^data of a .*model\.dequantize.*`modulora merge`"
-    ):
+    with pytest.raises(ModelError, match=r"^data of a .*model\.dequantize.*`modulora merge`"):
         model.merge_and_unload()
     model.get_base_model().dequantize()
     merged = model.merge_and_unload()
