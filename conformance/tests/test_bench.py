@@ -18,7 +18,7 @@ from modulora_conformance.bench.quantizer_bench import (
     measure_speed,
 )
 from modulora_conformance.bench.timing import Timing, cold_copies, in_turns, rotating
-from modulora_kernels.triton import clock
+from modulora_kernels import clock
 from modulora_zoo.healthy import Healthy
 from rich.console import Console
 
