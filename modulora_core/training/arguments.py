@@ -67,11 +67,15 @@ def check_values(arguments: TrainingArguments, steps: int) -> None:
         OptionError: the schedule, its options or the level of logs.
         MissingExtraError: a library is not installed.
     """
-    if arguments.log_level not in trainer_log_levels:
-        raise OptionError(
-            f"trainer log_level: expected one of {', '.join(trainer_log_levels)}, got "
-            f"{arguments.log_level!r}"
-        )
+    for name in ("log_level", "log_level_replica"):
+        if (level := getattr(arguments, name)) not in trainer_log_levels:
+            known = ", ".join(trainer_log_levels)
+            raise OptionError(f"trainer {name}: expected one of {known}, got {level!r}")
+    if arguments.torch_compile_mode is not None:
+        try:
+            torch.compile(torch.nn.Identity(), mode=arguments.torch_compile_mode)
+        except RuntimeError as error:
+            raise OptionError(f"trainer torch_compile_mode: {error}") from None
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise MissingExtraError(
             "trainer use_liger_kernel: its library is not installed; pip install liger-kernel"
