@@ -28,7 +28,6 @@ from pydantic import (
     Field,
     PositiveInt,
     StringConstraints,
-    model_validator,
 )
 
 from modulora_core.arguments import checked_dataclass
@@ -149,16 +148,6 @@ class QuantizerSpec(PluginSpec):
     qualities: Mapping[Literal["fast", "best"], Mapping[str, Any]] = {}
     """Its options for ``--quality fast`` and ``--quality best``, for packed weights of the same
     size. ``balanced``, the default, has the defaults."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _has_no_formats(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and "formats" in values:
-            raise ValueError(
-                "formats: expected no such field since protocol 2, got one; return the FormatSpecs "
-                "from the hook modulora_formats"
-            )
-        return values
 
     def next_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The smallest ``(out, in)`` from ``shape`` on that its multiples divide."""
@@ -335,6 +324,43 @@ class Quantizer(ABC):
         del packed, input_scale, output_scale
         name = self.spec.name
         raise PluginError(f"{name}: expected rescales=True, got a quantizer without; don't tune")
+
+    @property
+    def snaps(self) -> bool:
+        """Whether :meth:`snap` and :meth:`snapped` work with these options."""
+        return False
+
+    def snap(
+        self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int], V: Tensor
+    ) -> Tensor:
+        """The points nearest to V that rows and columns of ``packed`` can hold by other codes.
+
+        Scales, zeros and signs stay. A point is its own nearest point. Merging calls it for one
+        column after the other.
+
+        Args:
+            packed: a result of :meth:`pack`.
+            rows, columns: ``(start, stop)``, columns of Ŵ in the original basis.
+            V: fp32 ``[stop - start of rows, stop - start of columns]``.
+
+        Returns:
+            fp32, of V's shape.
+        """
+        del packed, rows, columns, V
+        raise PluginError(f"{self.spec.name}: expected a quantizer that snaps; merge dense weights")
+
+    def snapped(self, packed: PackedWeight, V: Tensor) -> PackedWeight:
+        """``packed`` with the codes of the points nearest to V, fp32 ``[out, in]``. Its layout, its
+        scales and so its grid stay."""
+        del packed, V
+        raise PluginError(f"{self.spec.name}: expected a quantizer that snaps; merge dense weights")
+
+    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
+        """The packed weight of rows (``dim`` 0) or columns (1) ``[start, stop)`` of Ŵ, bit for bit.
+
+        Tensor parallelism gives each process such a part. None, the default, refuses a cut.
+        """
+        del packed, dim, start, stop
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a shape that cannot be packed, before any work.

@@ -97,8 +97,8 @@ def command(
 
     with terminal().progress("merging", "parameters") as show:
         result = merge(model, out, adapter=adapter, dtype=dtype or "bfloat16", progress=show)
-    following = next_commands(f"modulora evaluate {shlex.quote(str(out))}")
-    return Report(result.to_json(), Group(facts(result.to_json()), following))
+    following = () if result.task else [next_commands(f"modulora evaluate {shlex.quote(str(out))}")]
+    return Report(result.to_json(), Group(facts(result.to_json()), *following))
 
 
 def _to_file(

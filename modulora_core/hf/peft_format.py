@@ -51,6 +51,9 @@ from modulora_core.models.store import is_finite
 SCALES_KEY = "modulora_channel_scales"
 """The key of adapter_config.json that names the file of the channel scales."""
 
+WITH_PEFT = "load it with peft: PeftModel.from_pretrained(load_model(MODEL), ADAPTER)"
+"""Advice for adapters of PEFT that change more than packed layers and the head of a task."""
+
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
@@ -194,11 +197,11 @@ def _read_weights(
         match = _KEY.fullmatch(key)
         if match is None:
             name = key.removeprefix(_PREFIX)
-            if name != key and any(f".{module}." in f".{name}" for module in modules_to_save):
+            if name != key and any(f"{m}." in name for m in modules_to_save):
                 heads[name] = tensor
                 continue
             raise AdapterError(
-                f"{path}: expected names {_PREFIX}<module>.lora_[AB].weight, got {key}"
+                f"{path}: expected names {_PREFIX}<module>.lora_[AB].weight, got {key}; {WITH_PEFT}"
             )
         found.setdefault(match["module"], {})[match["factor"]] = tensor
     if not found:
@@ -237,11 +240,13 @@ def _with_scales(deltas: Mapping[str, AdapterDelta], path: Path) -> dict[str, Ad
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         read_header(path)  # refuses a huge one
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+        stored = safetensors.torch.load_file(path)
     except (CheckpointError, SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path}: expected a readable safetensors file: {error}; fetch the whole adapter again"
         ) from None
+    # peft saves the base of an adapted head or embedding too
+    tensors = {n: t for n, t in stored.items() if ".lora_" in n or ".base_layer." not in n}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not is_finite(tensor):
             got = "NaN or Inf" if tensor.is_floating_point() else tensor.dtype

@@ -33,13 +33,15 @@ class Divergence:
     Attributes:
         kl_divergence: KL(P ‖ Q) to the other model; kl_of_adapter: to P without its adapter, None
             without one; both in nats a token.
-        perplexity: the other model's; perplexity_before: P's.
+        perplexity: the other model's; perplexity_before: P's; perplexity_of_base: P's without
+            its adapter.
     """
 
     kl_divergence: float
     kl_of_adapter: float | None
     perplexity: float
     perplexity_before: float
+    perplexity_of_base: float
     tokens: int
 
     @property
@@ -69,7 +71,7 @@ def divergence(
         WorkError: logits are NaN or infinite.
     """
     P, Q = before.load(), other.load()
-    sums = torch.zeros(4, dtype=torch.float64)  # KL to Q, KL to the base, -log Q, -log P
+    sums = torch.zeros(5, dtype=torch.float64)  # KL to Q, KL to the base, -log of Q, P, base
     with evaluating(P), evaluating(Q):
         for _, batch in batches(ids, 1, progress):
             p, q = _logits(P, batch), _logits(Q, batch)
@@ -79,14 +81,13 @@ def divergence(
                     base = _logits(P, batch)
             sums += _sums(p, q, base, batch[0, 1:])
     tokens = ids.shape[0] * (ids.shape[1] - 1)
-    kl, effect, nll, nll_before = (sums / tokens).tolist()
-    if not math.isfinite(kl + effect + nll):
+    kl, effect, *nlls = (sums / tokens).tolist()
+    if not math.isfinite(kl + effect + sum(nlls)):
         raise WorkError("divergence: expected finite logits, got NaN or Inf")
     return Divergence(
         kl,
         None if before.adapter is None else effect,
-        perplexity_of(nll),
-        perplexity_of(nll_before),
+        *map(perplexity_of, nlls),
         tokens,
     )
 
@@ -98,13 +99,13 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _sums(p: Tensor, q: Tensor, base: Tensor, goals: Tensor) -> Tensor:
-    total = torch.zeros(4, dtype=torch.float64)
+    total = torch.zeros(5, dtype=torch.float64)
     for rows in range(0, len(goals), _ROWS):
         part = slice(rows, rows + _ROWS)
         log_p, log_q, log_base = (one[part].float().log_softmax(1) for one in (p, q, base))
         probability, goal = log_p.exp(), goals[part, None]
         total[0] += (probability * (log_p - log_q)).sum()
         total[1] += (probability * (log_p - log_base)).sum()
-        total[2] -= log_q.gather(1, goal).sum()
-        total[3] -= log_p.gather(1, goal).sum()
+        for i, log in enumerate((log_q, log_p, log_base), 2):
+            total[i] -= log.gather(1, goal).sum()
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 from modulora_core import registry
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
-from modulora_core.errors import OptionError
+from modulora_core.errors import ModelError, OptionError
 from modulora_core.hookspecs import FormatSpec
 from modulora_core.models.installed_formats import (
     InstalledFormat,
@@ -19,6 +20,7 @@ from modulora_core.models.installed_formats import (
 )
 from modulora_core.models.locate import names_file
 from modulora_core.progress import Display
+from modulora_core.spec import PackedWeight
 
 __all__ = ["AdapterFile", "AdapterWriter", "FileWriter", "MergedFile", "WrittenAdapter"]
 
@@ -165,6 +167,20 @@ class FileWriter(AdapterWriter):
             AdapterError: the adapter does not fit the model.
             RequestError: the model is not packed or cannot be read.
         """
+
+    def replace(
+        self, model: PackedCheckpoint, path: Path, parameter: str, matrices: Sequence[PackedWeight]
+    ) -> None:
+        """Write other packed weights of a parameter, of the same layout, into a copy of its file.
+
+        Args:
+            model: the opened file; path: its copy.
+
+        Raises:
+            ModelError: this format, or this file, has no place for them. The default always does.
+        """
+        del path, matrices
+        raise ModelError(f"{model.name}: {self.spec.name} has no place for {parameter} alone")
 
 
 def file_writer(out: str | Path) -> FileWriter:

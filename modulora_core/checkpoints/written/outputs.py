@@ -18,6 +18,7 @@ from modulora_core.errors import (
 )
 from modulora_core.models.folders import MARKER, REQUEST
 from modulora_core.models.json_files import read_bytes
+from modulora_core.progress import Progress, no_progress
 
 DIGESTS = "SHA256SUMS"
 """The file of digests: ``sha256sum --check SHA256SUMS`` verifies a folder too."""
@@ -286,8 +287,11 @@ def digests_of(folder: Path, without: Collection[str] = ()) -> dict[str, str]:
     return {name: digest(path) for name, path in names if name not in without}
 
 
-def check_digests(folder: Path) -> int:
+def check_digests(folder: Path, suffix: str = "", progress: Progress = no_progress) -> int:
     """Compare each file of a folder with its recorded SHA-256, and return the number of files.
+
+    Args:
+        suffix: only files whose name ends with it.
 
     Raises:
         CheckpointError: there are no digests, or none of a weight file; or a file is missing or has
@@ -300,12 +304,13 @@ def check_digests(folder: Path) -> int:
             "and merge write them"
         )
     text = read_bytes(listed, CheckpointError).decode("utf-8", "replace")
-    lines = [line.partition("  ") for line in text.splitlines()]
+    lines = [line.partition("  ") for line in text.splitlines() if line.endswith(suffix)]
     names = {name for _, _, name in lines}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in names:
             raise CheckpointError(f"{listed}: expected a digest of {path.name}, found none")
-    for expected, _, name in lines:
+    for done, (expected, _, name) in enumerate(lines):
+        progress("checking", done, len(lines))
         if not _is_inside(name):
             raise CheckpointError(f"{listed}: expected names in the folder, got {name!r:.60}")
         path = folder / name

@@ -281,25 +281,6 @@ def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(
     assert steps == []
 
 
-def test_a_run_whose_log_could_not_be_written_is_not_finished(config: FinetuneConfig) -> None:
-    """A folder in the way of the log stops the run, as a full disk would."""
-    log = Path(config.out) / "log.json"
-    with pytest.raises(OSError, match=r"log\.json"):
-        finetune(config, on_step=lambda _: log.mkdir(exist_ok=True))
-    log.rmdir()
-    steps: list[TrainingStep] = []
-    assert finetune(config, resume=True, on_step=steps.append).steps == config.steps
-    assert steps == []
-    assert log.is_file()
-
-
-def test_another_optimizer_of_transformers_resumes_too(config: FinetuneConfig) -> None:
-    other = changed(config, optim="adafactor")
-    expected = finetune(changed(other, out=f"{config.out}-whole"))
-    interrupt(other, 7)
-    assert outcome(finetune(other, resume=True)) == outcome(expected)
-
-
 def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(
     config: FinetuneConfig,
 ) -> None:
@@ -311,28 +292,6 @@ def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(
         OptionError, match=r"got others: train_scales True → False; lr 0\.01 → 0\.02; to train"
     ):
         finetune(other, resume=True)
-
-
-@pytest.mark.parametrize("resume", [False, True], ids=["again", "resumed"])
-def test_a_run_without_a_whole_checkpoint_starts_again_with_other_options(
-    config: FinetuneConfig, resume: bool
-) -> None:
-    """For example with a lower learning rate, after the loss was NaN in the first steps."""
-    (interrupt(config, 1) / "checkpoint-2").mkdir(parents=True)
-    lower = changed(config, lr=1e-3, steps=1, eval_every=None)
-    assert finetune(lower, resume=resume).steps == 1
-    assert FinetuneConfig.build({}, file=Path(lower.out) / "finetune.yaml") == lower
-    checkpoints = (Path(lower.out) / "checkpoints").glob("checkpoint-*")
-    assert [path.name for path in checkpoints] == ["checkpoint-1"]
-
-
-def test_it_says_once_that_it_starts_again(
-    config: FinetuneConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    interrupt(config, 1)
-    with caplog.at_level("INFO", logger="modulora_core"):
-        interrupt(config, 1)
-    assert caplog.text.count("starting again") == 1
 
 
 def test_a_run_does_not_start_again_among_other_files(config: FinetuneConfig) -> None:

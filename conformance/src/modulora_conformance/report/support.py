@@ -26,10 +26,10 @@ HEADINGS = (
     "options",
     "bits per weight",
     "error, Gaussian weights",
+    "merges",
     "levels passed",
     "certified",
-    "suite",
-    "protocol",
+    "suite, protocol",
 )
 
 HEADER = """\
@@ -37,7 +37,8 @@ HEADER = """\
 
 The table has a row for each configuration that a quantizer promises, as the conformance kit
 measured it. Bits per weight include scales, for a layer of 2048 × 2048.
-The error is ‖W − Ŵ‖ / ‖W‖ for normal weights, packed without calibration. A certified run passes
+The error is ‖W − Ŵ‖ / ‖W‖ for normal weights, packed without calibration. "Merges" says whether
+`modulora merge-packed` can put an adapter into such weights. A certified run passes
 all levels. It skips only missing hardware, and features that the quantizer does not offer.
 "Without hardware" says that no check ran on a device that the quantizer's spec names.
 
@@ -60,10 +61,10 @@ def table(runs: Iterable[Run]) -> str:
                 row.configuration,
                 row.size or "-",
                 row.error or "-",
+                row.merges,
                 row.levels,
                 certified,
-                run.suite,
-                str(run.protocol),
+                f"{run.suite}, {run.protocol}",
             )
             for row in rows(run)
         ]

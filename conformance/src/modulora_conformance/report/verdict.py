@@ -18,6 +18,9 @@ WORST_FIRST: tuple[Kind, ...] = ("failed", "blocked", "xfailed", "passed", "skip
 SIZE, ERROR = "bits per weight", "error of gaussian weights"
 """The measurements of L1 that tables show."""
 
+MERGES = "test_a_snapped_weight_keeps_its_grid"
+"""The check that a quantizer skips if it has no grid to merge an adapter into."""
+
 
 class Verdict(NamedTuple):
     """A state, and a few words for a badge."""
@@ -106,6 +109,8 @@ class Row(NamedTuple):
     size: str
     promise: str
     error: str
+    merges: str
+    """Whether an adapter can be merged into such weights."""
     levels: str
     outcomes: Counter[str]
 
@@ -123,11 +128,17 @@ def rows(run: Run) -> list[Row]:
                 f"{size.value:.4g}" if size else "",
                 f"{size.limit:.4g}" if size else "",
                 f"{error.value:.2g}" if error else "",
+                _merges(checks),
                 _levels_text(levels_passed(checks, run.partial.get(name, ())), run.untested),
                 Counter(check.outcome for check in checks),
             )
         )
     return found
+
+
+def _merges(checks: Iterable[Outcome]) -> str:
+    found = {check.outcome for check in checks if check.check == MERGES}
+    return "yes" if found == {"passed"} else "no" if found == {"skipped"} else "-"
 
 
 def _levels_text(passed: str, untested: tuple[str, ...]) -> str:

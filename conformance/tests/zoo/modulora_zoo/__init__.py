@@ -15,6 +15,7 @@ from modulora_core.spec import Promise, QuantizerSpec
 SOUND = (
     "Healthy", "InTriton", "StridedTiles", "Sound", "PerRow", "Floating", "Lattice", "Rotated",
     "Importance", "OwnFunction", "Scaled", "Experts", "RotatedKernels", "Microscaled",
+    "Snapping",
 )  # fmt: skip
 
 ELSEWHERE = ("Unlisted", "HeavyMetadata", "SlowMetadata")

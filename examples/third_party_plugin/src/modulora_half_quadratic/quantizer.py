@@ -100,6 +100,32 @@ class HalfQuadratic(Quantizer):
         y: Tensor | None = None if cpu is None else cpu.product(x, packed, transpose)
         return super().matmul(x, packed, transpose) if y is None else y
 
+    @property
+    def snaps(self) -> bool:
+        return True
+
+    def snap(
+        self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int], V: Tensor
+    ) -> Tensor:
+        q, s, b = self._nearest(packed, rows, columns, V)
+        return q * s + b
+
+    def snapped(self, packed: PackedWeight, V: Tensor) -> PackedWeight:
+        out_features, in_features = packed.shape
+        q, _, _ = self._nearest(packed, (0, out_features), (0, in_features), V)
+        codes = packing.pack(q.to(torch.uint8), packed.metadata["bits"])
+        return packed.layout.fill({**packed.tensors, "codes": codes})
+
+    def _nearest(
+        self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int], V: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The codes nearest to V, with the scale and the offset of each."""
+        group = torch.arange(*columns, device=V.device) // packed.metadata["group_size"]
+        tensors, unit = packed.tensors, packed.tensors["unit"]
+        s, b = (tensors[name][slice(*rows)][:, group].float() for name in ("scales", "offsets"))
+        q = reference.nearest(V / unit, s, b, 2 ** packed.metadata["bits"] - 1)
+        return q, s * unit, b * unit
+
 
 @cache
 def _tensors(shape: tuple[int, int], bits: int, group_size: int) -> dict[str, TensorLayout]:

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import modulora_kernels as kernels
 import torch
 from modulora_kernels import KernelQuantizer
+from modulora_kernels.scalar_grid import Grid, ScalarGrid, with_tensors
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class Options(BaseModel):
     )
 
 
-class FP4(KernelQuantizer):
+class FP4(KernelQuantizer, ScalarGrid):
     """MXFP4 (OCP Microscaling) and NVFP4: elements in E2M1 with a scale for each block."""
 
     spec = SPEC
@@ -51,6 +52,9 @@ class FP4(KernelQuantizer):
     Options: ClassVar[type[BaseModel]] = Options
     kernels = "modulora_fp4.kernels"
     row_tensors = ("codes", "scales")
+
+    def column_block(self, packed: PackedWeight) -> int | None:
+        return reference.BLOCK[packed.metadata["type"]]
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Raises ShapeError: blocks do not divide the rows."""
@@ -131,6 +135,19 @@ class FP4(KernelQuantizer):
         codes, scales = (packed.tensors[name][slice(*rows)] for name in self.row_tensors)
         g = packed.tensors.get("global_scale")
         return reference.dequantize(packed.metadata["type"], codes, scales, g)
+
+    def grid(self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int]) -> Grid:
+        kind, g = packed.metadata["type"], packed.tensors.get("global_scale")
+        block = torch.arange(*columns, device=packed.device) // reference.BLOCK[kind]
+        scales = packed.tensors["scales"][slice(*rows)][:, block]
+        levels = torch.tensor(reference.LEVELS, dtype=torch.float32, device=packed.device)
+        return Grid(levels, reference.block_scales(kind, scales, g))
+
+    def codes(self, packed: PackedWeight) -> Tensor:
+        return reference.unpack(packed.tensors["codes"])
+
+    def with_codes(self, packed: PackedWeight, codes: Tensor) -> PackedWeight:
+        return with_tensors(packed, codes=reference.pack(codes))
 
 
 def _largest(weight: Tensor) -> Tensor:

@@ -40,6 +40,13 @@ def bits(field: Tensor, width: int, run: int = 1) -> Tensor:
     return floats(codes.flatten(1))
 
 
+def to_bytes(codes: Tensor, width: int, run: int = 1) -> Tensor:
+    """Codes ``[n, codes]`` of any dtype in bytes, uint8: the inverse of :func:`bits`."""
+    parts = codes.to(torch.uint8).view(len(codes), -1, 8 // width, run)
+    shifts = torch.arange(0, 8, width, device=codes.device, dtype=torch.uint8)[:, None]
+    return (parts << shifts).sum(2, dtype=torch.uint8).flatten(1)
+
+
 def nibbles(field: Tensor, run: int) -> Tensor:
     """Codes of 4 bits; the order is the one of :func:`bits`."""
     return bits(field, 4, run)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modulora_gguf.bits import half
+from modulora_gguf.bits import half, to_bytes
 
 K_TRIALS = 20
 """Steps that Q4_K and Q6_K try for each part of a block."""
@@ -27,18 +27,6 @@ def _half(values: Tensor) -> Tensor:
 
 def _reciprocal(d: Tensor) -> Tensor:
     return torch.where(d.abs() < 1e-38, torch.zeros_like(d), 1 / d)
-
-
-def _pairs(codes: Tensor, run: int) -> Tensor:
-    """Codes of 4 bits ``[n, k]`` in bytes ``[n, k / 2]``: of each 2 · run the first are low."""
-    low, high = codes.to(torch.uint8).view(len(codes), -1, 2, run).unbind(2)
-    return (low | high << 4).flatten(1)
-
-
-def _bits(bits: Tensor) -> Tensor:
-    """Bits ``[n, 8 k]``, the lowest of a byte first, as uint8 ``[n, k]``."""
-    powers = 2 ** torch.arange(8, device=bits.device)
-    return (bits.to(torch.int64).view(len(bits), -1, 8) * powers).sum(2).to(torch.uint8)
 
 
 def _with_offset(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
@@ -60,22 +48,22 @@ def _with_minimum(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def q4_0(x: Tensor, _w: Tensor) -> Tensor:
     d, q = _with_offset(x, 16)
-    return torch.cat([_half(d), _pairs(q, 16)], dim=1)
+    return torch.cat([_half(d), to_bytes(q, 4, 16)], dim=1)
 
 
 def q4_1(x: Tensor, _w: Tensor) -> Tensor:
     d, m, q = _with_minimum(x, 16)
-    return torch.cat([_half(d), _half(m), _pairs(q, 16)], dim=1)
+    return torch.cat([_half(d), _half(m), to_bytes(q, 4, 16)], dim=1)
 
 
 def q5_0(x: Tensor, _w: Tensor) -> Tensor:
     d, q = _with_offset(x, 32)
-    return torch.cat([_half(d), _bits(q >= 16), _pairs(q % 16, 16)], dim=1)
+    return torch.cat([_half(d), to_bytes(q >= 16, 1), to_bytes(q % 16, 4, 16)], dim=1)
 
 
 def q5_1(x: Tensor, _w: Tensor) -> Tensor:
     d, m, q = _with_minimum(x, 32)
-    return torch.cat([_half(d), _half(m), _bits(q >= 16), _pairs(q % 16, 16)], dim=1)
+    return torch.cat([_half(d), _half(m), to_bytes(q >= 16, 1), to_bytes(q % 16, 4, 16)], dim=1)
 
 
 def q8_0(x: Tensor, _w: Tensor) -> Tensor:
@@ -144,7 +132,7 @@ def q4_k(x: Tensor, w: Tensor) -> Tensor:
     a, b = sc.to(torch.uint8), mc.to(torch.uint8)
     low = torch.cat([a[:, :4] | (a[:, 4:] >> 4) << 6, b[:, :4] | (b[:, 4:] >> 4) << 6], dim=1)
     high = (a[:, 4:] & 15) | b[:, 4:] << 4
-    return torch.cat([_half(d), _half(dmin), low, high, _pairs(q.flatten(1), 32)], dim=1)
+    return torch.cat([_half(d), _half(dmin), low, high, to_bytes(q.flatten(1), 4, 32)], dim=1)
 
 
 def _symmetric(x: Tensor, w: Tensor) -> Tensor:
@@ -168,10 +156,8 @@ def q6_k(x: Tensor, w: Tensor) -> Tensor:
     d = half(_half(s.gather(1, s.abs().argmax(1, keepdim=True)) / -128))
     sc = (s * _reciprocal(d)).round().clamp(-128, 127)
     q = ((parts * _reciprocal(d * sc)[:, :, None]).round().clamp(-32, 31) + 32).flatten(1)
-    top = (q // 16).to(torch.uint8).view(-1, 2, 4, 32)
-    qh = (top[:, :, 0] | top[:, :, 1] << 2 | top[:, :, 2] << 4 | top[:, :, 3] << 6).flatten(1)
     scales = sc.to(torch.int8).view(torch.uint8)
-    return torch.cat([_pairs(q % 16, 64), qh, scales, _half(d)], dim=1)
+    return torch.cat([to_bytes(q % 16, 4, 64), to_bytes(q // 16, 2, 32), scales, _half(d)], dim=1)
 
 
 STEPS = {"Q4_0": 8, "Q4_1": 15, "Q5_0": 16, "Q5_1": 31, "Q8_0": 127, "Q4_K": 15 * 63,

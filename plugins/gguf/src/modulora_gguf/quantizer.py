@@ -18,13 +18,15 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from modulora_kernels import KernelQuantizer
+from modulora_kernels.scalar_grid import Grid, ScalarGrid, with_tensors
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from modulora_core.errors import CheckpointError, ShapeError, WeightError
+from modulora_core.errors import CheckpointError, PluginError, ShapeError, WeightError
 from modulora_core.spec import Calibration, PackedWeight, TensorLayout, column_importance
 from modulora_core.tiles import tile_ranges
 from modulora_gguf import SPEC, packing, reference
+from modulora_gguf.grids import GRIDS, BlockGrid
 
 REFERENCE_BYTES = 2**20
 """Bytes of fp32 weights that are packed at once: Q4_K needs about eight copies of them."""
@@ -61,7 +63,7 @@ class Options(BaseModel):
     )
 
 
-class GGUF(KernelQuantizer):
+class GGUF(KernelQuantizer, ScalarGrid):
     """Blocks of 32 or 256 weights with scales of their own, as llama.cpp stores them."""
 
     spec = SPEC
@@ -69,6 +71,9 @@ class GGUF(KernelQuantizer):
     Options: ClassVar[type[BaseModel]] = Options
     kernels = "modulora_gguf.kernels"
     row_tensors = ("blocks",)
+
+    def column_block(self, packed: PackedWeight) -> int | None:
+        return reference.block_of(packed.metadata["type"])[0]
 
     @property
     def wants_calibration(self) -> bool:
@@ -125,6 +130,41 @@ class GGUF(KernelQuantizer):
 
     def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
         return reference.tile(packed, rows)
+
+    @property
+    def snaps(self) -> bool:
+        return self.options.type in GRIDS
+
+    def grid(self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int]) -> Grid:
+        grid, (size, nbytes) = _grid(packed), reference.block_of(packed.metadata["type"])
+        first, stop = columns[0] // size, -(-columns[1] // size)
+        blocks = packed.tensors["blocks"][slice(*rows), first * nbytes : stop * nbytes]
+        found = grid.scales(blocks.reshape(-1, nbytes))
+        weights = size // found[0].shape[1]  # of a part
+        part = torch.arange(*columns, device=packed.device) // weights - first * size // weights
+        scale, offset = (
+            0.0 if each is None else each.reshape(len(blocks), -1)[:, part] for each in found
+        )
+        return Grid(grid.levels(packed.device), scale, offset=offset)
+
+    def codes(self, packed: PackedWeight) -> Tensor:
+        blocks = packed.tensors["blocks"].view(-1, reference.block_of(packed.metadata["type"])[1])
+        return _grid(packed).codes(blocks).view(packed.shape)
+
+    def with_codes(self, packed: PackedWeight, codes: Tensor) -> PackedWeight:
+        size, nbytes = reference.block_of(packed.metadata["type"])
+        blocks = packed.tensors["blocks"]
+        made = _grid(packed).with_codes(blocks.view(-1, nbytes), codes.reshape(-1, size))
+        return with_tensors(packed, blocks=made.view(blocks.shape))
+
+
+def _grid(packed: PackedWeight) -> BlockGrid:
+    type = packed.metadata["type"]
+    if type not in GRIDS:
+        raise PluginError(
+            f"{SPEC.name}: expected a type that snaps, one of {', '.join(GRIDS)}, got {type}"
+        )
+    return GRIDS[type]
 
 
 def _check_range(weight: Tensor, type: Type) -> None:

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import torch
 from modulora_kernels import KernelQuantizer
+from modulora_kernels.scalar_grid import Grid, ScalarGrid, with_tensors
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Options(BaseModel):
         return self.group_size or max(1, in_features)
 
 
-class INT8(KernelQuantizer):
+class INT8(KernelQuantizer, ScalarGrid):
     """Absmax quantization to 8 bits (LLM.int8, arXiv 2208.07339); row-wise as in bitsandbytes."""
 
     spec = SPEC
@@ -52,6 +53,17 @@ class INT8(KernelQuantizer):
     Options: ClassVar[type[BaseModel]] = Options
     kernels = "modulora_int8.kernels"
     row_tensors = ("codes", "scales")
+
+    def column_block(self, packed: PackedWeight) -> int | None:
+        """The group; of scales for whole rows, :meth:`sliced` cuts the codes alone."""
+        size: int | None = packed.metadata["group_size"]
+        return None if size is None or packed.shape[1] % size else size
+
+    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
+        if dim == 0 or packed.metadata["group_size"] is not None:
+            return super().sliced(packed, dim, start, stop)
+        parts = {**packed.tensors, "codes": packed.tensors["codes"][:, start:stop]}
+        return self.layout((packed.shape[0], stop - start)).fill(parts)
 
     def pack(
         self,
@@ -93,3 +105,16 @@ class INT8(KernelQuantizer):
     def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
         CB, c = (packed.tensors[name][slice(*rows)] for name in ("codes", "scales"))
         return reference.dequantize(CB, c, packed.metadata["group_size"])
+
+    def grid(self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int]) -> Grid:
+        size = self.Options(**packed.metadata).group(packed.shape[1])
+        group = torch.arange(*columns, device=packed.device) // size
+        c = packed.tensors["scales"][slice(*rows)][:, group]
+        levels = torch.arange(256, dtype=torch.uint8, device=packed.device).view(torch.int8)
+        return Grid(levels.to(torch.float32), c * reference.INVERSE)
+
+    def codes(self, packed: PackedWeight) -> Tensor:
+        return packed.tensors["codes"].view(torch.uint8)
+
+    def with_codes(self, packed: PackedWeight, codes: Tensor) -> PackedWeight:
+        return with_tensors(packed, codes=codes.view(torch.int8))

@@ -16,6 +16,8 @@
     .rotated            RotatedQuantizer: products and tiles in a rotated basis
     .incoherence        the weight and H in that basis, and the factors of BlockLDLQ
     .both_sides         rounding of rows in turn, by the second moment of the gradients
+    .scalar_grid        ScalarGrid: `snap`, for codes of single weights
+    .feedback           a weight rounded to the grid of a packed one
     .parity             compare a quantizer's kernels with plain torch
 
 A plugin may import the names in ``__all__`` of these packages, and nothing deeper.

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import torch
 from modulora_kernels import KernelQuantizer
+from modulora_kernels.scalar_grid import Grid, ScalarGrid, with_tensors
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Options(BaseModel):
         return value
 
 
-class NF4(KernelQuantizer):
+class NF4(KernelQuantizer, ScalarGrid):
     """4-bit NormalFloat (QLoRA, arXiv 2305.14314), bit for bit as bitsandbytes stores it."""
 
     spec = SPEC
@@ -122,6 +123,36 @@ class NF4(KernelQuantizer):
             "offset": TensorLayout("float32", (1,)),
         }
 
+    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
+        """Cut between blocks; columns only if rows have whole blocks, and without double_quant."""
+        (out_features, in_features), B = packed.shape, packed.metadata["block_size"]
+        nested = packed.metadata["double_quant"]
+        if dim == 0:
+            first, last, unit = start * in_features, stop * in_features, max(B, 2)
+            unit *= NESTED_BLOCK_SIZE if nested else 1
+            if first % unit or (last % unit and stop < out_features):
+                return None
+            per = {"codes": 2, "absmax": B, "absmax_codes": B, "nested_absmax": unit}
+            parts = {
+                name: t if name == "offset" else t[first // per[name] : -(-last // per[name])]
+                for name, t in packed.tensors.items()
+            }
+            return self._part(packed, (stop - start, in_features), parts)
+        if nested or any(n % max(B, 2) for n in (in_features, start, stop)):
+            return None
+        per = {"codes": 2, "absmax": B}
+        parts = {
+            name: t.view(out_features, -1)[:, start // per[name] : stop // per[name]].flatten()
+            for name, t in packed.tensors.items()
+        }
+        return self._part(packed, (out_features, stop - start), parts)
+
+    @staticmethod
+    def _part(
+        packed: PackedWeight, shape: tuple[int, int], tensors: dict[str, Tensor]
+    ) -> PackedWeight:
+        return PackedWeight(packed.quantizer, packed.format, shape, tensors, packed.metadata)
+
     def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
         (_, in_features), B, tensors = packed.shape, packed.metadata["block_size"], packed.tensors
         begin, end = rows[0] * in_features, rows[1] * in_features
@@ -133,3 +164,21 @@ class NF4(KernelQuantizer):
             c2 = tensors["absmax"][first:stop]
         q = packing.unpack(tensors["codes"], begin, end)
         return reference.dequantize(q, c2, B, begin).reshape(rows[1] - rows[0], in_features)
+
+    def grid(self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int]) -> Grid:
+        device, tensors = packed.device, packed.tensors
+        element = torch.arange(*rows, device=device)[:, None] * packed.shape[1]
+        block = (element + torch.arange(*columns, device=device)) // packed.metadata["block_size"]
+        if packed.metadata["double_quant"]:
+            c2 = reference.dynamic_map(device)[tensors["absmax_codes"][block].to(torch.int32)]
+            c2 = c2 * tensors["nested_absmax"][block // NESTED_BLOCK_SIZE] + tensors["offset"]
+        else:
+            c2 = tensors["absmax"][block]
+        return Grid(torch.tensor(reference.LEVELS, dtype=torch.float32, device=device), c2)
+
+    def codes(self, packed: PackedWeight) -> Tensor:
+        numel = math.prod(packed.shape)
+        return packing.unpack(packed.tensors["codes"], 0, numel).view(packed.shape)
+
+    def with_codes(self, packed: PackedWeight, codes: Tensor) -> PackedWeight:
+        return with_tensors(packed, codes=packing.pack(codes.reshape(-1)))

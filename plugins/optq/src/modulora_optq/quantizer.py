@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 import modulora_kernels as kernels
 import torch
 from modulora_kernels import KernelQuantizer
+from modulora_kernels.scalar_grid import Grid, ScalarGrid, with_tensors
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from modulora_optq.options import Options
 from modulora_optq.reference import Solution
 
 
-class OPTQ(KernelQuantizer):
+class OPTQ(KernelQuantizer, ScalarGrid):
     """OPTQ, also known as GPTQ (Frantar et al. 2022, arXiv 2210.17323)."""
 
     spec = SPEC
@@ -112,6 +113,28 @@ class OPTQ(KernelQuantizer):
             x = x.detach().index_select(-1, packed.tensors["permutation"])
         y = super().matmul(x, packed, transpose)
         return y if places is None or not transpose else y.index_select(-1, places)
+
+    def grid(self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int]) -> Grid:
+        options, places = Options.of(**packed.metadata), _places(packed)
+        column = torch.arange(*columns, device=packed.device)
+        group = (column if places is None else places[column]) // options.group(packed.shape[1])
+        scales = packed.tensors["scales"][slice(*rows)]
+        zeros: Tensor | float = float(options.middle)
+        if not options.symmetric:
+            stored = packed.tensors["zeros"][slice(*rows)]
+            zeros = packing.unpack(stored, options.bits, scales.shape[1])[:, group].float()
+        levels = torch.arange(options.maxq + 1, dtype=torch.float32, device=packed.device)
+        return Grid(levels, scales[:, group].float(), zeros)
+
+    def codes(self, packed: PackedWeight) -> Tensor:
+        stored = packing.unpack(packed.tensors["codes"], packed.metadata["bits"], packed.shape[1])
+        places = _places(packed)
+        return stored if places is None else stored[:, places]
+
+    def with_codes(self, packed: PackedWeight, codes: Tensor) -> PackedWeight:
+        if _places(packed) is not None:
+            codes = codes[:, packed.tensors["permutation"]]
+        return with_tensors(packed, codes=packing.pack(codes, packed.metadata["bits"]))
 
 
 def from_solution(solution: Solution, options: Options) -> PackedWeight:

@@ -20,11 +20,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import modulora_kernels as kernels
 import torch
+from modulora_kernels.feedback import factor
 from torch import Tensor
 
-from modulora_core.errors import WeightError
 from modulora_core.spec import check_hessian
 from modulora_optq import SPEC
 from modulora_optq.options import Options
@@ -43,9 +42,6 @@ STEPS = 24
 
 SMALLEST_SHARE = 0.4
 """The tried ranges lie evenly between the whole range and this share of it, which is excluded."""
-
-DOUBLINGS = 16
-"""How often λ is doubled at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,40 +142,9 @@ def prepare(
         W, H = W[:, order].contiguous(), H[order[:, None], order]
         group = group[order] if options.static_groups else group
     H_O = None if output_hessian is None else output_hessian.detach().to(W)
-    U, lam = factor(H, options.damping)
+    U, lam = factor(SPEC.name, H, options.damping)
     H.diagonal().add_(lam)
     return Problem(W, U, H, order, group, H_O)
-
-
-def factor(H: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U, upper triangular with (H + λI)⁻¹ = Uᵀ U, in H's dtype, and λ.
-
-    The diagonal of H has a mean of about 1.
-
-    If H + λI = R Rᵀ with R upper triangular, then U = R⁻¹. No inverse is factorized. torch gives
-    the lower factor, H = L Lᵀ; R is the factor of H with its rows and columns reversed. λ is
-    ``damping``, doubled until H + λI can be factorized. From λ = 0.01 on, fp32 gives U to five
-    digits or more.
-
-    Raises:
-        WeightError: H is not positive semidefinite, so that no λ is enough.
-    """
-    lam = damping
-    with kernels.one_thread():
-        for _ in range(DOUBLINGS):
-            reversed_ = H.flip(0, 1)  # a copy
-            reversed_.diagonal().add_(lam)
-            L, failed = torch.linalg.cholesky_ex(reversed_)
-            if not bool(failed):
-                identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
-                U: Tensor = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
-                return U, lam
-            lam *= 2
-    raise WeightError(
-        f"{SPEC.name}: expected a positive semidefinite second moment, got one of shape "
-        f"{list(H.shape)} that can't be factorized with {lam / 2:g} times its mean on the "
-        "diagonal; calibrate again"
-    )
 
 
 def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from modulora_core.models.locate import locate
 from modulora_core.models.sites import find_sites
 from modulora_core.models.source import ModelSource, open_dense
 from modulora_core.progress import Display, shown
-from modulora_core.spec import TensorLayout
+from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges
 from modulora_gguf.file.header import Header, TensorInfo
 from modulora_gguf.file.lora_file import check_modelfile, write_lora_file
@@ -117,6 +117,23 @@ class LlamaCppWriter(FileWriter):
         if result.erased:
             _warn_erased(result, type)
         return result
+
+    def replace(
+        self, model: PackedCheckpoint, path: Path, parameter: str, matrices: Sequence[PackedWeight]
+    ) -> None:
+        assert isinstance(model, ForeignCheckpoint)
+        store = store_of(model.source)
+        for place in places(model.source, parameter):
+            info = store.in_file(place.name).info
+            if info.path != store.header.path or any("blocks" not in m.tensors for m in matrices):
+                raise ModelError(
+                    f"{model.name}: expected a file that is not split, and {parameter} of one "
+                    "type; write the file anew with `modulora merge`"
+                )
+            rows = torch.cat([matrix.tensors["blocks"] for matrix in matrices])
+            with path.open("r+b") as file:
+                file.seek(info.offset)
+                file.write(rows[place.rows].contiguous().numpy().data)
 
 
 def _warn_erased(result: MergedFile, type: str) -> None:

@@ -1,0 +1,137 @@
+"""Rounds a weight to the grid of a packed one, a column at a time, with feedback of the errors.
+
+Symbols of OPTQ (Frantar et al. 2022, arXiv 2210.17323), section 3:
+
+    V     the weight to round, [out, in];   Ŵ   its rounding;   E = V − Ŵ
+    H     E[x xᵀ], [in, in]; the outputs' squared error is tr(E H Eᵀ)               equation 1
+    λ     damping, added to the diagonal of H
+    U     upper triangular, (H + λI)⁻¹ = Uᵀ U
+
+Columns are rounded in the order of H's diagonal, and later columns make up for earlier errors.
+Sweeps of coordinate descent follow: each column gets the points that are best beside all others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modulora_core.dense_products import add_product, one_thread
+from modulora_core.errors import WeightError
+from modulora_core.spec import PackedWeight, Quantizer, check_hessian
+
+BLOCK = 128
+"""Columns between two updates of all other columns, as in the paper."""
+
+DOUBLINGS = 16
+"""How often λ is doubled at most."""
+
+
+def rounded_to_grid(
+    quantizer: Quantizer,
+    packed: PackedWeight,
+    V: Tensor,
+    hessian: Tensor,
+    *,
+    damping: float,
+    sweeps: int = 0,
+) -> PackedWeight:
+    """``packed`` with other codes: its grid's Ŵ with a small tr((V − Ŵ) (H + λI) (V − Ŵ)ᵀ).
+
+    Args:
+        quantizer: of ``packed``; it :attr:`~modulora_core.spec.Quantizer.snaps`.
+        V: fp32 ``[out, in]``.
+        hessian: H, ``[in, in]``, symmetric, positive semidefinite. Its magnitude has no effect.
+        damping: λ, as a share of the mean of H's diagonal.
+        sweeps: rounds of coordinate descent.
+
+    Raises:
+        ShapeError, WeightError: H does not fit, is not finite, or is no second moment.
+    """
+    check_hessian(quantizer.spec.name, V, hessian)
+    diagonal = hessian.diagonal()
+    alive = diagonal > 0  # other inputs were always zero: their weights had no effect
+    H = hessian.to(V) / (float(diagonal[alive].mean()) if bool(alive.any()) else 1.0)
+    H.diagonal()[~alive] = 1
+    order = diagonal.argsort(descending=True, stable=True)
+    U, lam = factor(quantizer.spec.name, H[order[:, None], order], damping)
+    work = _Columns(quantizer, packed, order.tolist())
+    W = V.t()[order].contiguous()  # [in, out]: a column is one run of memory
+    target = W.clone()
+    for start, stop in _blocks(len(W)):
+        E = W.new_empty(stop - start, W.shape[1])
+        for j in range(start, stop):
+            E[j - start] = (W[j] - work.round(j, W[j])) / U[j, j]
+            W[j + 1 : stop].addr_(U[j, j + 1 : stop], E[j - start], alpha=-1)
+        add_product(W[stop:], U[start:stop, stop:].t().neg(), E)
+    if sweeps:
+        H = H[order[:, None], order]
+        H.diagonal().add_(lam)
+        G = H @ (target - work.points)  # [in, out]
+        for _ in range(sweeps):
+            _descend(work, H, G)
+    return quantizer.snapped(packed, torch.empty_like(V).index_copy_(1, order, work.points.t()))
+
+
+def _descend(work: _Columns, H: Tensor, G: Tensor) -> None:
+    """Round each column again. ``G``, H (V − Ŵ)ᵀ, is kept up to date."""
+    for start, stop in _blocks(len(H)):
+        D = G.new_empty(stop - start, G.shape[1])
+        for j in range(start, stop):
+            before = work.points[j].clone()
+            D[j - start] = before - work.round(j, before + G[j] / H[j, j])
+            G[start:stop].addr_(H[start:stop, j], D[j - start])
+        outside = G[start:stop].clone()
+        add_product(G, H[:, start:stop], D)
+        G[start:stop] = outside
+
+
+class _Columns:
+    """The rounded columns, fp32 ``[in, out]``, in the order of work."""
+
+    def __init__(self, quantizer: Quantizer, packed: PackedWeight, order: list[int]) -> None:
+        self._quantizer, self._packed, self._order = quantizer, packed, order
+        self._rows = (0, packed.shape[0])
+        self.points = torch.empty(len(order), packed.shape[0], device=packed.device)
+
+    def round(self, j: int, v: Tensor) -> Tensor:
+        """Round column ``j`` to the points nearest to ``v``, ``[out]``."""
+        at = self._order[j]
+        found = self._quantizer.snap(self._packed, self._rows, (at, at + 1), v[:, None])
+        self.points[j] = found[:, 0]
+        return self.points[j]
+
+
+def _blocks(columns: int) -> list[tuple[int, int]]:
+    return [(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
+
+
+def factor(quantizer: str, H: Tensor, damping: float) -> tuple[Tensor, float]:
+    """U, upper triangular with (H + λI)⁻¹ = Uᵀ U, in H's dtype, and λ.
+
+    The diagonal of H has a mean of about 1.
+
+    If H + λI = R Rᵀ with R upper triangular, then U = R⁻¹. No inverse is factorized. torch gives
+    the lower factor, H = L Lᵀ; R is the factor of H with its rows and columns reversed. λ is
+    ``damping``, doubled until H + λI can be factorized. From λ = 0.01 on, fp32 gives U to five
+    digits or more.
+
+    Raises:
+        WeightError: H is not positive semidefinite, so that no λ is enough.
+    """
+    lam = damping
+    with one_thread():
+        for _ in range(DOUBLINGS):
+            reversed_ = H.flip(0, 1)  # a copy
+            reversed_.diagonal().add_(lam)
+            L, failed = torch.linalg.cholesky_ex(reversed_)
+            if not bool(failed):
+                identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+                U: Tensor = torch.linalg.solve_triangular(L.flip(0, 1), identity, upper=True)
+                return U, lam
+            lam *= 2
+    raise WeightError(
+        f"{quantizer}: expected a positive semidefinite second moment, got one of shape "
+        f"{list(H.shape)} that can't be factorized with {lam / 2:g} times its mean on the "
+        "diagonal; calibrate again"
+    )

@@ -1,0 +1,251 @@
+"""A merged model keeps the adapter's effect, and all bytes of its base but codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from modulora_gguf.file.model_header import read_header
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
+from modulora_merge import merging
+from modulora_merge.copying import _OfForeign
+from modulora_merge.merging import PackedMerge, merge_packed
+
+from modulora_core.checkpoints.convert import convert
+from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.written.outputs import check_digests
+from modulora_core.cli import main as run
+from modulora_core.errors import AdapterError, DataError, ModelError, OptionError, OutputError
+from modulora_core.hf.load_adapter import load_adapter
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.inference.evaluate import evaluate
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
+from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.other_tools import logits
+from modulora_core.tests.tiny_models import save_tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Trained = Callable[..., tuple[Path, Path]]
+
+
+def merged(model: Path, out: Path, adapter: Path, text: Path, **options: Any) -> PackedMerge:
+    few = {"samples": 16, "seq_len": 32, "held_back": 8, "progress": False}
+    return merge_packed(model, out, adapter=adapter, calibration=str(text), **few | options)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return open_packed(str(folder)).tensors()
+
+
+def adapter_of(model: Path, out: Path, std: float, targets: tuple[str, ...] = ()) -> Path:
+    """An adapter whose B has this size."""
+    loaded = load_model(model)
+    settings = LoRASettings(rank=2, targets=targets) if targets else LoRASettings(rank=2)
+    add_lora(loaded, settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, layer in adapter_layers(loaded):
+            B = layer.parameters_of("default")["lora_B"]
+            B.copy_(torch.randn(B.shape, generator=generator) * std)
+    save_adapter(loaded, out)
+    return out
+
+
+CASES = {
+    "nf4": ("nf4", {}, {"codes"}),
+    "int8": ("int8", {}, {"codes"}),
+    "optq": ("optq", {"bits": 3}, {"codes"}),
+    "fp4": ("fp4", {}, {"codes"}),
+    "gguf": ("gguf", {"type": "Q4_0"}, {"blocks"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_effect_is_kept_and_only_codes_differ(
+    case: str, trained: Trained, text: Path, tmp_path: Path
+) -> None:
+    quantizer, options, of_codes = CASES[case]
+    packed, adapter = trained(quantizer, options)
+    made = merged(packed, tmp_path / "out", adapter, text)
+    assert made.kept is not None
+    assert made.kept > 0.6
+    before, after = stored(packed), stored(tmp_path / "out")
+    assert {name: t.shape for name, t in before.items()} == {n: t.shape for n, t in after.items()}
+    differing = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.rpartition(".")[2] for name in differing} == of_codes
+    assert 0 < made.changed < made.weights
+    assert made.adapted == 14
+    assert check_digests(tmp_path / "out") > 3
+
+
+def test_the_figures_are_those_of_evaluate(
+    trained: Trained, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same segments, one by one, through the command's own function."""
+    packed, adapter = trained("nf4")
+    seen = list[torch.Tensor]()
+    measure = merging.divergence
+
+    def spied(before: Any, other: Any, ids: torch.Tensor, **more: Any) -> Any:
+        seen.append(ids)
+        return measure(before, other, ids, **more)
+
+    monkeypatch.setattr(merging, "divergence", spied)
+    made = merged(packed, tmp_path / "out", adapter, text)
+    [ids] = seen
+    facts = made.to_json()
+    models = {"base": load_model(packed), "merged": load_model(tmp_path / "out")}
+    for name, model in models.items():
+        with torch.no_grad():
+            loss = torch.stack([model(input_ids=i[None], labels=i[None]).loss for i in ids]).mean()
+        assert facts[f"perplexity_{'of_' * (name == 'base')}{name}"] == pytest.approx(
+            float(loss.exp()), rel=1e-4
+        )
+    beside = facts["perplexity_beside"]
+    assert max(beside, facts["perplexity_merged"]) < facts["perplexity_of_base"]
+
+
+def test_an_adapter_of_zeros_gives_the_bytes_of_the_base(
+    trained: Trained, text: Path, tmp_path: Path
+) -> None:
+    packed, _ = trained("nf4")
+    adapter = adapter_of(packed, tmp_path / "adapter", std=0.0)
+    made = merged(packed, tmp_path / "out", adapter, text, held_back=0)
+    assert (made.changed, made.kept) == (0, None)
+    for file in packed.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "type"),
+    [("llama", "Q4_0"), ("llama", "Q4_1"), ("qwen2", "Q5_0"), ("qwen3moe", "Q8_0")],
+)
+def test_a_file_keeps_its_header_types_and_scales(
+    architecture: str, type: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that the file orders otherwise, and stacks of experts, are put back."""
+    path, out = write_tiny_gguf(architecture, tmp_path / "base.gguf", type), tmp_path / "out.gguf"
+    adapter = adapter_of(path, tmp_path / "adapter", std=0.5)
+    ids = torch.randint(3, 27, (24, 32), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(merging, "token_segments", lambda *_, **__: ids)
+    monkeypatch.setattr(PackedCheckpoint, "tokenizer", lambda _: None)
+    made = merged(path, out, adapter, text, held_back=0)
+    assert made.changed > 0
+    before, after = path.read_bytes(), out.read_bytes()
+    assert len(after) == len(before)
+    base, written = read_header(path), read_header(out)
+    assert [(t.name, t.type, t.shape, t.offset) for t in base.tensors] == [
+        (t.name, t.type, t.shape, t.offset) for t in written.tensors
+    ]
+    assert before[: base.tensors[0].offset] == after[: base.tensors[0].offset]
+    model = load_model(path)
+    plain = logits(model)
+    load_adapter(model, adapter)
+    beside = logits(model)
+    found = logits(load_model(out))
+    assert (found - beside).norm() < 0.7 * (plain - beside).norm()
+
+
+def test_a_folder_of_another_tool_gets_other_codes_in_its_own_form(
+    trained: Trained, text: Path, tmp_path: Path
+) -> None:
+    packed, adapter = trained("optq", {"act_order": False})
+    convert(packed, tmp_path / "gptq", "gptq", progress=False)
+    made = merged(tmp_path / "gptq", tmp_path / "out", adapter, text)
+    assert made.kept is not None
+    assert made.kept > 0.6
+    assert open_packed(str(tmp_path / "out")).format == "gptq"
+    sizes = {
+        f.name: f.stat().st_size for f in (tmp_path / "gptq").iterdir() if f.name != "SHA256SUMS"
+    }
+    assert all((tmp_path / "out" / name).stat().st_size == size for name, size in sizes.items())
+
+
+def test_a_second_adapter_trains_on_the_merged_model(
+    trained: Trained, text: Path, tmp_path: Path
+) -> None:
+    packed, adapter = trained("nf4")
+    merged(packed, tmp_path / "out", adapter, text, held_back=0)
+    second = adapter_of(tmp_path / "out", tmp_path / "second", std=0.2)
+    made = merged(tmp_path / "out", tmp_path / "twice", second, text, held_back=0)
+    assert made.changed > 0
+    kwargs = {"data": str(text), "seq_len": 32, "progress": False}
+    assert evaluate(tmp_path / "twice", **kwargs).perplexity > 1
+
+
+def test_weights_without_a_grid_are_refused_before_work(
+    toy: object, trained: Trained, text: Path, tmp_path: Path
+) -> None:
+    packed, adapter = trained("toy")
+    with pytest.raises(OptionError, match=r"q_proj.*on a grid, got toy; merge into a dense model"):
+        merged(packed, tmp_path / "out", adapter, text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_the_head_is_refused(text: Path, tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "nf4", head="nf4", progress=False)
+    adapter = adapter_of(tmp_path / "packed", tmp_path / "adapter", 0.1, ("q_proj", "lm_head"))
+    with pytest.raises(AdapterError, match="inside of decoder blocks alone, got one of the head"):
+        merged(tmp_path / "packed", tmp_path / "out", adapter, text)
+
+
+def test_a_short_text_and_a_used_place_are_refused(
+    trained: Trained, text: Path, tmp_path: Path
+) -> None:
+    packed, adapter = trained("nf4")
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text()[:400])
+    with pytest.raises(DataError, match=r"text for 8 held-back segments .* or --held-back"):
+        merged(packed, tmp_path / "out", adapter, short)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes").touch()
+    with pytest.raises(OutputError, match="expected it new or empty"):
+        merged(packed, tmp_path / "used", adapter, text)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_folder_in_a_form_that_we_do_not_write_is_refused(
+    trained: Trained, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a tool whose words hold the same codes in another order."""
+    packed, adapter = trained("optq", {"act_order": False})
+    convert(packed, tmp_path / "gptq", "gptq", progress=False)
+    ours = _OfForeign._tensors
+
+    def other(copy: _OfForeign, name: str, matrices: Any) -> dict[str, torch.Tensor]:
+        return {key: tensor.flip(0) for key, tensor in ours(copy, name, matrices).items()}
+
+    monkeypatch.setattr(_OfForeign, "_tensors", other)
+    with pytest.raises(
+        ModelError, match=r"qweight: expected the tensor of gptq as modulora writes"
+    ):
+        merged(tmp_path / "gptq", tmp_path / "out", adapter, text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_the_comparison(
+    trained: Trained, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, adapter = trained("nf4")
+    words = ["merge-packed", str(packed), str(tmp_path / "out"), "--json"]
+    assert run([*words, "--adapter", str(adapter)]) == 2
+    said = capsys.readouterr().out
+    assert "--calibration" in said
+    assert "nearest point of its grid, which loses the adapter" in said
+    assert run([*words, "--calibration", str(text)]) == 2
+    assert "--adapter: expected the adapter to merge" in capsys.readouterr().out
+    words += ["--adapter", str(adapter), "--calibration", str(text), "--seq-len", "32"]
+    assert run(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity_merged"] < found["perplexity_of_base"]
+    assert 0 < found["effect_kept"] < 1.2
