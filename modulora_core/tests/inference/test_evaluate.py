@@ -278,3 +278,15 @@ def test_evaluate_refuses_a_wrong_request(
 ) -> None:
     with pytest.raises(error, match=message):
         evaluate(open_to_run(str(tunable)), **options)
+
+
+def test_wrong_segments_are_refused(llama: Any, segments: torch.Tensor) -> None:
+    for wrong in (segments[0], segments[:0], segments[:, :1]):
+        with pytest.raises(DataError, match=r"segments: expected shape \[n >= 1, seq_len >= 2\]"):
+            perplexity(llama, wrong)
+    with pytest.raises(
+        OptionError, match="seq_len 144: expected at most the model's window of 128"
+    ):
+        perplexity(llama, segments[:3].reshape(1, -1))
+    with pytest.raises(OptionError, match="batch_size: expected at least 1, got 0"):
+        perplexity(llama, segments, batch_size=0)
