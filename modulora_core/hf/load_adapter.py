@@ -22,6 +22,7 @@ from modulora_core.layers import LoRALayer, TiedHead
 from modulora_core.lora.adapted import (
     adapter_layers,
     check_name_is_free,
+    forget_dense_name,
     head_parameters,
     model_name,
     packed_layers,
@@ -47,9 +48,9 @@ def load_adapter(
             warning.
         path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
         name: one model may carry several adapters.
-        trainable: A, B and channel scales train. TRL's trainers load a reference, which lacks the
-            adapter, by the model's name. They stop with an error then, unless they get
-            ``ref_model`` or ``precompute_ref_log_probs``.
+        trainable: A, B and channel scales train. A TRL trainer that would load a reference
+            without the adapter (:mod:`modulora_core.hf.reference`) stops with an error, unless it
+            gets ``ref_model`` or ``precompute_ref_log_probs``.
 
     Returns:
         the paths of the adapted layers.
@@ -64,6 +65,7 @@ def load_adapter(
     _check_fit(adapter, model, model_name(model))
     check_name_is_free(model, name)
     put_on(model, adapter, name)
+    forget_dense_name(model)
     if trainable:
         train_only(model, name)
     return list(adapter.deltas)

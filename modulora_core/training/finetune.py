@@ -197,8 +197,8 @@ def _train(
                 arguments = method.arguments(config, out / CHECKPOINTS, run.steps, device)
             arguments.eval_on_start = "eval" in examples and _is_due(config, run.begun.checkpoint)
             model = _loaded(checkpoint, config, device)
-            method.check_model(model, checkpoint.name)
             settings = _put_adapter(model, config)
+            method.check_model(model, checkpoint.name)
             if config.packing:
                 check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model) + method.nbytes)

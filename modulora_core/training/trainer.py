@@ -45,11 +45,11 @@ from modulora_core.training.chunked_loss import (
     RowLoss,
     chunked_loss,
     cross_entropy,
-    deferred_logits,
     token_losses,
 )
 from modulora_core.training.interruption import Interruption, Stopped
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
+from modulora_core.training.readout import read_out
 from modulora_core.training.sharding import split_without_gpus
 
 
@@ -278,8 +278,11 @@ class AdapterTrainer(AdapterRun):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = attending_within_parts(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
-        with torch.no_grad(), deferred_logits(self.model), self.compute_loss_context_manager():
-            losses = token_losses(model(**inputs).logits, labels).sum(1, dtype=torch.float64)
+        with (
+            torch.no_grad(), read_out(self.model) as readout, self.compute_loss_context_manager()
+        ):  # fmt: skip
+            model(**inputs)
+            losses = token_losses(readout, labels).sum(1, dtype=torch.float64)
         counts = (labels[:, 1:] != IGNORED).sum(1)
         # of all processes, without the examples that fill up the last batch
         losses, counts = self.gather_function((losses, counts))

@@ -97,7 +97,7 @@ def test_the_table_of_a_tied_model_is_stored_once(end, toy, tmp_path):
     assert not any(name.startswith("lm_head") for name in checkpoint.tensors())
     model = load_model(checkpoint, device="cpu")
     model.tie_weights()  # as transformers and accelerate call it here and there
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.packed_weight is model.model.embed_tokens.weight
     names = [name for name in model.state_dict() if "codes" in name and "layers" not in name]
     assert names == [f"{TABLE}.codes"]
     x = torch.zeros(1, 32, dtype=torch.bfloat16)

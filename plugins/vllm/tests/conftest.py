@@ -5,6 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from modulora_core.tests.conftest import pack, toy, toy_root  # noqa: F401
+from modulora_core.tests.conftest import pack, toy, toy_root, tunable  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent))

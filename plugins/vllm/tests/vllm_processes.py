@@ -28,24 +28,31 @@ def need_vllm() -> None:
 
 
 def run_vllm(
-    folder: Path, model: Path, *, prompts: Sequence[Sequence[int]] = PROMPTS, new: int = 6,
-    site: Path | None = None, check: bool = True, **more: Any,
-) -> Any:  # fmt: skip
-    """vLLM's answers (:mod:`in_vllm`), or without ``check`` the finished process."""
-    request, answer = folder / "request.json", folder / "answer.json"
-    request.write_text(json.dumps({"model": str(model), "prompts": prompts, "new": new, **more}))
+    folder: Path, *requests: Mapping[str, Any], new: int = 6, site: Path | None = None,
+    processes: bool = False,
+) -> list[Any]:  # fmt: skip
+    """vLLM's answer to each request (:mod:`in_vllm`), or its error in one line.
+
+    Args:
+        site: a folder of packages for vLLM too.
+        processes: let vLLM start processes of its own, as a server does.
+    """
+    source, target = folder / "requests.json", folder / "answers.json"
+    whole = [{"prompts": PROMPTS, "new": new, **request} for request in requests]
+    source.write_text(json.dumps(whole, default=str))
     environment = {
         **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(site or ""),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, str(HERE / "in_vllm.py"), str(request), str(answer)],
-        env=environment, capture_output=True, text=True, timeout=600,
+        [sys.executable, str(HERE / "in_vllm.py"), str(source), str(target)],
+        env=environment, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
-    if not check:
-        return done
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads(answer.read_text())
+    print(done.stderr[-8000:])  # pytest shows it if the test fails
+    answers: list[Any] = json.loads(target.read_text())
+    return answers
 
 
 def log_probabilities(model: Any, ids: Sequence[int]) -> torch.Tensor:
@@ -59,6 +66,7 @@ def largest_difference(
     answers: Sequence[Mapping[str, Any]], model: Any, prompts: Sequence[Sequence[int]] = PROMPTS
 ) -> float:
     """Between vLLM's log-probabilities and transformers', over prompts and new tokens."""
+    assert not isinstance(answers, str), answers
     worst = 0.0
     for ids, answer in zip(prompts, answers, strict=True):
         expected = log_probabilities(model, [*ids, *answer["ids"]])

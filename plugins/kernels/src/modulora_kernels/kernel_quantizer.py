@@ -55,6 +55,7 @@ class KernelQuantizer(Quantizer):
         :meth:`sliced` then cuts columns too, between blocks.
         """
         del packed
+        return None
 
     def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
         block = 1 if dim == 0 else self.column_block(packed)

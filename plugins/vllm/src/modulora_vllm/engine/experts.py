@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_vllm.engine.layers import JoinedWeight, Range, Shard, stored_shape
-from modulora_vllm.engine.threads import keep_threads, plain_torch
+from modulora_vllm.engine.threads import plain_torch
 
 ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
 """Activations of ``[gates, ups]``, the order in which our checkpoints have their rows."""
@@ -76,7 +76,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         found = []
         for packed in weights:
             shards = [Shard(packed, quantizer, part, columns, dtype) for part in rows]
-            found.append(JoinedWeight(shards, sum(stop - start for start, stop in rows)))
+            found.append(JoinedWeight(shards, sum(stop - start for start, stop in rows), dtype))
         return nn.ModuleList(found)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
@@ -84,7 +84,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         for weight in (layer.gate_up[0], layer.down[0]):
-            keep_threads(weight, layer.params_dtype)
+            weight.warm_up()
 
     def apply(
         self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *_: Any, **__: Any

@@ -115,16 +115,26 @@ class JoinedWeight(nn.Module):
     Args:
         shards: from the first rows to the last.
         rows: the rows that vLLM expects; a vocabulary is padded with zeros.
+        dtype: of activations.
     """
 
-    def __init__(self, shards: Sequence[Shard], rows: int) -> None:
+    def __init__(self, shards: Sequence[Shard], rows: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.shards, self.padded_rows = nn.ModuleList(shards), rows
+        self.shards, self.padded_rows, self.dtype = nn.ModuleList(shards), rows, dtype
 
     @property
     def device(self) -> torch.device:
         """The device, for which LoRA layers of vLLM ask the weight."""
-        return self.shards[0].weight.device  # type: ignore[no-any-return, union-attr]
+        return self.first.weight.device
+
+    @property
+    def first(self) -> Shard:
+        return self.get_submodule("shards.0")  # type: ignore[return-value]
+
+    def warm_up(self) -> None:
+        """Multiply once on a CPU, which starts the threads of the kernels."""
+        columns = self.first.columns[1] - self.first.columns[0]
+        keep_threads(self, torch.zeros(1, columns, dtype=self.dtype, device=self.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., rows]`` of ``x: [..., in]``, in its dtype."""
@@ -135,9 +145,8 @@ class JoinedWeight(nn.Module):
 
     def lookup(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ``ids`` of the one table, counted from this rank's first row."""
-        (shard,) = self.shards
-        packed: PackedParameter = shard.weight  # type: ignore[assignment]
-        return packed.quantizer.lookup(ids + shard.rows[0], packed.packed, dtype)  # type: ignore[operator, index]
+        table: PackedParameter = self.first.weight  # type: ignore[assignment]
+        return table.quantizer.lookup(ids + self.first.rows[0], table.packed, dtype)
 
 
 class PackedLinearMethod(LinearMethodBase):
@@ -177,10 +186,10 @@ class PackedLinearMethod(LinearMethodBase):
             _read(self.checkpoint, self.parameters[i], part, columns, layer.params_dtype)
             for i, part in _within(_rows_of_rank(layer, sizes), rows)
         ]
-        _attach(layer, JoinedWeight(shards, sum(layer.output_partition_sizes)), self.parameters[0])
+        _attach(layer, shards, self.parameters[0])
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        keep_threads(layer.weight, layer.params_dtype)  # type: ignore[arg-type]
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.weight.warm_up()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = multiply(layer, x)
@@ -204,10 +213,10 @@ class PackedTableMethod(LinearMethodBase):
         rows = (indices.org_vocab_start_index, indices.org_vocab_end_index)
         columns = (0, layer.input_size)
         shard = _read(self.checkpoint, self.parameter, rows, columns, layer.params_dtype)
-        _attach(layer, JoinedWeight([shard], sum(layer.output_partition_sizes)), self.parameter)
+        _attach(layer, [shard], self.parameter)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        keep_threads(layer.weight, layer.params_dtype)  # type: ignore[arg-type]
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.weight.warm_up()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = multiply(layer, x)
@@ -268,8 +277,9 @@ def multiply(layer: Any, x: Tensor) -> Tensor:
     return weight(x)  # type: ignore[no-any-return]
 
 
-def _attach(layer: Any, weight: JoinedWeight, parameter: str) -> None:
+def _attach(layer: Any, shards: Sequence[Shard], parameter: str) -> None:
     """Put the weight into the layer, and into vLLM's table of layers that operations look up."""
+    weight = JoinedWeight(shards, sum(layer.output_partition_sizes), layer.params_dtype)
     layer.weight, layer.packed_name = weight, f"modulora.{parameter}"
     context = get_current_vllm_config().compilation_config.static_forward_context
     context[layer.packed_name] = weight

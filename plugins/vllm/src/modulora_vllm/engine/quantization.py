@@ -164,7 +164,7 @@ class PackedConfig(QuantizationConfig):
         self._read.update(names)
         return PackedExpertsMethod(layer, self.checkpoint, gate_up, down)
 
-    def get_checkpoint_weight_mapper(self) -> WeightsMapper:  # type: ignore[override]
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Keep packed tensors and guards from vLLM's loader, and rename dense tensors as stored.
 
         vLLM calls it once its layers exist.

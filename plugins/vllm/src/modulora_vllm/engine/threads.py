@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor
 
 
 @contextmanager
@@ -24,19 +24,17 @@ def plain_torch() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def keep_threads(weight: nn.Module, dtype: torch.dtype) -> None:
+def keep_threads(product: Callable[[Tensor], Tensor], x: Tensor) -> None:
     """Run one product on a CPU, and restore OpenMP's number of threads.
 
     A quantizer's kernels start their threads at the first product, and change OpenMP's number. They
     restore it by ``torch.set_num_threads``, which vLLM's CPU worker has replaced by a warning.
     vLLM's attention then aborts, since its threads are more than it has scratch memory for.
     """
-    if weight.device.type != "cpu":  # type: ignore[union-attr]
+    if x.device.type != "cpu":
         return
-    shard = weight.shards[0]  # type: ignore[index, union-attr]
     before = torch.get_num_threads()
     with plain_torch():
-        columns = shard.columns[1] - shard.columns[0]  # type: ignore[index, operator, union-attr]
-        weight(torch.zeros(1, columns, dtype=dtype))
+        product(x)
     if torch.get_num_threads() != before:
         torch._C.set_num_threads(before)
