@@ -1,8 +1,13 @@
 """TRL's trainers compare a model with a reference, which must have the same adapter."""
 
+from __future__ import annotations
+
 import copy
 import math
 import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -31,26 +36,26 @@ REFUSED = r"reference of a TRL trainer would lack.* ref_model, or precompute_ref
 
 
 @pytest.fixture(scope="module")
-def adapter(tunable, tmp_path_factory):
+def adapter(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapter")
     save_adapter(trained(load_model(tunable, device="cpu")), folder)
     return folder
 
 
-def continued(tunable, adapter):
+def continued(tunable: Path, adapter: Path) -> Any:
     model = load_model(tunable, device="cpu")
     load_adapter(model, adapter, trainable=True)
     return model
 
 
-def with_a_second_one(tunable, adapter):
+def with_a_second_one(tunable: Path, adapter: Path) -> Any:
     model = load_model(tunable, device="cpu")
     load_adapter(model, adapter, "first")
     add_lora(model, name="second")
     return model
 
 
-def trainer(method, model, folder, **options):
+def trainer(method: str, model: Any, folder: Path, **options: Any) -> Any:
     texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
     rows, more = {"KTO": LABELS, "SFT": texts}.get(method, ROWS), {}
     if method in {"GRPO", "RLOO"}:
@@ -70,20 +75,24 @@ def trainer(method, model, folder, **options):
 
 @pytest.mark.parametrize("model", [continued, with_a_second_one])
 @pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
-def test_no_reference_without_the_adapter(tunable, adapter, tmp_path, method, model):
+def test_no_reference_without_the_adapter(
+    tunable: Path, adapter: Path, tmp_path: Path, method: str, model: Callable[..., Any]
+) -> None:
     options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
     with pytest.raises(AdapterError, match=REFUSED):
         trainer(method, model(tunable, adapter), tmp_path, **options)
 
 
 @pytest.mark.parametrize("model", [continued, with_a_second_one])
-def test_the_precomputed_reference_has_the_adapter(tunable, adapter, tmp_path, model):
+def test_the_precomputed_reference_has_the_adapter(
+    tunable: Path, adapter: Path, tmp_path: Path, model: Callable[..., Any]
+) -> None:
     made = trainer("DPO", model(tunable, adapter), tmp_path, precompute_ref_log_probs=True)
     made.train()
     assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
 
 
-def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable, tmp_path):
+def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable: Path, tmp_path: Path) -> None:
     model = load_model(tunable, device="cpu")
     add_lora(model)
     made = trainer("DPO", model, tmp_path)
@@ -92,7 +101,7 @@ def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def tuned(tunable, tmp_path_factory):
+def tuned(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A model after SFT in this process, pickled, since no living one may disturb other tests."""
     model = load_model(tunable, device="cpu")
     add_lora(model)
@@ -107,13 +116,17 @@ def tuned(tunable, tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
-def test_no_reference_without_the_adapter_of_this_process(tuned, tmp_path, method):
+def test_no_reference_without_the_adapter_of_this_process(
+    tuned: bytes, tmp_path: Path, method: str
+) -> None:
     options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
     with pytest.raises(AdapterError, match=REFUSED):
         trainer(method, pickle.loads(tuned), tmp_path, **options)
 
 
-def test_further_trainings_of_the_adapter_of_this_process(tunable, tuned, tmp_path):
+def test_further_trainings_of_the_adapter_of_this_process(
+    tunable: Path, tuned: bytes, tmp_path: Path
+) -> None:
     model = pickle.loads(tuned)
     made = trainer("DPO", model, tmp_path, precompute_ref_log_probs=True)
     made.train()
@@ -125,7 +138,7 @@ def test_further_trainings_of_the_adapter_of_this_process(tunable, tuned, tmp_pa
     assert model.config.name_or_path == str(tunable)
 
 
-def test_trl_turns_the_adapter_s_dropout_off(tunable, tmp_path):
+def test_trl_turns_the_adapter_s_dropout_off(tunable: Path, tmp_path: Path) -> None:
     model = load_model(tunable, device="cpu")
     add_lora(model, LoRASettings(dropout=0.5))
     trainer("DPO", model, tmp_path)
@@ -133,7 +146,7 @@ def test_trl_turns_the_adapter_s_dropout_off(tunable, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["copied", "pickled"])
-def test_a_copy_is_refused_as_well(tunable, tuned, tmp_path, how):
+def test_a_copy_is_refused_as_well(tunable: Path, tuned: bytes, tmp_path: Path, how: str) -> None:
     model = pickle.loads(tuned)
     if how == "copied":
         model = copy.deepcopy(model)
@@ -144,7 +157,7 @@ def test_a_copy_is_refused_as_well(tunable, tuned, tmp_path, how):
     assert AutoModelForCausalLM.from_pretrained(tunable)
 
 
-def test_a_model_packed_while_it_is_loaded_has_no_reference_by_name(tunable):
+def test_a_model_packed_while_it_is_loaded_has_no_reference_by_name(tunable: Path) -> None:
     """The name is the dense model's."""
     dense = str(tunable.parent / "dense")
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=ModuLoRAConfig("toy"))

@@ -1,7 +1,11 @@
 """TRL's trainers on a packed model, its head packed too, beside the same model made dense."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,14 +36,14 @@ pytestmark = [
 
 TEXTS = ("Who", " me"), ("What then", " it was that"), ("When", " now"), ("How so", " well enough")
 PAIRS = [{"prompt": p, "chosen": a, "rejected": " nobody else"} for p, a in TEXTS]
-ROWS = {
+ROWS: dict[str, list[dict[str, Any]]] = {
     "SFT": [{"prompt": p, "completion": a} for p, a in TEXTS],
     "KTO": [{"prompt": p, "completion": a, "label": len(p) > 4} for p, a in TEXTS],
     "GRPO": [{"prompt": p} for p, _ in TEXTS],
     "RLOO": [{"prompt": p} for p, _ in TEXTS],
 }
 GROUPS = {"num_generations": 2, "max_completion_length": 8, "beta": 0.1}
-TRAINERS = {
+TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "SFT nll": ("SFT", {}),
     "SFT chunked_nll": ("SFT", {"loss_type": "chunked_nll"}),
     "SFT dft": ("SFT", {"loss_type": "dft"}),
@@ -55,7 +59,7 @@ ADAPTERS = ("peft", "add_lora")
 
 
 @pytest.fixture(scope="module")
-def folders(toy, tmp_path_factory):
+def folders(toy: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny Llamas whose layers, embedding and output head are packed."""
     made = {}
     for head in HEADS:
@@ -67,7 +71,7 @@ def folders(toy, tmp_path_factory):
     return made
 
 
-def plain(name):
+def plain(name: str) -> str:
     """The name of a parameter with our layers, which PEFT nests."""
     name = name.removeprefix("base_model.model.").removesuffix(".weight")
     return name.replace(".modules_to_save.default", "")
@@ -76,18 +80,20 @@ def plain(name):
 class Gradients(TrainerCallback):
     """Keeps the gradients of each step, by the names of our layers."""
 
-    def __init__(self):
-        self.steps = []
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Tensor]] = []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
         trained = {plain(name): p.grad for name, p in model.named_parameters()}
         self.steps.append({n: g.float().clone() for n, g in trained.items() if g is not None})
 
 
-def loaded(folder, method, adapter, *, dense, dtype):
+def loaded(folder: Path, method: str, adapter: str, *, dense: bool, dtype: str) -> Any:
     torch.manual_seed(0)
     if method == "Reward":
-        kind = AutoModelForSequenceClassification
+        kind: Any = AutoModelForSequenceClassification
         model = kind.from_pretrained(folder, dtype=getattr(torch, dtype), num_labels=1)
     else:
         model = load_model(folder, dtype=dtype, device="cpu")
@@ -105,18 +111,22 @@ def loaded(folder, method, adapter, *, dense, dtype):
     return model
 
 
-DENSE = {}
+Run = tuple[list[float], list[dict[str, Tensor]]]
+DENSE: dict[tuple[Path, str, bool], Run] = {}
 """The runs of the dense model, with PEFT's adapter: ours trains alike."""
 
 
-def trained(folder, trainer, adapter, out, *, dense=False, dtype="float32", within=None, **options):
+def trained(
+    folder: Path, trainer: str, adapter: str, out: Path, *, dense: bool = False,
+    dtype: str = "float32", within: Any = None, **options: Any,
+) -> Run:  # fmt: skip
     """The losses of two steps, and their gradients."""
     method, own = TRAINERS[trainer]
-    source = trl
+    source: Any = trl
     if method == "ORPO":
         import trl.experimental.orpo as source
     model = loaded(folder, method, adapter, dense=dense, dtype=dtype)
-    more = {}
+    more: dict[str, Any] = {}
     if method in ("GRPO", "RLOO"):
         more["reward_funcs"] = lambda completions, **_: [float(len(c) % 5) for c in completions]
     gradients, tokenizer = Gradients(), AutoTokenizer.from_pretrained(folder)
@@ -138,7 +148,9 @@ def trained(folder, trainer, adapter, out, *, dense=False, dtype="float32", with
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_losses_and_gradients_are_the_dense_model_s(folders, tmp_path, trainer, head, adapter):
+def test_losses_and_gradients_are_the_dense_model_s(
+    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str, adapter: str
+) -> None:
     """With gradient checkpointing, TRL's default, on the untied head, and without on the other."""
     check(folders[head], trainer, adapter, tmp_path, checkpointing=head == "untied")
 
@@ -148,12 +160,12 @@ def test_losses_and_gradients_are_the_dense_model_s(folders, tmp_path, trainer, 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_so_they_are_with_the_other_setting_of_checkpointing(
-    folders, tmp_path, trainer, head, adapter
-):
+    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str, adapter: str
+) -> None:
     check(folders[head], trainer, adapter, tmp_path, checkpointing=head == "tied")
 
 
-def check(folder, trainer, adapter, out, *, checkpointing):
+def check(folder: Path, trainer: str, adapter: str, out: Path, *, checkpointing: bool) -> None:
     options = {"gradient_checkpointing": checkpointing}
     losses, steps = trained(folder, trainer, adapter, out, **options)
     key = folder, trainer, checkpointing
@@ -172,13 +184,15 @@ def check(folder, trainer, adapter, out, *, checkpointing):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("trainer", ["SFT nll", "DPO"])
-def test_bfloat16_is_no_farther_from_float32_than_the_dense_model(folders, tmp_path, trainer, head):
+def test_bfloat16_is_no_farther_from_float32_than_the_dense_model(
+    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str
+) -> None:
     truth, packed, dense = (
         trained(folders[head], trainer, "peft", tmp_path, dense=is_dense, dtype=dtype)[1]
         for is_dense, dtype in ((True, "float32"), (False, "bfloat16"), (True, "bfloat16"))
     )
 
-    def distance(steps):
+    def distance(steps: list[dict[str, Tensor]]) -> float:
         parts = ((steps[0][name] - truth[0][name]).square().sum() for name in truth[0])
         return float(sum(parts)) ** 0.5
 
@@ -186,7 +200,9 @@ def test_bfloat16_is_no_farther_from_float32_than_the_dense_model(folders, tmp_p
 
 
 @pytest.mark.parametrize(("trainer", "head"), [("SFT nll", "untied"), ("DPO", "tied")])
-def test_no_dense_head_exists_at_a_vocabulary_of_128000(toy, tmp_path, trainer, head):
+def test_no_dense_head_exists_at_a_vocabulary_of_128000(
+    toy: object, tmp_path: Path, trainer: str, head: str
+) -> None:
     rows, width = 128_000, 64
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -196,7 +212,7 @@ def test_no_dense_head_exists_at_a_vocabulary_of_128000(toy, tmp_path, trainer, 
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
-    own = {} if head == "tied" else {"head": Choice("toy")}
+    own: Any = {} if head == "tied" else {"head": Choice("toy")}
     quantize(
         str(tmp_path / "dense"), tmp_path / "packed", "toy", embeddings=Choice("toy"), **own
     )  # fmt: skip
@@ -209,10 +225,12 @@ def test_no_dense_head_exists_at_a_vocabulary_of_128000(toy, tmp_path, trainer, 
     assert packed.peak < dense.peak + head_bytes / 2, "the dense head was there before"
 
 
-def test_an_adapted_head_is_refused_and_not_left_out(folders, tmp_path, monkeypatch):
+def test_an_adapted_head_is_refused_and_not_left_out(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TRL multiplies by the weight alone."""
 
-    def adapted(*arguments, **options):
+    def adapted(*arguments: Any, **options: Any) -> Any:
         model = load_model(folders["untied"], device="cpu")
         add_lora(model, LoRASettings(targets=("lm_head", "q_proj")))
         return model
@@ -222,7 +240,8 @@ def test_an_adapted_head_is_refused_and_not_left_out(folders, tmp_path, monkeypa
         trained(folders["untied"], "SFT nll", "add_lora", tmp_path)
 
 
-READS = {
+Read = Callable[[Any], Any]
+READS: dict[str, Read] = {
     "slice": lambda W: W[3:77],
     "open slice": lambda W: W[590:],
     "empty": lambda W: W[5:5],
@@ -242,7 +261,9 @@ READS = {
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", HEADS)
-def test_rows_are_the_dense_model_s(folders, head, dtype, read):
+def test_rows_are_the_dense_model_s(
+    folders: dict[str, Path], head: str, dtype: str, read: str
+) -> None:
     model = load_model(folders[head], dtype=dtype, device="cpu")
     weights = [model.get_output_embeddings().weight, model.get_input_embeddings().weight]
     found = [READS[read](weight) for weight in weights]
@@ -259,7 +280,7 @@ def test_rows_are_the_dense_model_s(folders, head, dtype, read):
             assert value == expected
 
 
-def test_a_row_outside_is_an_index_error(folders):
+def test_a_row_outside_is_an_index_error(folders: dict[str, Path]) -> None:
     model = load_model(folders["untied"], device="cpu")
     for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
         for index in (600, torch.tensor([1, 600]), (slice(0, 4), 0)):
@@ -267,7 +288,7 @@ def test_a_row_outside_is_an_index_error(folders):
                 weight[index]
 
 
-def test_rows_take_part_in_autograd_as_constants(folders):
+def test_rows_take_part_in_autograd_as_constants(folders: dict[str, Path]) -> None:
     model = load_model(folders["untied"], dtype="float32", device="cpu")
     hidden = torch.randn(3, 32, requires_grad=True)
     (hidden @ model.lm_head.weight[10:20].T).square().sum().backward()
@@ -275,7 +296,7 @@ def test_rows_take_part_in_autograd_as_constants(folders):
     torch.testing.assert_close(hidden.grad, 2 * hidden.detach() @ W.T @ W)
 
 
-REFUSED = {
+REFUSED: dict[str, Read] = {
     "data": lambda W: W.data,
     "data_ptr": lambda W: W.data_ptr(),
     "untyped_storage": lambda W: W.untyped_storage(),
@@ -291,7 +312,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("head", HEADS)
-def test_another_use_says_what_was_tried_on_which_weight(folders, head, name):
+def test_another_use_says_what_was_tried_on_which_weight(
+    folders: dict[str, Path], head: str, name: str
+) -> None:
     model = load_model(folders[head], device="cpu")
     inner = model.model.layers[1].mlp.up_proj.weight
     shapes = {"600x32": model.lm_head.weight, "64x32": inner}
@@ -302,7 +325,7 @@ def test_another_use_says_what_was_tried_on_which_weight(folders, head, name):
             REFUSED[name](weight)
 
 
-def test_a_weight_in_its_own_dtype_is_itself(folders):
+def test_a_weight_in_its_own_dtype_is_itself(folders: dict[str, Path]) -> None:
     """GRPO's ``cast_lm_head_to_fp32`` casts the head, and then its weight at each forward."""
     model = load_model(folders["untied"], dtype="bfloat16", device="cpu")
     x = torch.randn(2, 32)

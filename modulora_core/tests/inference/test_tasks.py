@@ -1,6 +1,10 @@
 """Tasks of lm-evaluation-harness run on packed models, with local files and without the Hub."""
 
+from __future__ import annotations
+
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +24,7 @@ CHOICES = [" even", " odd, for it has a rest"]
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     files = {"test": str(tmp_path / "rows.jsonl")}
     task = {"task": "parity", "output_type": "multiple_choice", "test_split": "test",
@@ -31,7 +35,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def accuracy(model, tokenizer):
+def accuracy(model: Any, tokenizer: Any) -> float:
     correct = 0
     for row in ROWS:
         scores = []
@@ -45,7 +49,7 @@ def accuracy(model, tokenizer):
     return correct / len(ROWS)
 
 
-def test_the_accuracy_of_a_local_task(tunable, folder):
+def test_the_accuracy_of_a_local_task(tunable: Path, folder: Path) -> None:
     model = trained(load_model(tunable, device="cpu")).eval()
     tokenizer = AutoTokenizer.from_pretrained(tunable)
     save_adapter(model, folder / "adapter")
@@ -61,7 +65,7 @@ def test_the_accuracy_of_a_local_task(tunable, folder):
         evaluate_tasks((model, tokenizer), [file], limit=1)
 
 
-def test_the_command(tunable, folder, capsys):
+def test_the_command(tunable: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["evaluate", str(tunable), "--tasks", "parity", "--include-path", str(folder)]
     assert main(["--json", *words]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -70,7 +74,7 @@ def test_the_command(tunable, folder, capsys):
     assert {"seconds", "peak_memory_bytes"} < found.keys()
 
 
-def test_wrong_requests_are_refused(tunable, folder):
+def test_wrong_requests_are_refused(tunable: Path, folder: Path) -> None:
     with pytest.raises(OptionError, match=r"task helaswag: expected a name.*near: hellaswag"):
         evaluate_tasks(str(tunable), ["helaswag"])
     with pytest.raises(OptionError, match=r"task gone\.yaml: no such file"):

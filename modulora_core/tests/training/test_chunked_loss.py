@@ -1,11 +1,16 @@
 """The loss in chunks equals the loss of whole logits, with its gradients, in bounded memory."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from modulora_conformance.allocations import Allocations
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
@@ -25,7 +30,7 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
          "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2}  # fmt: skip
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
-MODELS = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"tie_word_embeddings": False}),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "biased head": ("phi", {}),
@@ -44,7 +49,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 """float64, summed in another order."""
 
 
-def randomized(model):
+def randomized(model: nn.Module) -> Any:
     """Every parameter random, in training mode, in float64."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -52,29 +57,31 @@ def randomized(model):
     return model.double().train()
 
 
-def made(kind):
+def made(kind: str) -> Any:
     model_type, options = MODELS[kind]
     config = CONFIG_MAPPING[model_type](**SIZES | options)
     config._experts_implementation = "eager"  # the fused kernels have no float64
     return randomized(AutoModelForCausalLM.from_config(config))
 
 
-def plain_loss(logits, labels, vocab_size, num_items_in_batch=None, **_):
+def plain_loss(
+    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any
+) -> Tensor:
     """The textbook loss in float64. transformers' own rounds to fp32."""
     goals = pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
     total = cross_entropy(logits.reshape(-1, vocab_size), goals, ignore_index=-100, reduction="sum")
     return total / ((goals != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def loss_and_gradients(model, **inputs):
+def loss_and_gradients(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
-    loss = model(input_ids=IDS, use_cache=False, **{"labels": LABELS, **inputs}).loss
+    loss: Tensor = model(input_ids=IDS, use_cache=False, **{"labels": LABELS, **inputs}).loss
     (loss * 3).backward()  # a loss scaler's factor
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
 
 
-def assert_same(model, **inputs):
+def assert_same(model: Any, **inputs: Any) -> None:
     model.loss_function = plain_loss
     expected = loss_and_gradients(model, **inputs)
     del model._loss_function
@@ -85,7 +92,7 @@ def assert_same(model, **inputs):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradients_equal_those_of_whole_logits(kind):
+def test_loss_and_gradients_equal_those_of_whole_logits(kind: str) -> None:
     model = made(kind)
     assert_same(model)
     with chunked_loss(model):
@@ -102,11 +109,11 @@ def test_loss_and_gradients_equal_those_of_whole_logits(kind):
     ],
     ids=lambda inputs: next(iter(inputs)),
 )
-def test_labels_and_their_number_come_from_the_caller(inputs):
+def test_labels_and_their_number_come_from_the_caller(inputs: dict[str, Any]) -> None:
     assert_same(made("plain"), **inputs)
 
 
-def test_the_caller_s_own_choice_of_logits_stays():
+def test_the_caller_s_own_choice_of_logits_stays() -> None:
     model = made("plain")
     expected = model(input_ids=IDS, labels=LABELS).loss
     with chunked_loss(model, CHUNK):
@@ -115,7 +122,7 @@ def test_the_caller_s_own_choice_of_logits_stays():
     assert output.loss == expected
 
 
-def row_loss_of_places(z, goals, rows, gradient):
+def row_loss_of_places(z: Tensor, goals: Tensor, rows: slice, gradient: bool) -> Tensor:
     """The logit of each label, times the number of its row."""
     factor = torch.arange(rows.start, rows.stop, dtype=z.dtype)[:, None]
     loss = factor * z.gather(1, goals)
@@ -124,7 +131,7 @@ def row_loss_of_places(z, goals, rows, gradient):
     return loss
 
 
-def loss_of_places(logits, labels, vocab_size, *_, **__):
+def loss_of_places(logits: Tensor, labels: Tensor, vocab_size: int, *_: Any, **__: Any) -> Tensor:
     goals = pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
     chosen = logits.reshape(-1, vocab_size)[goals != -100]
     chosen = chosen.gather(1, goals[goals != -100, None])
@@ -132,7 +139,7 @@ def loss_of_places(logits, labels, vocab_size, *_, **__):
 
 
 @pytest.mark.parametrize("kind", ["tied", "biased head", "soft cap"])
-def test_a_loss_of_a_row_takes_the_place_of_cross_entropy(kind):
+def test_a_loss_of_a_row_takes_the_place_of_cross_entropy(kind: str) -> None:
     model = made(kind)
     model.loss_function = loss_of_places
     expected = loss_and_gradients(model)
@@ -142,7 +149,7 @@ def test_a_loss_of_a_row_takes_the_place_of_cross_entropy(kind):
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_a_loss_of_a_row_works_with_whole_logits_too():
+def test_a_loss_of_a_row_works_with_whole_logits_too() -> None:
     """A hook on the head wants its output."""
     model = made("plain")
     with chunked_loss(model, CHUNK, row_loss_of_places):
@@ -153,7 +160,7 @@ def test_a_loss_of_a_row_works_with_whole_logits_too():
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_ignored_labels_have_no_gradient():
+def test_ignored_labels_have_no_gradient() -> None:
     model, ignored = made("plain"), torch.full_like(IDS, -100)
     with chunked_loss(model, CHUNK):
         loss, gradients = loss_and_gradients(model, labels=ignored, num_items_in_batch=7)
@@ -164,7 +171,7 @@ def test_ignored_labels_have_no_gradient():
 
 
 @pytest.mark.parametrize("head_trains", [False, True])
-def test_frozen_parameters_get_no_gradient(head_trains):
+def test_frozen_parameters_get_no_gradient(head_trains: bool) -> None:
     model = made("plain")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("lm_head") == head_trains)
@@ -172,7 +179,7 @@ def test_frozen_parameters_get_no_gradient(head_trains):
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["frozen", "with an adapter"])
-def test_a_packed_head_gives_the_same_loss(toy, adapter):
+def test_a_packed_head_gives_the_same_loss(toy: ModuleType, adapter: bool) -> None:
     model = made("plain")
     quantizer = toy.Verbatim(None)
     head = QuantLinear(PackedParameter(quantizer, quantizer.pack(model.lm_head.weight.detach())))
@@ -184,16 +191,19 @@ def test_a_packed_head_gives_the_same_loss(toy, adapter):
     assert_same(model)
 
 
-class Whimsical(LlamaForCausalLM):
+class Whimsical(LlamaForCausalLM):  # type: ignore[misc]
     """Its logits are not only scaled and capped, or its head gets something else, or it has a loss
     of its own."""
 
-    def __init__(self, config, kind):
+    def __init__(self, config: Any, kind: str) -> None:
         super().__init__(config)
         self.kind = kind
         self.temperature = nn.Parameter(torch.linspace(0.5, 2, VOCABULARY))
 
-    def forward(self, input_ids, labels=None, logits_to_keep=0, use_cache=False, **options):
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, logits_to_keep: int = 0,
+        use_cache: bool = False, **options: Any,
+    ) -> Any:  # fmt: skip
         decode = self.model.forward if self.kind == "past the hooks" else self.model
         hidden = decode(input_ids).last_hidden_state
         if self.kind == "before the head":
@@ -220,7 +230,7 @@ CHANGES = ["past the hooks", "before the head", "tensor", "in place", "tanh", "m
 
 
 @pytest.mark.parametrize("kind", [*CHANGES, "penalty"])
-def test_a_model_may_do_anything_with_its_logits(kind):
+def test_a_model_may_do_anything_with_its_logits(kind: str) -> None:
     model = randomized(Whimsical(LlamaConfig(**SIZES), kind))
     expected = loss_and_gradients(model)
     for _ in range(2):
@@ -235,25 +245,25 @@ def test_a_model_may_do_anything_with_its_logits(kind):
     torch.testing.assert_close(readout.head(readout.hidden), model(input_ids=IDS).logits, **EXACT)
 
 
-class OwnLoss(LlamaForCausalLM):
+class OwnLoss(LlamaForCausalLM):  # type: ignore[misc]
     """BART's decoder computes its loss itself, by labels that are not shifted."""
 
-    def forward(self, input_ids, labels, logits_to_keep=0, **_):
+    def forward(self, input_ids: Tensor, labels: Tensor, logits_to_keep: int = 0, **_: Any) -> Any:
         logits = self.lm_head(self.model(input_ids).last_hidden_state[:, -logits_to_keep:])
         loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-def test_a_model_that_does_not_ask_for_its_loss_function_is_left_alone():
+def test_a_model_that_does_not_ask_for_its_loss_function_is_left_alone() -> None:
     model = randomized(OwnLoss(LlamaConfig(**SIZES)))
     expected = loss_and_gradients(model)
     with chunked_loss(model, CHUNK):
         torch.testing.assert_close(loss_and_gradients(model), expected, **EXACT)
 
 
-def test_a_head_with_hooks_and_another_loss_are_left_alone():
+def test_a_head_with_hooks_and_another_loss_are_left_alone() -> None:
     model = made("plain")
-    seen = []
+    seen: list[Tensor] = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
     expected = model(input_ids=IDS, labels=LABELS).loss
     with chunked_loss(model):
@@ -266,7 +276,7 @@ def test_a_head_with_hooks_and_another_loss_are_left_alone():
     assert loss == model(input_ids=IDS).logits.square().sum()
 
 
-def test_the_model_is_restored_after_an_error():
+def test_the_model_is_restored_after_an_error() -> None:
     model = made("plain")
     with pytest.raises(KeyError), chunked_loss(model):
         assert model(IDS).logits.shape[1] == 1
@@ -276,7 +286,7 @@ def test_the_model_is_restored_after_an_error():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_models_lose_no_more_than_their_own_rounding(dtype):
+def test_16_bit_models_lose_no_more_than_their_own_rounding(dtype: torch.dtype) -> None:
     """The plain loss rounds logits and their gradient too. In float16 it needs a loss scaler."""
     model = made("plain").to(dtype)
     for name, parameter in model.named_parameters():
@@ -287,7 +297,7 @@ def test_16_bit_models_lose_no_more_than_their_own_rounding(dtype):
     truth = loss_and_gradients(exact)[1]["model.norm.weight"]
     scale = 3.0 if dtype == torch.bfloat16 else 3.0 * 128
 
-    def error():
+    def error() -> float:
         model.zero_grad()
         (model(input_ids=IDS, labels=LABELS).loss * scale).backward()
         gradient = model.model.norm.weight.grad.double() * (3 / scale)
@@ -300,26 +310,26 @@ def test_16_bit_models_lose_no_more_than_their_own_rounding(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["training", "evaluation"])
-def test_no_more_logits_than_a_chunk_are_alive(case, dtype):
+def test_no_more_logits_than_a_chunk_are_alive(case: str, dtype: torch.dtype) -> None:
     """256 rows × 32,768 take 32 MiB in fp32, a chunk a quarter. The plain loss is the control."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 32768, "num_hidden_layers": 1, "max_position_embeddings": 128}
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).to(dtype)
+    model: Any = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).to(dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dim() == 1)  # no gradient of the head
     ids = torch.randint(3, 32768, (2, 128))
     whole = 256 * 32768 * 4
 
-    def training():
+    def training() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
 
-    def evaluation():
+    def evaluation() -> None:
         with torch.no_grad():
             with read_out(model) if chunked else nullcontext(Readout()) as readout:
                 logits = model(input_ids=ids).logits
             token_losses(readout if chunked else logits, ids, whole // 4)
 
-    def peak(step):
+    def peak(step: Callable[[], None]) -> int:
         with Allocations(before=[*model.parameters(), *model.buffers()]) as followed:
             step()
         return followed.peak
@@ -333,7 +343,7 @@ def test_no_more_logits_than_a_chunk_are_alive(case, dtype):
         assert peak(step) < chunk * whole / 4 + 40 * 256 * 32 * 4
 
 
-def test_the_losses_of_tokens_equal_those_of_whole_logits():
+def test_the_losses_of_tokens_equal_those_of_whole_logits() -> None:
     model = made("soft cap").eval()
     with torch.no_grad():
         logits = model(input_ids=IDS).logits

@@ -1,11 +1,16 @@
 """DPO on a tiny packed Llama, through TRL."""
 
+from __future__ import annotations
+
 import math
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from modulora_core.errors import MissingExtraError, OptionError
@@ -19,6 +24,9 @@ from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.run_log import RunLog
+from modulora_core.training.trainer import TrainingStep
+
+Configure = Callable[..., FinetuneConfig]
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -30,31 +38,32 @@ PAIRS = [("Who?", " me", " nobody else"), ("What?", " it", " something"), ("When
 
 
 @pytest.fixture
-def preferences(tmp_path):
+def preferences(tmp_path: Path) -> str:
     rows = ({"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS)
     return str(write_jsonl(tmp_path / "preferences.jsonl", *rows))
 
 
 @pytest.fixture
-def dpo(configure, preferences):
-    def made(**options):
-        defaults = {"method": "dpo", "data": preferences, "lr": 1e-2, "warmup": 0,
+def dpo(configure: Configure, preferences: str) -> Configure:
+    def made(**options: Any) -> FinetuneConfig:
+        defaults: dict[str, Any] = {"method": "dpo", "data": preferences, "lr": 1e-2, "warmup": 0,
                                     "grad_accum": 1}  # fmt: skip
         return configure(**{**defaults, **options})
 
     return made
 
 
-def log_probability(model, tokenizer, prompt, answer):
+def log_probability(model: nn.Module, tokenizer: Any, prompt: str, answer: str) -> Tensor:
     """Σ log p of the answer and the EOS after it, by torch alone."""
     start, ids = (tokenizer(text).input_ids for text in (prompt, prompt + answer))
     ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
     with torch.no_grad():
         scores = model.eval()(ids).logits[0, :-1].log_softmax(-1)
-    return scores.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum()
+    found: Tensor = scores.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum()
+    return found
 
 
-def dpo_loss(model, reference, packed, beta):
+def dpo_loss(model: nn.Module, reference: nn.Module, packed: Path, beta: float) -> float:
     """The mean of -log σ(β (Δ chosen - Δ rejected)) over all pairs."""
     tokenizer = AutoTokenizer.from_pretrained(packed)
     losses = []
@@ -69,9 +78,11 @@ def dpo_loss(model, reference, packed, beta):
 
 
 @pytest.mark.slow
-def test_the_loss_begins_at_log_2_and_ends_at_its_definition(dpo, preferences, tunable, tmp_path):
+def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
+    dpo: Configure, preferences: str, tunable: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("trl", reason="pip install trl")
-    steps = []
+    steps: list[TrainingStep] = []
     config = dpo(
         steps=4, batch_size=2, eval_data=preferences, trainer={"beta": "0.5"}, baseline=True
     )
@@ -94,10 +105,12 @@ def test_the_loss_begins_at_log_2_and_ends_at_its_definition(dpo, preferences, t
 
 
 @pytest.mark.slow
-def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(dpo, tmp_path):
+def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(
+    dpo: Configure, tmp_path: Path
+) -> None:
     pytest.importorskip("trl", reason="pip install trl")
 
-    def stop(step):
+    def stop(step: TrainingStep) -> None:
         if step.step == 3:
             raise KeyboardInterrupt
 
@@ -110,7 +123,9 @@ def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(dpo, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(dpo, preferences, tmp_path):
+def test_two_processes_give_the_losses_of_one(
+    dpo: Configure, preferences: str, tmp_path: Path
+) -> None:
     pytest.importorskip("trl", reason="pip install trl")
     config = dpo(steps=2, batch_size=2, eval_data=preferences)
     expected = finetuned(**config.model_dump(exclude_none=True))
@@ -121,11 +136,11 @@ def test_two_processes_give_the_losses_of_one(dpo, preferences, tmp_path):
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-def _finetuned(options):
+def _finetuned(options: dict[str, Any]) -> list[float]:
     return finetuned(**options)
 
 
-def test_each_message_has_its_own_fields_alone(tmp_path):
+def test_each_message_has_its_own_fields_alone(tmp_path: Path) -> None:
     """A table would add ``name`` to all, and refuse a field of two types."""
     pytest.importorskip("trl", reason="pip install trl")
     from modulora_core.training.preference import _dataset
@@ -142,7 +157,9 @@ def test_each_message_has_its_own_fields_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_packed_head_trains_without_an_adapter_of_its_own(dpo, tunable, tmp_path):
+def test_a_packed_head_trains_without_an_adapter_of_its_own(
+    dpo: Configure, tunable: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("trl", reason="pip install trl")
     quantize(str(tunable.parent / "dense"), tmp_path / "packed", "toy", head=Choice("toy"))
     model = str(tmp_path / "packed")
@@ -152,7 +169,7 @@ def test_a_packed_head_trains_without_an_adapter_of_its_own(dpo, tunable, tmp_pa
     assert not (tmp_path / "other").exists()
 
 
-def test_dpo_has_defaults_of_its_own(dpo):
+def test_dpo_has_defaults_of_its_own(dpo: Configure) -> None:
     fields = {"model": "m", "out": "o", "data": "d", "method": "dpo"}
     config = FinetuneConfig.build(fields)
     assert (config.lr, config.dropout) == (5e-5, 0)
@@ -162,7 +179,9 @@ def test_dpo_has_defaults_of_its_own(dpo):
         FinetuneConfig.build({**fields, "format": "chat"})
 
 
-def test_without_trl_it_is_refused(dpo, tmp_path, monkeypatch):
+def test_without_trl_it_is_refused(
+    dpo: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(MissingExtraError, match=r"trl, .* pip install 'modulora-core\[pref"):
         finetune(dpo())
