@@ -57,6 +57,7 @@ from modulora_core.training.trainer import (
     AdapterTrainer,
     OnEval,
     OnStep,
+    TrainerParts,
     Watcher,
     last_eval_loss,
 )
@@ -199,11 +200,10 @@ def _train(
                 check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model) + method.nbytes)
             with trainer_refused(config.trainer, out / CHECKPOINTS):
+                of_run = {"settings": settings, "memory": peak, "callbacks": [watcher, *callbacks]}
                 trainer = method.trainer(
-                    model, config, arguments, examples, run.tokenizer,
-                    settings=settings, memory=peak,
-                    callbacks=[watcher, *callbacks],
-                )  # fmt: skip
+                    TrainerParts(model, config, arguments, examples, run.tokenizer, of_run)
+                )
                 if config.gradient_checkpointing:
                     checkpoint_activations(model, keep_products=config.keep_products)
                 trainer.get_train_dataloader()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -47,6 +48,7 @@ from modulora_core.training.chunked_loss import (
     cross_entropy,
     token_losses,
 )
+from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.interruption import Interruption, Stopped
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
 from modulora_core.training.readout import read_out
@@ -84,6 +86,27 @@ class TrainingStep:
 OnStep = Callable[[TrainingStep], None]
 OnEval = Callable[[int, float], None]
 """Called with the step and the loss on the evaluation data."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerParts:
+    """The parts of which a method makes its trainer.
+
+    Attributes:
+        model: with its adapter.
+        config: the run.
+        arguments: the Trainer's.
+        data: the examples of ``"train"``, and perhaps of ``"eval"``.
+        tokenizer: the model's.
+        of_run: other arguments of :class:`AdapterRun`: settings, memory, callbacks.
+    """
+
+    model: PreTrainedModel
+    config: FinetuneConfig
+    arguments: TrainingArguments
+    data: Mapping[str, Any]
+    tokenizer: Any
+    of_run: Mapping[str, Any]
 
 
 class AdapterRun(Trainer):

@@ -227,7 +227,12 @@ def test_the_command_answers_and_leaves_no_process(tmp_path: Path, engine: str) 
         for name, model in models.items():
             text = completion(address, name, "the first", 5)
             new = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
-            assert text == tokenizer.decode(new, skip_special_tokens=True), name
+            expected = tokenizer.decode(new, skip_special_tokens=True)
+            assert text.rstrip(CUT) == expected.rstrip(CUT), name
+
+
+CUT = "\ufffd"
+"""The sign for a character whose bytes aren't complete; vLLM leaves it out at the end."""
 
 
 @contextmanager

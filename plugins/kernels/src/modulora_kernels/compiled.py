@@ -150,15 +150,15 @@ def jit(
     """
     import numba
 
-    from modulora_kernels.disk_cache import cached
-
     def decorate(function: Callable[..., Any]) -> Any:
         # the name of numba's cache file
         function.__qualname__ += f"_{_sources(Path(inspect.getfile(function)).parent)}"
         options: dict[str, Any] = {"nogil": True, "parallel": parallel, "_nrt": not borrows}
         options["fastmath"] = set(fastmath)
-        compiled = numba.njit(**options)(function)
-        return cached(compiled, function) if cache else compiled
+        try:
+            return numba.njit(cache=cache, **options)(function)
+        except RuntimeError:  # no folder for the cache can be written
+            return numba.njit(**options)(function)
 
     return decorate
 

@@ -19,8 +19,8 @@ from torch import nn
 from modulora_core.calibration.states import SPILL_BYTES
 from modulora_core.calibration.walk import PAUSED_BYTES
 from modulora_core.models.config import vocabulary_of
+from modulora_planner.byte_counts import Bytes
 from modulora_planner.dense_weights import DenseWeights
-from modulora_planner.ledger import Bytes
 from modulora_planner.model import PlannedModel
 from modulora_planner.processes import divided
 from modulora_planner.rehearsal import Rehearsal
