@@ -3,8 +3,8 @@
     python examples/benchmarks/memory_chart.py --folder docs     # memory-light.svg, memory-dark.svg
     python examples/benchmarks/memory_chart.py --table           # 1 B to 70 B, in Markdown
 
-`modulora plan` computes every bar, for the same run: the shapes of Llama 3, LoRA of rank 8 on all
-linear layers, one sequence of 512 tokens, bfloat16, gradient checkpointing.
+`modulora plan` computes every bar, for the same run: one sequence of 512 tokens, bfloat16, gradient
+checkpointing. The shapes are Llama 3's, with LoRA of rank 8 on all linear layers.
 """
 
 from __future__ import annotations
