@@ -17,6 +17,10 @@ CONFORMANCE := $(wildcard plugins/*/tests/test_*_conformance.py)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+# The tests of a quantizer compile its kernels, and repeat nothing that others' tests hold. They run
+# after a change of it, in CI, and in test-all.
+QUANTIZERS := $(patsubst %/,%,$(sort $(dir $(CONFORMANCE))))
+
 # Two processes of one thread each. The tests of a file, or of a plugin, stay together (conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -30,7 +34,7 @@ CHANGED = $(shell git diff --name-only $(BASE)... -- conformance modulora_core p
 help:
 	@echo 'make demo      quantize, finetune, evaluate and question a small language model, offline'
 	@echo 'make install   install everything that tests and checks need into .venv'
-	@echo 'make test      run the fast tests of all (PYTEST_ARGS="-k name -x" narrows it)'
+	@echo 'make test      run the fast tests but the quantizers' (PYTEST_ARGS="-k name -x" narrows it)'
 	@echo 'make test-nf4  run all tests of plugins/nf4: the slow ones and the conformance kit too'
 	@echo 'make test-all  run all tests: every architecture, real plans, certificates, tutorials'
 	@echo 'make test-changed  run all tests of the plugins that differ from BASE=origin/main'
@@ -46,11 +50,11 @@ demo: $(DEMO_STAMP)
 install: $(STAMP)
 
 test: $(STAMP)
-	$(if $(PYTEST_ARGS),$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS),$(PYTEST) -m 'not slow' $(TESTS))
+	$(if $(PYTEST_ARGS),$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS),$(PYTEST) -m 'not slow' $(filter-out $(QUANTIZERS),$(TESTS)))
 
 # The tests of one plugin contain the kit's checks of its quantizer.
 test-%: $(STAMP)
-	$(PYTEST) $(or $(wildcard plugins/$*/tests $*/tests),$(error no tests of plugins/$* or $*))
+	$(PYTEST) $(or $(wildcard plugins/$*/tests $*/tests),$(error no tests of plugins/$* or $*)) $(PYTEST_ARGS)
 
 test-changed: $(STAMP)
 	$(if $(CHANGED),$(PYTEST) $(addsuffix /tests,$(CHANGED)))

@@ -22,6 +22,7 @@ from modulora_core.layers import LoRALayer, TiedHead
 from modulora_core.lora.adapted import (
     adapter_layers,
     check_name_is_free,
+    forget_dense_name,
     head_parameters,
     model_name,
     packed_layers,
@@ -47,9 +48,9 @@ def load_adapter(
             warning.
         path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
         name: one model may carry several adapters.
-        trainable: A, B and channel scales train. TRL's trainers load a reference, which lacks the
-            adapter, by the model's name. They stop with an error then, unless they get
-            ``ref_model`` or ``precompute_ref_log_probs``.
+        trainable: A, B and channel scales train. A TRL trainer that would load a reference
+            without the adapter (:mod:`modulora_core.hf.reference`) stops with an error, unless it
+            gets ``ref_model`` or ``precompute_ref_log_probs``.
 
     Returns:
         the paths of the adapted layers.
@@ -64,6 +65,7 @@ def load_adapter(
     _check_fit(adapter, model, model_name(model))
     check_name_is_free(model, name)
     put_on(model, adapter, name)
+    forget_dense_name(model)
     if trainable:
         train_only(model, name)
     return list(adapter.deltas)
@@ -88,8 +90,7 @@ def put_on(model: nn.Module, adapter: SavedAdapter, name: str = "default") -> No
 def restore_adapter(model: nn.Module, path: str | Path) -> None:
     """Copy the values of a saved adapter into the adapter on ``model``, to resume a run.
 
-    Raises:
-        AdapterError: it was trained on another base.
+    Raises AdapterError: it was trained on another base.
     """
     saved = read_adapter(path, stacks_of(model), heads=True)
     here = describe_base(model, model_name(model))
@@ -109,8 +110,7 @@ def adapter_for(
     Args:
         heads: the caller can use the head of a task; else an adapter with one is refused.
 
-    Raises:
-        AdapterError: it is no LoRA adapter, or it does not fit the model.
+    Raises AdapterError: it is no LoRA adapter, or it does not fit the model.
     """
     adapter = read_adapter(path, stacks_of(checkpoint.outline), heads=True)
     model = outline_with(checkpoint, adapter) if heads else checkpoint.outline
@@ -134,22 +134,12 @@ def outline_with(checkpoint: PackedCheckpoint, adapter: SavedAdapter) -> PreTrai
 
 
 def _check_fit(
-    adapter: SavedAdapter,
-    model: nn.Module,
-    here: str,
-    checkpoint: PackedCheckpoint | None = None,
+    adapter: SavedAdapter, model: nn.Module, here: str, checkpoint: PackedCheckpoint | None = None
 ) -> None:
     """Refuse an adapter that does not fit a packed model; warn of another base or quantization.
 
     Args:
-        adapter: the adapter.
-        model: the packed model.
-        here: the model's name, for messages.
         checkpoint: the one whose outline ``model`` is, on the meta device.
-
-    Raises:
-        ModelError: the model has no packed layers.
-        AdapterError: a layer is missing, dense, or of another shape; or other linear layers differ.
     """
     misfit = (
         f"adapter {adapter.folder}: made for the base {adapter.base_name}, it does not fit {here}"

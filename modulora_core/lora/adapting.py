@@ -22,6 +22,7 @@ from modulora_core.layers import LoRALayer, LoRALinear, QuantLinear, TiedHead
 from modulora_core.lora.adapted import (
     adapter_layers,
     check_name_is_free,
+    forget_dense_name,
     model_name,
     output_head,
     packed_layers,
@@ -78,6 +79,7 @@ def add_lora(
                 channel_scales=settings.train_scales and not layer.stacked,
             )
     train_only(model, name)
+    forget_dense_name(model)
     return paths
 
 

@@ -58,6 +58,12 @@ _FIXED = (
 )  # fmt: skip
 """Fields that the run depends on."""
 
+_FORMS: Mapping[str, tuple[str, str]] = {
+    "lr_scheduler_kwargs": ("{", 'a JSON object such as {"num_cycles": 2}'),
+    "optim_args": ("=", "KEY=VALUE,..."),
+}
+"""Text that a value has, of fields that transformers parses later, and their form."""
+
 _UNLISTED = ("flyte",)
 """Trackers that transformers knows and never lists as installed."""
 
@@ -65,12 +71,7 @@ _UNLISTED = ("flyte",)
 def trainer_options(
     given: Mapping[str, Any], kind: type[TrainingArguments] = TrainingArguments
 ) -> dict[str, Any]:
-    """Parse values by the types of the fields of ``kind``; strings may spell any type.
-
-    Raises:
-        OptionError: no such field (with near misses), a field that another option sets, or a value
-            of another type.
-    """
+    """Parse values by the types of the fields of ``kind``; strings may spell any type."""
     types = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     return {key: _parsed(key, value, names, types) for key, value in given.items()}
@@ -102,18 +103,17 @@ def _in_range(key: str, value: Any) -> Any:
     """Return the value. Raises OptionError: the Trainer would fail on it after it has begun."""
     if isinstance(value, float) and not math.isfinite(value):
         raise OptionError(f"trainer {key}: expected a finite number, got {value}")
-    if key.startswith("dataloader_") and isinstance(value, int) and value < 0:
+    part, form = _FORMS.get(key, ("", ""))
+    if isinstance(value, str) and part not in value:
+        raise OptionError(f"trainer {key}: expected {form}, got {value!r}")
+    counts = key.startswith("dataloader_") or key == "neftune_noise_alpha"
+    if counts and isinstance(value, int | float) and value < 0:
         raise OptionError(f"trainer {key}: expected 0 or more, got {value}")
     return value
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Refuse an experiment tracker that transformers does not know or that is not installed.
-
-    Raises:
-        OptionError: an unknown name; the message lists the names.
-        MissingExtraError: its library is not installed.
-    """
+    """Refuse an experiment tracker that transformers does not know or that is not installed."""
     for name in names:
         try:
             get_reporting_integration_callbacks([name])

@@ -6,7 +6,7 @@ import datasets
 import pyarrow.parquet
 import pytest
 
-from modulora_core.data import load_examples
+from modulora_core.data import load_examples, load_text
 from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import load_records
 from modulora_core.errors import DataError
@@ -310,3 +310,15 @@ def test_a_preference_of_the_wrong_shape_names_the_rule(tokenizer, record, messa
         load_preferences([record], tokenizer, seq_len=64)
     if "tools" not in record:
         assert "preferences: expected prompt, chosen and rejected, as str" in str(found.value)
+
+
+def test_parts_of_text_are_the_text(tokenizer):
+    parts = [{"type": "text", "text": "Rain in "}, {"type": "text", "text": "Oslo?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+    found = trained(tokenizer, {"messages": [{"role": "user", "content": parts}, answer]})
+    assert found == ("<user>Rain in Oslo?</s>\n<assistant>Yes.</s>", ["Yes.</s>"])
+
+
+def test_tokens_are_no_text(tokenizer):
+    with pytest.raises(DataError, match=r"expected text, got tokens \(input_ids\)"):
+        load_text([TOKENS], tokenizer)

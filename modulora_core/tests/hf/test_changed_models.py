@@ -112,6 +112,7 @@ def test_a_model_is_pickled_and_copied(packed, adapted):
     assert again.num_parameters() == model.num_parameters()
 
 
+@pytest.mark.slow
 def test_another_process_reads_the_pickle(pack, tmp_path):
     model = trained(load_model(pack("llama", "toy")[1], device="cpu"))
     (tmp_path / "model.pt").write_bytes(pickled(model))

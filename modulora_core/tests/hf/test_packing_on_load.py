@@ -15,6 +15,7 @@ from modulora_core.errors import (
     UnknownQuantizerError,
     WeightError,
 )
+from modulora_core.packed_parameters import PackedParameter
 from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import logits
 
@@ -106,3 +107,16 @@ def test_damaged_files_are_refused(pack, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(WeightError, match=f"{name}: expected finite values, got NaN or Inf"):
         loaded(tmp_path)
+
+
+def test_a_dict_and_a_second_model_take_the_same_config(pack):
+    source = pack("llama", "toy")[0]
+    config = ModuLoRAConfig("toy", exclude=["*.mlp.*"])
+    models = [
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=given)
+        for given in (config, config, config.to_dict())
+    ]
+    for model in models:
+        assert sum(isinstance(module, PackedParameter) for module in model.modules()) == 8
+        assert same_tensors(model, models[0])
+    assert config.record is None

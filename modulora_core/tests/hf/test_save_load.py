@@ -9,6 +9,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from modulora_core.errors import AdapterError
@@ -16,11 +17,12 @@ from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.peft_format import read_adapter
 from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.layers import LoRALayer
 from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.adapted_models import logits, trained
+from modulora_core.tests.adapted_models import IDS, logits, trained
 from modulora_core.tests.fake_hub import COMMIT, serve_repository
 from modulora_core.tests.tiny_models import save_tiny_model, tiny_config
 
@@ -315,3 +317,19 @@ def test_save_pretrained_writes_the_adapters(llama, pack, tmp_path):
     load_adapter(again, tmp_path)
     load_adapter(again, tmp_path / "second", name="second")
     assert torch.equal(logits(again), expected)
+
+
+def test_each_adapter_keeps_its_dropout(llama, tmp_path):
+    add_lora(llama, replace(PLAIN, dropout=0.3), "mine")
+    add_lora(llama, replace(PLAIN, dropout=0.0), "other")
+    for name, expected in (("mine", 0.3), ("other", 0.0)):
+        save_adapter(llama, tmp_path / name, name=name)
+        assert read_adapter(tmp_path / name).dropout == expected
+    logits(llama)  # evaluation drops nothing
+    with pytest.raises(AdapterError, match="expected one dropout in training, got 0"):
+        llama.train()(IDS)
+    for active, drops in ((["mine"], True), (["other"], False)):
+        for layer in (module for module in llama.modules() if isinstance(module, LoRALayer)):
+            layer.active = active
+            nn.init.normal_(layer.lora_B[active[0]])
+        assert torch.equal(llama(IDS).logits, llama(IDS).logits) != drops

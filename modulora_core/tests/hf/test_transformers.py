@@ -30,6 +30,7 @@ def test_from_pretrained_loads_what_load_model_loads(pack):
     assert not any(parameter.requires_grad for parameter in theirs.parameters())
 
 
+@pytest.mark.slow
 def test_one_import_registers_the_format_and_transformers_alone_refuses_it(pack, toy_root):
     """transformers would fill packed layers with noise."""
     code = """if True:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PAPER = "spec packed tiles hookspecs registry options errors autograd packed_parameters layers lora"
 MOST_LINES = 3500
 
@@ -55,6 +57,7 @@ def run(code, *arguments, path=None):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_method_is_read_in_few_lines_and_needs_torch_pluggy_and_pydantic():
     """If this fails: move what the method does not need out of these files, or import it later."""
     loaded = json.loads(run(IMPORT, PAPER))
@@ -67,5 +70,6 @@ def test_the_method_is_read_in_few_lines_and_needs_torch_pluggy_and_pydantic():
     assert not libraries & {"transformers", "safetensors", "huggingface_hub", "numba"}
 
 
+@pytest.mark.slow
 def test_add_lora_trains_any_module_where_transformers_cannot_be_imported(toy_root):
     run(TRAIN, path=toy_root)

@@ -1,5 +1,7 @@
 """A model with a packed head or embedding is the dense model with rounded tables, exactly."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.errors import AdapterError, OptionError, RequestError
+from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.layers import LoRALinear, QuantLinear, TiedHead
@@ -95,7 +97,7 @@ def test_the_table_of_a_tied_model_is_stored_once(end, toy, tmp_path):
     assert not any(name.startswith("lm_head") for name in checkpoint.tensors())
     model = load_model(checkpoint, device="cpu")
     model.tie_weights()  # as transformers and accelerate call it here and there
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.packed_weight is model.model.embed_tokens.weight
     names = [name for name in model.state_dict() if "codes" in name and "layers" not in name]
     assert names == [f"{TABLE}.codes"]
     x = torch.zeros(1, 32, dtype=torch.bfloat16)
@@ -169,3 +171,13 @@ def test_ends_are_packed_without_calibration_beside_calibrated_blocks(tmp_path):
         assert set(packed_by.values()) == {"heeding"}
         assert len(record.recipes) == 2, "one recipe for both ends"
         assert torch.isfinite(load_model(tmp_path / "out", device="cpu")(IDS).logits).all()
+
+
+def test_a_record_whose_table_is_no_embedding_is_refused(toy, tmp_path):
+    config = packed("llama", tmp_path, head=TOY) / "config.json"
+    values = json.loads(config.read_text())
+    record = values["quantization_config"]
+    record["sites"][record["weights"][HEAD]]["kind"] = "embedding"
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"lm_head: .* expected nn.Embedding, got Linear"):
+        load_model(config.parent, device="cpu")

@@ -35,8 +35,8 @@ from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.installed_formats import file_format
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
+from modulora_core.training import readout
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.deferred_logits import DeferredLogits
 from modulora_core.training.finetune import finetune
 from modulora_core.training.losses import loss_in_words
 from modulora_core.training.trainer import TrainingStep
@@ -177,10 +177,11 @@ def test_options_that_save_memory_change_no_loss(configure: Configure, tmp_path:
 def test_training_and_evaluation_need_no_whole_logits(
     configure: Configure, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(logits: DeferredLogits) -> None:
-        raise AssertionError(f"whole logits of {list(logits.shape)}")
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("whole logits")
 
-    monkeypatch.setattr(DeferredLogits, "whole", fail)
+    monkeypatch.setattr(readout, "WHOLE", fail)  # the head of whole logits
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", fail)  # the usual loss has it
     assert finetune(configure(steps=1, eval_data=str(text))).eval_loss is not None
 
 

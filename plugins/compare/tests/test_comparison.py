@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from modulora_compare.cli.compare import PAGE
 from modulora_compare.comparison import measure as comparison
-from modulora_compare.comparison.measure import Request, compare, difference
+from modulora_compare.comparison.measure import Measured, Method, Request, compare, difference
 from modulora_compare.comparison.page import page
 from safetensors.torch import load_file, save_file
 
@@ -45,8 +45,18 @@ def request_(tmp_path, toy, monkeypatch):
 def test_each_quantizer_is_measured_once_and_the_page_has_all(request_, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    original, toy = compare(request_, out, False)
+    steps: list[tuple[str, int, int]] = []
+    shown: list[tuple[str, int, int]] = []
+    original, toy = compare(
+        request_, out, lambda *call: shown.append(call), lambda *call: steps.append(call)
+    )
     assert original.name == "original"
+    titles = ["measuring original", "quantizing with toy", "measuring toy", "finetuning toy",
+              "measuring toy, finetuned"]  # fmt: skip
+    assert steps == [(title, i, 5) for i, title in enumerate(titles)]
+    # the bar of a measurement is full only after the last answer: 3 segments and 3 prompts
+    assert shown.index(("original: answering", 5, 6)) < shown.index(("measured original", 6, 6))
+    assert not [call for call in shown if call[0] == "measuring original" and call[1] == call[2]]
     assert original.after is None  # a dense model takes no adapter here
     assert toy.after is not None
     assert toy.nbytes < original.nbytes
@@ -81,6 +91,22 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(request_, tmp_path
     for part in ("toy, finetuned", "modulora compare MODEL", "<svg", f"{toy.after.perplexity:.2f}"):
         assert part in text
     assert "<script" not in text
+    assert "<polyline" not in text  # a line would join quantizers that have nothing in common
+    assert 'data-head="perplexity"' in text  # a narrow page has each row as a list
+
+
+def test_few_segments_make_no_claim() -> None:
+    def text(segments: int) -> str:
+        request = Request(model="m", train="t", held_out="h", quantizers=("q",), prompts=0)
+        losses = [[3 + 0.1 * i for i in range(segments)], [2.9 + 0.1 * i for i in range(segments)]]
+        made = [Measured(each, 0.0, 1, []) for each in losses]
+        return page(request, [Method(n, n, 2**20, m) for n, m in zip("oq", made, strict=True)], "")
+
+    assert "<td" in text(19)
+    assert "say nothing about which is better" in text(19)
+    assert "[-0.100" not in text(19)
+    assert "[-0.100, -0.100]" in text(20)
+    assert "An interval without 0 is a difference" in text(20)
 
 
 def test_the_command_on_the_page_repeats_the_comparison(request_, tmp_path):

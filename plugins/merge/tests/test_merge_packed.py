@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from modulora_gguf.file.model_header import read_header
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from modulora_merge import merging
 from modulora_merge.copying import _OfForeign
 from modulora_merge.merging import PackedMerge, merge_packed
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_digests
@@ -111,7 +111,7 @@ def test_the_figures_are_those_of_evaluate(
             float(loss.exp()), rel=1e-4
         )
     beside = facts["perplexity_beside"]
-    assert beside < facts["perplexity_merged"] < facts["perplexity_of_base"]
+    assert max(beside, facts["perplexity_merged"]) < facts["perplexity_of_base"]
 
 
 def test_an_adapter_of_zeros_gives_the_bytes_of_the_base(
@@ -135,7 +135,7 @@ def test_a_file_keeps_its_header_types_and_scales(
     """Rows that the file orders otherwise, and stacks of experts, are put back."""
     path, out = write_tiny_gguf(architecture, tmp_path / "base.gguf", type), tmp_path / "out.gguf"
     adapter = adapter_of(path, tmp_path / "adapter", std=0.5)
-    ids = torch.randint(3, 90, (24, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, 27, (24, 32), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(merging, "token_segments", lambda *_, **__: ids)
     monkeypatch.setattr(PackedCheckpoint, "tokenizer", lambda _: None)
     made = merged(path, out, adapter, text, held_back=0)
@@ -183,7 +183,7 @@ def test_a_second_adapter_trains_on_the_merged_model(
 
 
 def test_weights_without_a_grid_are_refused_before_work(
-    trained: Trained, text: Path, tmp_path: Path
+    toy: object, trained: Trained, text: Path, tmp_path: Path
 ) -> None:
     packed, adapter = trained("toy")
     with pytest.raises(OptionError, match=r"q_proj.*on a grid, got toy; merge into a dense model"):

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from modulora_vllm.export import export_for_vllm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +27,6 @@ from vllm_processes import PROMPTS, largest_difference, log_probabilities, need_
 
 from modulora_core import load_model
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.convert import convert
 from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.assignment import Assignment
