@@ -163,7 +163,7 @@ def test_three_processes_give_the_same_answers(tmp_path: Path) -> None:
     """Some weights are cut, others refuse a cut and stay whole, and the vocabulary is padded."""
     quantizer = Assignment(
         default="nf4", embeddings="int8",
-        layers={"*.o_proj": "int8", "*.down_proj": "quip-sharp-e8", "*.v_proj": None},
+        layers={"*.gate_proj": "nf4:double_quant=true", "*.v_proj": None},
     )  # fmt: skip
     sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 576}
     packed = packed_model(
