@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors; a test compares these imports with _PUBLIC
     from modulora_core.calibration import CalibrationConfig as CalibrationConfig
-    from modulora_core.checkpoints.convert import convert as convert
     from modulora_core.hf.hf_quantizer import ModuLoRAConfig as ModuLoRAConfig
     from modulora_core.hf.load_adapter import load_adapter as load_adapter
     from modulora_core.hf.load_model import load_model as load_model
@@ -22,7 +21,6 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.inference.evaluate import evaluate as evaluate
     from modulora_core.inference.generate import generate as generate
     from modulora_core.inference.opened import open_to_run as open_to_run
-    from modulora_core.inference.tasks import evaluate_tasks as evaluate_tasks
     from modulora_core.layers import LoRALinear as LoRALinear
     from modulora_core.layers import QuantLinear as QuantLinear
     from modulora_core.lora.adapting import add_lora as add_lora
@@ -60,9 +58,7 @@ _PUBLIC = {
     "QuantizerSpec": "spec",
     "Sampling": "models.sampling",
     "add_lora": "lora.adapting",
-    "convert": "checkpoints.convert",
     "evaluate": "inference.evaluate",
-    "evaluate_tasks": "inference.tasks",
     "finetune": "training.finetune",
     "generate": "inference.generate",
     "hookimpl": "hookspecs",

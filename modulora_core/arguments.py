@@ -15,7 +15,6 @@ import sys
 from collections import abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from itertools import repeat
 from types import MappingProxyType, NoneType, UnionType
 from typing import (
     Any,
@@ -44,8 +43,7 @@ _KINDS: MappingProxyType[Any, type] = MappingProxyType(
 def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a public function or method: arguments must have the types of its annotations.
 
-    An argument of another type raises OptionError. A class that the module imports for type
-    checkers alone isn't checked.
+    Another type raises OptionError. A class that is imported for type checkers alone isn't checked.
     """
     signature = inspect.signature(function)
 
@@ -107,7 +105,7 @@ def _check(name: str, value: object, kind: Any) -> None:
 def _has_type(value: Any, kind: Any) -> bool:
     if kind in (Any, object, type(value)) or isinstance(kind, TypeVar):
         return True
-    origin, parts = _parts(kind)
+    origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_has_type(value, part) for part in parts)
     if origin is Literal:
@@ -118,23 +116,16 @@ def _has_type(value: Any, kind: Any) -> bool:
     if plain is abc.Sequence:
         return not isinstance(value, str) and all(_has_type(each, parts[0]) for each in value)
     if plain is abc.Mapping and parts:
-        return all(map(_has_type, value, repeat(parts[0]))) and all(
-            map(_has_type, value.values(), repeat(parts[1]))
-        )
+        return all(_has_type(each, parts[1]) for each in value.values())
     if plain is tuple and parts:
         kinds = parts[:1] * len(value) if parts[1:] == (...,) else parts
         return len(value) == len(kinds) and all(map(_has_type, value, kinds))
     return True
 
 
-@functools.lru_cache(maxsize=256)
-def _parts(kind: Any) -> tuple[Any, tuple[Any, ...]]:
-    return get_origin(kind), get_args(kind)
-
-
 def _words(kind: Any) -> str:
     """A type in a message: ``int or None``, ``a list of str``, ``one of fast, best``."""
-    origin, parts = _parts(kind)
+    origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         # words are offered without None: it is no word, and who wants it leaves the argument out
         has_words = any(get_origin(part) is Literal for part in parts)

@@ -90,8 +90,7 @@ def lora_linear(
     Returns:
         ``[..., out]`` in ``x``'s dtype.
 
-    Raises:
-        ShapeError: ``x``, A, B, the scales and Ŵ do not fit together.
+    Raises ShapeError: ``x``, A, B, the scales and Ŵ do not fit together.
     """
     _check_operands(weight.layout.shape, x, A, B, input_scale, output_scale)
     delta = None if A is None or B is None else _lora(x, A, B, scale, dropout)
@@ -147,8 +146,7 @@ def _check_operands(
 ) -> None:
     """Refuse an input, an adapter or channel scales whose shapes do not fit Ŵ's.
 
-    Raises:
-        ShapeError: names the operand, its expected shape and its shape.
+    Raises ShapeError: names the operand, its expected shape and its shape.
     """
     if (A is None) != (B is None):
         raise ShapeError("LoRA adapter: expected both A and B, got one of them")

@@ -29,29 +29,19 @@ def world_size() -> int:
     """The number of processes of this run."""
     if are_connected():
         return sys.modules["torch.distributed"].get_world_size()  # type: ignore[no-any-return]
-    return _number("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def rank() -> int:
     """The number of this process, from 0."""
     if are_connected():
         return sys.modules["torch.distributed"].get_rank()  # type: ignore[no-any-return]
-    return _number("RANK") if world_size() > 1 else 0
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """The number of this process on its machine, from 0."""
-    return _number("LOCAL_RANK", "0")
-
-
-def _number(variable: str, default: str = "none") -> int:
-    text = os.environ.get(variable, default)
-    if not (text.isascii() and text.isdigit() and len(text) < 7):
-        raise OptionError(
-            f"environment variable {variable}: expected a number as torchrun sets it, got "
-            f"{text!r:.40}"
-        )
-    return int(text)
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def are_connected() -> bool:
@@ -68,8 +58,7 @@ def is_first() -> bool:
 def join() -> None:
     """Connect to the other processes; this process takes the GPU of its local rank.
 
-    Raises:
-        OptionError: torch can't connect them.
+    Raises OptionError: torch can't connect them.
     """
     import torch
     from torch import distributed
@@ -91,10 +80,7 @@ def join() -> None:
 def pick_device(name: str | None = None) -> torch.device:
     """The device called ``name``; without one ``"cuda"`` where there is one, else ``"cpu"``.
 
-    Each process of a distributed run has a GPU of its own.
-
-    Raises:
-        OptionError: torch knows no such device, or can't use it here.
+    Each process of a distributed run has a GPU of its own. Raises OptionError.
     """
     import torch
 
@@ -126,9 +112,7 @@ def barrier() -> None:
 def together() -> Iterator[None]:
     """Run a block in all processes. An error in one of them ends it in all.
 
-    Raises:
-        ModuLoRAError: the error of this process, else a RequestError with the first error of
-            another.
+    Raises ModuLoRAError.
     """
     try:
         yield

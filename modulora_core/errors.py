@@ -1,28 +1,5 @@
 """The exceptions of this package, and errors of the system in their words.
 
-::
-
-    ModuLoRAError
-    ├── RequestError               the request was wrong; said before any work     exit code 2
-    │   ├── OptionError            an unknown or ill-typed option
-    │   ├── PluginError            a quantizer plugin cannot be used
-    │   │   ├── UnknownQuantizerError
-    │   │   ├── BrokenPluginError
-    │   │   ├── IncompatiblePluginError
-    │   │   ├── DuplicatePluginError
-    │   │   └── BlockedPluginError
-    │   ├── ShapeError             a shape that does not fit
-    │   ├── ModelError             a model that cannot be found or read
-    │   │   └── DenseWeightError   a packed weight used as a tensor
-    │   ├── CheckpointError        a shard that is missing, truncated or of other shapes
-    │   ├── WeightError            NaN or Inf in a weight
-    │   ├── DataError              an empty or malformed data file
-    │   ├── AdapterError           an adapter that does not fit its base
-    │   ├── OutputError            an output folder that holds something else
-    │   ├── DiskSpaceError         too little room for what would be written
-    │   └── MissingExtraError      an optional dependency that this request needs
-    └── WorkError                  the request was fine and the work failed        exit code 1
-
 A message says the subject, the expected value, the value, and what to do, in one line.
 """
 
@@ -54,16 +31,21 @@ class ModuLoRAError(Exception):
 
 
 class RequestError(ModuLoRAError):
+    """The request was wrong; said before any work."""
+
     exit_code = 2
 
 
-class OptionError(RequestError): ...
+class OptionError(RequestError):
+    """An unknown or ill-typed option."""
 
 
-class PluginError(RequestError): ...
+class PluginError(RequestError):
+    """A quantizer plugin cannot be used."""
 
 
-class UnknownQuantizerError(PluginError): ...
+class UnknownQuantizerError(PluginError):
+    """No installed plugin has the quantizer."""
 
 
 class BrokenPluginError(PluginError):
@@ -74,47 +56,60 @@ class BrokenPluginError(PluginError):
         self.fault = fault
 
 
-class IncompatiblePluginError(PluginError): ...
+class IncompatiblePluginError(PluginError):
+    """The plugin is written for another protocol."""
 
 
-class DuplicatePluginError(PluginError): ...
+class DuplicatePluginError(PluginError):
+    """Several plugins have the name."""
 
 
-class BlockedPluginError(PluginError): ...
+class BlockedPluginError(PluginError):
+    """``MODULORA_BLOCK`` disables the plugin."""
 
 
-class ShapeError(RequestError): ...
+class ShapeError(RequestError):
+    """A shape that does not fit."""
 
 
-class ModelError(RequestError): ...
+class ModelError(RequestError):
+    """A model that cannot be found or read."""
 
 
 class DenseWeightError(ModelError, AttributeError):
     """``hasattr(weight, "data")`` is False then, and ``weight.data`` says what to do."""
 
 
-class CheckpointError(RequestError): ...
+class CheckpointError(RequestError):
+    """A shard that is missing, truncated or of other shapes."""
 
 
-class WeightError(RequestError): ...
+class WeightError(RequestError):
+    """NaN or Inf in a weight."""
 
 
-class DataError(RequestError): ...
+class DataError(RequestError):
+    """An empty or malformed data file."""
 
 
-class AdapterError(RequestError): ...
+class AdapterError(RequestError):
+    """An adapter that does not fit its base."""
 
 
-class OutputError(RequestError): ...
+class OutputError(RequestError):
+    """An output folder that holds something else."""
 
 
-class DiskSpaceError(RequestError): ...
+class DiskSpaceError(RequestError):
+    """Too little room for what would be written."""
 
 
-class MissingExtraError(RequestError): ...
+class MissingExtraError(RequestError):
+    """An optional dependency that is needed."""
 
 
-class WorkError(ModuLoRAError): ...
+class WorkError(ModuLoRAError):
+    """The request was fine and the work failed."""
 
 
 _NO_MEMORY = re.compile(
@@ -161,8 +156,7 @@ _FULL = {
 def usable_path(path: str | Path, subject: str, error: type[RequestError]) -> Path:
     """Turn a user's words into a path, with ``~`` for the home folder.
 
-    Raises:
-        error: the system can't take it: too long, a null byte, no such user, or no path.
+    Raises error: the system can't take it: too long, a null byte, no such user, or no path.
     """
     try:
         found = Path(path).expanduser()

@@ -20,14 +20,11 @@ def check_hessian(
     """Refuse a weight and second moments that cannot be quantized together.
 
     Args:
-        quantizer: its name, for messages.
         weight: ``[out, in]``, any float dtype.
         hessian: ``[in, in]``, any float dtype.
         output_hessian: ``[out, out]``, any float dtype.
 
-    Raises:
-        ShapeError: a second moment does not fit ``weight``.
-        WeightError: NaN or Inf in one of them, or a negative number on a diagonal.
+    Raises ShapeError, WeightError.
     """
     _check_finite(quantizer, "weight", weight)
     for side, moment in ((weight.shape[1], hessian), (weight.shape[0], output_hessian)):

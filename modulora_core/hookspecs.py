@@ -55,8 +55,7 @@ _JsonFile = Annotated[str, StringConstraints(pattern=r"^[^/\\]+\.json$"), AfterV
 class FormatSpec(PluginSpec):
     """A checkpoint format of another tool that a plugin reads or writes.
 
-    Raises:
-        ValueError: a field is malformed; the message names it.
+    Raises ValueError: a field is malformed; the message names it.
     """
 
     name: _FormatName
@@ -89,11 +88,7 @@ class FormatSpec(PluginSpec):
 
 
 class CommandSpec(PluginSpec):
-    """A command of ``modulora``.
-
-    Raises:
-        ValueError: a field is malformed; the message names it.
-    """
+    """A command of ``modulora``. Raises ValueError: a field is malformed; the message names it."""
 
     name: Name
     """The word after ``modulora``: lower case letters, digits, single hyphens."""

@@ -151,8 +151,7 @@ class LoRALayer(nn.Module):
     def active_dropout(self) -> float:
         """The probability of the active adapters, which read one input; 0 in evaluation.
 
-        Raises:
-            AdapterError: they have different ones.
+        Raises AdapterError: they have different ones.
         """
         if not self.training:
             return 0.0
@@ -186,8 +185,7 @@ class ChannelScales:
         input: u, ``[in]``.
         output: v, ``[out]``.
 
-    Raises:
-        ShapeError: one of them is not a vector.
+    Raises ShapeError: one of them is not a vector.
     """
 
     input: Tensor

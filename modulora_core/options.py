@@ -19,8 +19,7 @@ Model = TypeVar("Model", bound=BaseModel)
 def parse_options(words: Iterable[str]) -> dict[str, str]:
     """Turn ``["group_size=64", "symmetric=true"]`` into a mapping; values stay strings.
 
-    Raises:
-        OptionError: a word is not ``key=value``, or a key comes twice.
+    Raises OptionError: a word is not ``key=value``, or a key comes twice.
     """
     options: dict[str, str] = {}
     for word in words:
@@ -36,13 +35,6 @@ def parse_options(words: Iterable[str]) -> dict[str, str]:
     return options
 
 
-def validate_options(
-    subject: str, model: type[BaseModel], options: Mapping[str, object]
-) -> BaseModel:
-    """Build the ``Options`` of the quantizer ``subject``, as :func:`validate_model`."""
-    return validate_model(f"quantizer {subject!r}", model, options)
-
-
 def validate_model(
     subject: str,
     model: type[Model],
@@ -54,14 +46,10 @@ def validate_model(
     A field that is a ``Literal`` of numbers takes the string of such a number.
 
     Args:
-        subject: the beginning of messages.
-        model: the class to build.
         values: the fields that differ from their defaults.
         validate: makes the object; by default ``model.model_validate``.
 
-    Raises:
-        OptionError: unknown fields (with near misses), or values that the model refuses: one
-            sentence with each field, its expected value, and its value.
+    Raises OptionError.
     """
     unknown = [key for key in values if key not in model.model_fields]
     if unknown:

@@ -152,8 +152,7 @@ class PackedWeight:
             :data:`BITS_OF_DTYPE`. Each value that differs between layers belongs here, scalars too.
         metadata: JSON-able facts that layers of one shape and one set of options share.
 
-    Raises:
-        CheckpointError: there is no tensor, or a name does not match ``[a-z][a-z0-9_]*``.
+    Raises CheckpointError: there is no tensor, or a name does not match ``[a-z][a-z0-9_]*``.
     """
 
     quantizer: str

@@ -223,8 +223,9 @@ class PackedParameter(nn.Module):
         return DenseWeightError(
             f"{tried} of a {out_features}x{in_features} weight packed by {self.layout.quantizer}: "
             "expected a product, or rows of an embedding or of an output head without an adapter; "
-            "everything else needs a dense weight: call model.dequantize() first, or use a method "
-            "that does not read the weight, such as LoRA with its usual start"
+            "everything else needs a dense weight: call model.dequantize() first, merge an adapter "
+            "with `modulora merge`, or use a method that does not read the weight, such as LoRA "
+            "with its usual start"
         )
 
 

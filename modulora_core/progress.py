@@ -49,7 +49,6 @@ def shown(display: Display, what: str, unit: str) -> AbstractContextManager[Prog
 
     Args:
         what: the title of a bar until the caller gives another.
-        unit: the unit of its counts, such as ``"layers"``.
     """
     if isinstance(display, Bars):
         return display.open(what, unit)

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires
 from typing import Any, Generic, Literal, TypeVar
 
 import pluggy
@@ -43,8 +43,8 @@ from modulora_core.errors import (
     lacks_memory,
 )
 from modulora_core.hookspecs import CommandSpec, FormatSpec
-from modulora_core.options import parse_options, validate_options
-from modulora_core.spec import SUPPORTED_PROTOCOLS, PluginSpec, Quantizer, QuantizerSpec
+from modulora_core.options import in_one_line, parse_options, validate_model
+from modulora_core.spec import PROTOCOL, SUPPORTED_PROTOCOLS, PluginSpec, Quantizer, QuantizerSpec
 from modulora_core.version import VERSION
 
 BLOCK_VARIABLE = "MODULORA_BLOCK"
@@ -87,9 +87,6 @@ class Entry(Generic[Spec]):
 
     Attributes:
         name: of the quantizer, format or command; or the entry point's if it cannot be read.
-        spec: the plugin's facts; None if it cannot be read.
-        distribution: the installed package that brings it.
-        version: the version of that package.
         status: ``"ok"``, or why it cannot be used.
         reason: one sentence; None when ``status`` is ``"ok"``.
     """
@@ -137,16 +134,10 @@ def find(name: str, *, distribution: str | None = None) -> Entry[QuantizerSpec]:
     """Find a usable quantizer.
 
     Args:
-        name: the quantizer's name.
         distribution: the package that brings it, for the message when it is not installed.
 
-    Raises:
-        UnknownQuantizerError: no plugin brings it; says near misses and the package to install.
-        BrokenPluginError: its plugin cannot be read.
-        IncompatiblePluginError: its plugin was written for a protocol that this core does not
-            speak.
-        DuplicatePluginError: several plugins bring it.
-        BlockedPluginError: ``MODULORA_BLOCK`` disables it.
+    Raises UnknownQuantizerError, BrokenPluginError, IncompatiblePluginError, DuplicatePluginError,
+    BlockedPluginError.
     """
     environment = _environment()
     if not any(entry.name == name and entry.status == "ok" for entry in _cached(*environment)):
@@ -159,11 +150,7 @@ def find(name: str, *, distribution: str | None = None) -> Entry[QuantizerSpec]:
 
 
 def usable(named: list[Entry[Spec]]) -> Entry[Spec]:
-    """The entry that can be used, of one name.
-
-    Raises:
-        PluginError: there is none; the class says why, as in :func:`find`.
-    """
+    """The entry that can be used, of one name. Raises PluginError."""
     entry = min(named, key=lambda entry: entry.status == "blocked")  # False comes first
     if entry.status != "ok":
         raise _unusable(entry, entry.status, str(entry.reason))
@@ -192,13 +179,7 @@ def absence(distribution: str) -> str:
 
 
 def load(name: str, *, distribution: str | None = None) -> type[Quantizer]:
-    """Import the class of a quantizer, and so torch.
-
-    Raises:
-        PluginError: as :func:`find`; BrokenPluginError also if the class cannot be imported, is not
-            a complete :class:`~modulora_core.spec.Quantizer`, or has another spec than the listed
-            one.
-    """
+    """Import the class of a quantizer, and so torch. Raises PluginError."""
     entry = find(name, distribution=distribution)
     assert entry.spec is not None  # find() returns usable entries only
     # mypy's type[T] takes no abstract class; import_class returns none
@@ -217,8 +198,7 @@ def load(name: str, *, distribution: str | None = None) -> type[Quantizer]:
 def import_class(entry: Entry[Any], location: str, base: type[Class]) -> type[Class]:
     """Import the class at ``location``, ``"package.module:Class"``, of a plugin.
 
-    Raises:
-        BrokenPluginError: it cannot be imported, or is not a complete subclass of ``base``.
+    Raises BrokenPluginError: it cannot be imported, or is not a complete subclass of ``base``.
     """
     cls = _imported(entry, location)
     if not (inspect.isclass(cls) and issubclass(cls, base)):
@@ -233,8 +213,7 @@ def import_class(entry: Entry[Any], location: str, base: type[Class]) -> type[Cl
 def import_function(entry: Entry[Any], location: str) -> Callable[..., Any]:
     """Import the function at ``location``, ``"package.module:function"``, of a plugin.
 
-    Raises:
-        BrokenPluginError: it cannot be imported, or is no function.
+    Raises BrokenPluginError: it cannot be imported, or is no function.
     """
     function = _imported(entry, location)
     if not inspect.isfunction(function):
@@ -260,16 +239,12 @@ def create(
     """Construct a quantizer with validated options.
 
     Args:
-        name: the quantizer's name.
         options: by name; strings are parsed to the types of the options.
-        distribution: as for :func:`find`.
 
-    Raises:
-        PluginError: as :func:`load`.
-        OptionError: an option is unknown, or the quantizer's ``Options`` refuses its value.
+    Raises PluginError, OptionError.
     """
     cls = load(name, distribution=distribution)
-    return cls(validate_options(name, cls.Options, options or {}))
+    return cls(validate_model(f"quantizer {name!r}", cls.Options, options or {}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,8 +261,7 @@ class Choice:
         Args:
             subject: the flag or field that holds ``text``, for messages.
 
-        Raises:
-            OptionError: ``text`` is neither, or a key comes twice.
+        Raises OptionError: ``text`` is neither, or a key comes twice.
         """
         name, colon, options = text.partition(":")
         if not name or (colon and not options):
@@ -348,9 +322,11 @@ def _read(point: EntryPoint, blocked: frozenset[str]) -> Iterator[Entry[Any]]:
         if spec.name in blocked:
             yield _blocked(named)
         elif spec.protocol not in SUPPORTED_PROTOCOLS:
-            yield replace(
-                named, status="incompatible", reason=_other_protocol(named, spec.protocol)
+            reason = (
+                f"written for protocol {spec.protocol}, and {CORE} {VERSION} supports {PROTOCOL}; "
+                f"install a version of {named.distribution} or of modulora-core that fits"
             )
+            yield replace(named, status="incompatible", reason=reason)
         else:
             yield named
 
@@ -374,15 +350,6 @@ def _ask(point: EntryPoint) -> list[PluginSpec]:
             )
         found += specs
     return found
-
-
-def _other_protocol(entry: Entry[Any], protocol: int) -> str:
-    first, last = SUPPORTED_PROTOCOLS[0], SUPPORTED_PROTOCOLS[-1]
-    supported = str(first) if first == last else f"{first} to {last}"
-    return (
-        f"written for protocol {protocol}, and {CORE} {VERSION} supports {supported}; "
-        f"install a version of {entry.distribution} or of modulora-core that fits"
-    )
 
 
 def _blocked(entry: Entry[Any]) -> Entry[Any]:
@@ -414,26 +381,14 @@ def _unusable(entry: Entry[Any], status: Status, reason: str) -> PluginError:
 
 def _unknown(name: str, found: list[Entry[QuantizerSpec]], distribution: str | None) -> str:
     usable = sorted({entry.name for entry in found if entry.status == "ok"})
-    base, _, options = str(name).partition(":")
-    if options and base in usable:
-        flags = " ".join(f"-o {option}" for option in options.split(","))
-        return f"quantizer {name!r}: expected a name alone, got options too; give -q {base} {flags}"
     near = difflib.get_close_matches(str(name), [entry.name for entry in found], n=2)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
     sentence = f"quantizer {name!r} isn't installed{hint} Installed: {', '.join(usable) or 'none'}"
     unusable = [f"{entry.name} ({entry.status})" for entry in found if entry.status != "ok"]
     sentence += f"; not usable: {', '.join(unusable)}" if unusable else ""
-    if distribution is None or not _DISTRIBUTION.fullmatch(distribution):
-        return (
-            sentence
-            if near
-            else f"{sentence}. Each quantizer comes in a package; for ours, {INSTALL}"
-        )
-    try:
-        present = version(distribution)
-    except PackageNotFoundError:
-        return f"{sentence}. Install its package, {distribution}, from a folder or a wheel"
-    return f"{sentence}. {distribution} {present} lacks it; install a newer version"
+    if distribution is not None and _DISTRIBUTION.fullmatch(distribution):
+        return f"{sentence}. Install its package, {distribution}, or a newer version of it"
+    return sentence if near else f"{sentence}. Each comes in a package; for ours, {INSTALL}"
 
 
 def _distribution(point: EntryPoint) -> tuple[str, str]:
@@ -447,7 +402,5 @@ def _distribution(point: EntryPoint) -> tuple[str, str]:
 
 def _in_one_line(error: BaseException) -> str:
     if isinstance(error, ValidationError):
-        found = error.errors(include_url=False)
-        fields = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r}" for e in found]
-        return f"{error.title}: {'; '.join(fields)}"
+        return f"{error.title}: {in_one_line(error)}"
     return " ".join(f"{type(error).__name__}: {error}".split())

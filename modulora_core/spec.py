@@ -22,13 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveInt,
-    StringConstraints,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
 from modulora_core.arguments import checked_dataclass
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
@@ -84,10 +78,7 @@ class Promise(_Fact):
 
     An error is relative, ``‖W − Ŵ‖ / ‖W‖`` (Frobenius), of a weight of about ``[256, 512]`` that
     was packed without calibration data. For Gaussian weights no quantizer of b bits is below 2⁻ᵇ
-    (rate-distortion bound).
-
-    Raises:
-        ValueError: a number is not finite, or out of its range.
+    (rate-distortion bound). Raises ValueError: a number is not finite, or out of its range.
     """
 
     options: Mapping[str, Any] = {}
@@ -117,8 +108,7 @@ def titled(options: Mapping[str, Any]) -> str:
 class QuantizerSpec(PluginSpec):
     """The facts of a quantizer that ``modulora list-quantizers`` prints.
 
-    Raises:
-        ValueError: a field is malformed; the message names it.
+    Raises ValueError: a field is malformed; the message names it.
     """
 
     name: Name
@@ -190,8 +180,7 @@ def column_importance(quantizer: str, weight: Tensor, calibration: Calibration |
     Returns:
         fp32 ``[in]``, on the device of ``weight``.
 
-    Raises:
-        ShapeError, WeightError: as :func:`check_hessian` does.
+    Raises ShapeError, WeightError: as :func:`check_hessian` does.
     """
     import torch
 
@@ -292,8 +281,7 @@ class Quantizer(ABC):
         Args:
             ids: any shape, an integer dtype, on the device of ``packed``.
 
-        Raises:
-            IndexError: an id below 0, or beyond the last row.
+        Raises IndexError: an id below 0, or beyond the last row.
         """
         from modulora_core.tiles import looked_up
 
@@ -318,8 +306,7 @@ class Quantizer(ABC):
         Returns:
             a packed weight of the same layout.
 
-        Raises:
-            PluginError: the default: this quantizer has no place for scales.
+        Raises PluginError: the default: this quantizer has no place for scales.
         """
         del packed, input_scale, output_scale
         name = self.spec.name
@@ -361,12 +348,12 @@ class Quantizer(ABC):
         Tensor parallelism gives each process such a part. None, the default, refuses a cut.
         """
         del packed, dim, start, stop
+        return None
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a shape that cannot be packed, before any work.
 
-        Raises:
-            ShapeError: the default: a multiple of the spec does not divide it.
+        Raises ShapeError: the default: a multiple of the spec does not divide it.
         """
         multiples = {"out_features": self.spec.out_multiple, "in_features": self.spec.in_multiple}
         for size, (name, multiple) in zip(shape, multiples.items(), strict=True):
@@ -378,8 +365,7 @@ class Quantizer(ABC):
 
         Override it if the other methods read older formats too, by ``packed.format``.
 
-        Raises:
-            CheckpointError: the default: the format differs from :meth:`pack`'s.
+        Raises CheckpointError: the default: the format differs from :meth:`pack`'s.
         """
         if packed.format != self.format:
             raise CheckpointError(
@@ -394,8 +380,7 @@ class Quantizer(ABC):
         The core checks float tensors itself, and calls this when a weight is loaded, merged or
         converted. Override it if integers hold scales. Tiles of such a weight stay finite.
 
-        Raises:
-            CheckpointError: a scale is NaN or infinite; the message begins with ``subject``.
+        Raises CheckpointError: a scale is NaN or infinite; the message begins with ``subject``.
         """
 
     def check_kernels(self, packed: PackedWeight, dtype: torch.dtype) -> list[str]:

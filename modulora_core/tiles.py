@@ -59,8 +59,7 @@ def tile_budget(nbytes: int) -> Iterator[None]:
 
     One thread at a time opens such a block. A backward uses the budget that is open when it runs.
 
-    Raises:
-        OptionError: ``nbytes`` is not positive.
+    Raises OptionError: ``nbytes`` is not positive.
     """
     if nbytes <= 0:
         raise OptionError(f"tile budget: expected a positive number of bytes, got {nbytes}")
@@ -95,8 +94,7 @@ def tiled_matmul(
     Returns:
         ``[..., out]``, or ``[..., in]`` when ``transpose``, in ``x``'s dtype, without a gradient.
 
-    Raises:
-        ShapeError: the last dimension of ``x`` does not fit.
+    Raises ShapeError: the last dimension of ``x`` does not fit.
     """
     given, wanted = shape if transpose else reversed(shape)
     if x.dim() == 0 or x.shape[-1] != given:
@@ -157,8 +155,7 @@ def looked_up(
     Returns:
         ``[*ids.shape, in]``, on the device of ``ids``, without a gradient.
 
-    Raises:
-        IndexError: an id below 0, or beyond the last row.
+    Raises IndexError: an id below 0, or beyond the last row.
     """
     rows, columns = shape
     with torch.no_grad():

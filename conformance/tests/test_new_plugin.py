@@ -162,23 +162,6 @@ def test_a_malformed_name_is_refused(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "plugin").exists()
 
 
-@pytest.mark.parametrize("name", ["class", "match", "json", "async"])
-def test_a_word_of_python_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=f"no keyword and no module of Python, got '{name}'"):
-        new_plugin(name, tmp_path / "plugin")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["torch", "safetensors", "huggingface-hub", "conformance"],
-)
-def test_the_name_of_an_installed_package_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DuplicatePluginError, match="expected a free name, got the name of the ins"):
-        new_plugin(name, tmp_path / "plugin")
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_taken_name_is_refused(site: Path, tmp_path: Path) -> None:
     with pytest.raises(DuplicatePluginError, match="the installed package modulora_core; choose"):
         new_plugin("core", tmp_path / "plugin")

@@ -19,7 +19,7 @@ def members(kernels: bool) -> dict[str, type]:
     chosen = {
         name: spec.location.split(":")[0]
         for name, spec in modulora_zoo.SPECS.items()
-        if kernels == spec.location.startswith(("modulora_zoo.kernels", "zoo_heavy"))
+        if kernels == spec.location.startswith("modulora_zoo.kernels")
     }
     return {name: getattr(importlib.import_module(m), name) for name, m in chosen.items()}
 
@@ -46,7 +46,6 @@ SLOW = {
     "test_a_transformer_trains_as_the_dense_one",
     "test_a_compiled_layer_gives_the_eager_results",
     "test_nothing_is_unpickled",
-    "test_a_checkpoint_of_another_format_is_refused",
     "test_packed_tensors_are_only_read",
     "test_nothing_beside_the_tensors_is_read",
     "test_without_numba_the_values_are_the_same",
@@ -172,7 +171,7 @@ def test_broken_kernels_fail_the_check_made_for_them(name, kernels):
 def test_sound_kernels_pass(kernels):
     found = [kind for node, kind in kernels.items() if node.startswith("TestSound::")]
     assert "failed" not in found
-    assert found.count("passed") >= 7
+    assert found.count("passed") >= 2
 
 
 def test_interpreted_kernels_that_omit_columns_are_found(zoo):
@@ -192,14 +191,8 @@ GOLDEN = "test_golden.py breaks it"
 UNBROKEN = {
     "test_packing_gives_the_golden_vectors": GOLDEN,
     "test_tiles_give_the_golden_vectors": GOLDEN,
-    "test_gradients_pass_finite_differences": "the check before it finds the same faults first",
-    "test_moving_keeps_bytes_and_layout": CORE,
-    "test_a_state_dict_brings_the_weight": CORE,
-    "test_a_cast_of_the_model_keeps_packed_dtypes": CORE,
-    "test_a_deep_copy_is_independent": CORE,
     "test_a_transformer_is_quantized_saved_and_loaded": CORE,
     "test_a_transformer_trains_as_the_dense_one": CORE,
-    "test_a_checkpoint_of_another_format_is_refused": CORE,
     "test_peak_memory_on_cuda_is_tiles_and_activations": NO_DEVICE,
     "test_cuda_gives_the_tiles_of_the_cpu": NO_DEVICE,
     "test_cuda_gives_the_products_and_gradients_of_the_dense_layer": NO_DEVICE,

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from methods import BASE, BASE_DTYPE, Method, ModelFiles
-from models import DTYPES, ModelJob, model_files, model_flags, prepare_methods
-from report import Result, Run, arguments, pivot
+from models import DTYPES, ModelJob, measure_models, model_flags
+from report import Result, Run, arguments, markdown, mib
 
 from modulora_core.checkpoints.peak_memory import PeakMemory
 
@@ -44,12 +44,12 @@ class DecodingJob(ModelJob):
         return seconds, {"new_tokens": len(ids), "ids": ids, "peak_memory_bytes": self._peak}
 
 
-def cell(result: Result) -> str:
+def rate(result: Result) -> str:
     """``23.1 · 1.38 (1.40) ×``: tokens a second, and multiples of the dense model's."""
-    rate = f"{result['new_tokens'] / result['seconds']:.1f}"
+    tokens = f"{result['new_tokens'] / result['seconds']:.1f}"
     if "ratio" not in result:
-        return rate
-    return f"{rate} · {1 / result['ratio']:.2f} ({1 / result['low_ratio']:.2f}) ×"
+        return tokens
+    return f"{tokens} · {1 / result['ratio']:.2f} ({1 / result['low_ratio']:.2f}) ×"
 
 
 def panels(run: Run) -> dict[str, list[tuple[str, float]]]:
@@ -69,19 +69,15 @@ def main(words: Sequence[str] | None = None) -> int:
     length = flags.length or (8 if flags.quick else 48)
     flags.repeats = flags.repeats or (2 if flags.quick else 7)
     run = Run("decoding", flags)
-    with model_files(run) as files:
-        prepare_methods(run, files)
-        dtypes = flags.dtypes or list(DTYPES)
-        jobs = dict(run.start(DecodingJob, dtypes, files, flags.prompt, length))
-        run.results += run.take_turns(jobs).results((BASE, BASE_DTYPE))
-        for job in jobs.values():
-            job.end()
+    measure_models(run, DecodingJob, flags.dtypes or list(DTYPES), flags.prompt, length)
     title = (
         f"{flags.model}, {length} tokens after {flags.prompt}: "
         f"tokens/s · × {BASE} {BASE_DTYPE} (by low percentiles)"
     )
-    cells = ((r["method"], r["dtype"], cell(r)) for r in run.results)
-    return run.finish([(title, pivot(cells))], panels(run))
+    rows = [[r["method"], r["dtype"], rate(r), mib(r, "loading"), mib(r, "peak_memory")]
+            for r in run.results]  # fmt: skip
+    heads = ["", "dtype", "tokens/s", "loading, MiB", "peak MiB"]
+    return run.finish([(title, markdown(heads, rows))], panels(run))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 
 The shapes are LLaMA's, and the weights are random (:mod:`llama`). A process of its own loads the
 packed model and puts a LoRA of rank 8 on every linear layer. It makes the step of `modulora
-finetune`, with chunked loss, gradient checkpointing and AdamW. Then it decodes one token. Tables
-compare the peak with `modulora plan` and with the paper (arXiv 2309.16119: batch 1, 128 tokens).
+finetune`, with chunked loss, gradient checkpointing and AdamW. Then it decodes one token. The peak
+is of the whole process; `modulora plan FOLDER` predicts it.
 
 The exit code is 1 if the loss or a gradient is not finite, or a gradient is zero.
 """
@@ -27,8 +27,6 @@ from typing import Any
 
 import torch
 from llama import SHAPES, write_checkpoint
-from modulora_planner import plan
-from report import markdown
 from torch import nn
 from turns import Here, Job, Process
 
@@ -40,17 +38,10 @@ from modulora_core.registry import Choice
 from modulora_core.training.chunked_loss import chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
-GB, GIB = 10**9, 2**30
+GB = 10**9
 RANK = 8
 
 PHASES = ("libraries", "load", "forward", "backward", "adamw", "greedy_token")
-
-PAPER_GB = {
-    "ModuLoRA, 2 bits": {"7b": 3.2, "13b": 5.4, "30b": 11.4, "65b": 21.8},
-    "QLoRA, 4 bits": {"7b": 5.2, "13b": 8.6, "30b": 19.5, "65b": 36.7},
-    "LoRA, 16 bits": {"7b": 38.4, "13b": 73.9, "30b": 183.3, "65b": 360.4},
-}
-"""Memory of finetuning in the paper, batch 1, 128 tokens."""
 
 
 class StepJob:
@@ -117,7 +108,7 @@ def bad_gradients(model: nn.Module) -> list[str]:
 
 
 def run(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Write the checkpoint, make the step, and plan it."""
+    """Write the checkpoint, and make the step."""
     name = f"{flags.model}-{flags.quantizer}".replace(":", "-").replace("=", "").replace(",", "-")
     checkpoint = folder / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,17 +123,13 @@ def run(flags: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for phase in PHASES:
         phases[phase] = job.ask("phase", phase)
         seconds, peak = phases[phase]["seconds"], phases[phase]["peak_memory_bytes"]
-        print(f"{phase}: {seconds:.1f} s, peak {peak / GIB:.2f} GiB", file=sys.stderr)
+        print(f"{phase}: {seconds:.1f} s, peak {peak / GB:.2f} GB", file=sys.stderr)
     job.end()
-    device = "cuda" if flags.device.startswith("cuda") else "cpu"
-    fixed: dict[str, Any] = {"rank": RANK, "dropout": 0.0, "batch_size": 1, "grad_accum": 1}
-    planned = plan(str(checkpoint), **{**request, **fixed, "device": device, "steps": 1})
     return {
         "request": {"model": flags.model, "quantizer": flags.quantizer, **request},
         "checkpoint_bytes": open_packed(checkpoint).nbytes,
         "phases": phases,
         "peak_memory_bytes": max(phase["peak_memory_bytes"] for phase in phases.values()),
-        "plan": planned.to_json(),
     }
 
 
@@ -152,51 +139,13 @@ def show_progress(_: str, done: int, total: int) -> None:
 
 
 def report(found: dict[str, Any]) -> str:
-    """Tables of the phases, the plan, and the paper's figures."""
-    request, phases, planned = found["request"], found["phases"], found["plan"]
+    request, phases = found["request"], found["phases"]
     bad, trained = phases["backward"]["bad_gradients"], phases["backward"]["trained"]
-    step = sum(phases[name]["seconds"] for name in ("forward", "backward", "adamw"))
     return f"""\
-LLaMA {request["model"]}, {request["quantizer"]}, \
-{planned["bits_per_weight"]:.3f} bits per weight, {found["checkpoint_bytes"] / GB:.2f} GB on disk
+LLaMA {request["model"]}, {request["quantizer"]}, {found["checkpoint_bytes"] / GB:.2f} GB on disk
 1 × {request["seq_len"]} tokens, LoRA of rank {RANK} with {trained / 1e6:.1f} million values
-A step took {step:.1f} s. Loss {phases["forward"]["loss"]:.3f}. Wrong gradients: \
-{", ".join(bad) or "none"}.
-
-{phases_table(found)}
-
-{plan_table(found)}
-
-{paper_table(found)}"""
-
-
-def phases_table(found: dict[str, Any]) -> str:
-    rows = [
-        [name, f"{phase['seconds']:.1f}", f"{phase['peak_memory_bytes'] / GIB:.2f}"]
-        for name, phase in found["phases"].items()
-    ]
-    return markdown(["phase", "seconds", "peak, GiB"], rows)
-
-
-def plan_table(found: dict[str, Any]) -> str:
-    planned = found["plan"]
-    items = {**planned["items"], "planned": planned["training_bytes"],
-             "measured": found["peak_memory_bytes"]}  # fmt: skip
-    rows = [[name.replace("_", " "), f"{nbytes / GIB:.2f}"] for name, nbytes in items.items()]
-    return markdown(["plan", "GiB"], rows)
-
-
-def paper_table(found: dict[str, Any]) -> str:
-    model, peak = found["request"]["model"], found["peak_memory_bytes"]
-    rows = [
-        [f"{name} (the paper, on a GPU)", f"{sizes[model]}"]
-        for name, sizes in PAPER_GB.items()
-        if model in sizes
-    ]
-    libraries = found["phases"]["libraries"]["peak_memory_bytes"]
-    rows.append(["here, the whole process", f"{peak / GB:.2f}"])
-    rows.append(["here, without the libraries", f"{(peak - libraries) / GB:.2f}"])
-    return markdown(["peak", "GB"], rows)
+Loss {phases["forward"]["loss"]:.3f}. Wrong gradients: {", ".join(bad) or "none"}.
+Peak: {found["peak_memory_bytes"] / GB:.2f} GB."""
 
 
 def main(words: Sequence[str] | None = None) -> int:

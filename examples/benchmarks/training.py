@@ -6,13 +6,13 @@
 
 A step is a forward, a backward and AdamW. Adapters of rank 8 in fp32 are on all linear layers but
 the head, without dropout. Gradient checkpointing is off unless it is asked for. Each method has a
-process, and they take turns. The peak is the resident memory of that process during the steps. The
-loss is the first step's: near the dense model's, if a method is right.
+process, and they take turns. Peaks are the resident memory of that process, with its libraries,
+while it loads the model and during the steps. If a library can't store its quantized model, loading
+includes quantizing. The loss is the first step's: near the dense model's, if a method is right.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from methods import BASE, BASE_DTYPE, Method, ModelFiles
-from models import ModelJob, model_files, model_flags, prepare_methods
-from report import Result, Run, arguments, markdown, ratio_cell
+from models import ModelJob, measure_models, model_flags
+from report import Result, Run, arguments, markdown, mib, ratio_cell
 
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
@@ -76,38 +76,19 @@ class TrainingJob(ModelJob):
         return seconds, {"peak_memory_bytes": self._peak, **first}
 
 
-def training_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--batch-size", type=int, default=2, help="segments of a batch (2)")
-    add("--seq-len", type=int, help="tokens of a segment (256)")
-    add("--gradient-checkpointing", nargs="*", metavar="METHOD",
-        help="recompute activations: of all methods, or of these")  # fmt: skip
-    add("--keep-products", action="store_true",
-        help="with gradient checkpointing: keep products with packed weights")  # fmt: skip
-    add("--matmul-precision", choices=("highest", "high", "medium"), default="highest",
-        help="of fp32 products of all methods")  # fmt: skip
-
-
-def training_arguments(run: Run) -> tuple[Any, ...]:
-    """The arguments of TrainingJob after the files. Ends the program if the flags are wrong."""
-    flags, names = run.flags, run.flags.gradient_checkpointing
-    if unknown := set(names or ()) - set(run.methods):
-        known = ", ".join(run.methods)
-        raise SystemExit(
-            f"--gradient-checkpointing: expected some of {known}, got {', '.join(sorted(unknown))}"
-        )
-    if flags.keep_products and names is None:
-        raise SystemExit("--keep-products: expected --gradient-checkpointing too, got none")
-    checkpointing = list(run.methods) if names == [] else names or []
-    shape = (flags.batch_size, flags.seq_len or (32 if flags.quick else 256))
-    return shape, checkpointing, flags.keep_products, flags.matmul_precision
-
-
 def table(run: Run, tokens: int) -> str:
-    heads = ["", "dtype", f"× {BASE} {BASE_DTYPE} · a step", "tokens/s", "peak MiB", "loss"]
+    heads = [
+        "",
+        "dtype",
+        f"× {BASE} {BASE_DTYPE} · a step",
+        "tokens/s",
+        "loading, MiB",
+        "peak MiB",
+        "loss",
+    ]
     rows = [
         [r["method"], r["dtype"], ratio_cell(r, 1.0, "s"), f"{tokens / r['seconds']:.0f}",
-         f"{r['peak_memory_bytes'] / 2**20:.0f}", f"{r['loss']:.3f}"]
+         mib(r, "loading"), mib(r, "peak_memory"), f"{r['loss']:.3f}"]
         for r in run.results
     ]  # fmt: skip
     return markdown(heads, rows)
@@ -127,21 +108,39 @@ def label(result: Result) -> str:
     return f"{result['method']}{dtype}"
 
 
+def checkpointing_methods(run: Run) -> list[str]:
+    """The methods that use gradient checkpointing. Ends the program if the flags are wrong."""
+    names = run.flags.gradient_checkpointing
+    if unknown := set(names or ()) - set(run.methods):
+        known = ", ".join(run.methods)
+        raise SystemExit(
+            f"--gradient-checkpointing: expected some of {known}, got {', '.join(sorted(unknown))}"
+        )
+    if run.flags.keep_products and names is None:
+        raise SystemExit("--keep-products: expected --gradient-checkpointing too, got none")
+    return list(run.methods) if names == [] else names or []
+
+
 def main(words: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__)
     model_flags(parser)
-    training_flags(parser)
+    add = parser.add_argument
+    add("--batch-size", type=int, default=2, help="segments of a batch (2)")
+    add("--seq-len", type=int, help="tokens of a segment (256)")
+    add("--gradient-checkpointing", nargs="*", metavar="METHOD",
+        help="recompute activations: of all methods, or of these")  # fmt: skip
+    add("--keep-products", action="store_true",
+        help="with gradient checkpointing: keep products with packed weights")  # fmt: skip
+    add("--matmul-precision", choices=("highest", "high", "medium"), default="highest",
+        help="of fp32 products of all methods")  # fmt: skip
     flags = parser.parse_args(words)
     flags.repeats = flags.repeats or (2 if flags.quick else 7)
     run = Run("training", flags)
-    shared = training_arguments(run)
-    with model_files(run) as files:
-        prepare_methods(run, files)
-        jobs = dict(run.start(TrainingJob, flags.dtypes or [BASE_DTYPE], files, *shared))
-        run.results += run.take_turns(jobs).results((BASE, BASE_DTYPE))
-        for job in jobs.values():
-            job.end()
-    batch, length = shared[0]
+    batch, length = flags.batch_size, flags.seq_len or (32 if flags.quick else 256)
+    measure_models(
+        run, TrainingJob, flags.dtypes or [BASE_DTYPE], (batch, length),
+        checkpointing_methods(run), flags.keep_products, flags.matmul_precision,
+    )  # fmt: skip
     title = f"{flags.model}, {batch} × {length} tokens"
     return run.finish([(title, table(run, batch * length))], panels(run))
 

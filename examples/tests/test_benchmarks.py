@@ -104,14 +104,6 @@ def test_decoding_compares_rates_in_both_dtypes(run: Main, models: list[str]) ->
     assert {(r["new_tokens"], len(r["ids"])) for r in found["results"]} == {(5, 5)}
 
 
-def test_memory_has_three_peaks_and_their_ratios(run: Main, models: list[str]) -> None:
-    found = run("memory", *models)
-    dense = of(found, "dense")
-    for result in found["results"]:
-        for key in ("loading_bytes", "training_bytes", "decoding_bytes"):
-            assert result["ratios"][key] == result[key] / dense[key]
-
-
 def test_quality_measures_perplexity_and_size(run: Main, models: list[str]) -> None:
     pytest.importorskip("modulora_optq", reason="pip install ./plugins/optq")
     flags = ["-q", "nf4:block_size=32", "optq:bits=3", "--uncalibrated", "optq:bits=3"]

@@ -17,7 +17,7 @@ pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
 EXAMPLES = Path(__file__).parents[1]
 TRL = ("trl_sft", "trl_dpo", "trl_grpo")
-SCRIPTS = ("finetune", "own_loop", "quantize_a_matrix", "compare_quantizers")
+SCRIPTS = ("finetune", "own_loop", "quantize_a_matrix")
 
 Module = Callable[[str], ModuleType]
 
@@ -42,18 +42,6 @@ def test_more_bits_give_a_smaller_error(module: Module) -> None:
     pytest.importorskip("modulora_optq", reason="pip install ./plugins/optq")
     errors = module("quantize_a_matrix").main(64, 128)
     assert 0 < errors["int8"] < errors["nf4"] < errors["optq"] < 0.5
-
-
-def test_each_choice_is_compared_with_the_dense_model(
-    module: Module, tiny_model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("modulora_optq", reason="pip install ./plugins/optq")
-    choices = ("nf4:block_size=32", "optq:bits=3")
-    found = module("compare_quantizers").main(tiny_model, choices, samples=4, seq_len=32)
-    assert list(found) == ["dense", *choices]
-    assert len(set(found.values())) == 3, "each has values of its own"
-    assert found["nf4:block_size=32"] == pytest.approx(found["dense"], rel=0.1)
-    assert "optq:bits=3" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -24,8 +24,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
 
     They are the children of the outermost ``nn.ModuleList`` with most linear weights.
 
-    Raises:
-        ModelError: no list of modules holds a linear weight.
+    Raises ModelError: no list of modules holds a linear weight.
     """
     sizes = {site.name: site.numel for site in find_sites(model).linears}
     weights = {
@@ -45,8 +44,7 @@ def find_blocks(model: PreTrainedModel) -> tuple[str, ...]:
 def block_prefixes(source: ModelSource) -> tuple[str, ...]:
     """The prefixes of all names in decoder blocks, ``model.layers.0.`` and so on.
 
-    Raises:
-        ModelError: as :func:`find_blocks`.
+    Raises ModelError: as :func:`find_blocks`.
     """
     return tuple(f"{path}." for path in find_blocks(source.outline))
 
@@ -89,20 +87,15 @@ class Block:
     Parameters are named as in the model.
 
     Args:
-        path: its dotted path in the model.
         module: its skeleton, which is changed.
-        linears: the parameters of the model that will be packed.
-        source: the model with the values.
         device: the block runs there, on a CPU in fp32, elsewhere in the model's dtype.
         on_dense: gets every parameter that is not packed, as the model stores it.
 
     Attributes:
-        sites: the parameters to pack.
         weights: the observed matrices of each of them: one, or one for each expert.
         vectors: the 1-dimensional parameters (norms, biases), as the model stores them.
 
-    Raises:
-        ModelError: the files have no value for a parameter of the block.
+    Raises ModelError: the files have no value for a parameter of the block.
     """
 
     def __init__(
@@ -182,7 +175,6 @@ def for_each_block(
     One block is in memory at a time.
 
     Args:
-        linears: the parameters to observe.
         backward: whether the last block comes first.
     """
     paths = find_blocks(source.outline)

@@ -15,12 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from modulora_core.calibration.blocks import (
-    block_modules,
-    block_prefixes,
-    find_blocks,
-    outer_model,
-)
+from modulora_core.calibration.blocks import block_modules, block_prefixes, find_blocks, outer_model
 from modulora_core.errors import ModelError
 from modulora_core.models import ModelSource
 
@@ -70,15 +65,9 @@ class OuterModel:
     """A dense model with values outside of its decoder blocks. It calls blocks that run elsewhere.
 
     Args:
-        source: the model with the values.
-        device: the device of the values.
         head: whether the output head gets values, for :meth:`logits_after`.
 
-    Attributes:
-        model: the transformers model.
-
-    Raises:
-        ModelError: the model has no decoder blocks, or the files lack a value that the head needs.
+    Raises ModelError.
     """
 
     def __init__(self, source: ModelSource, device: torch.device, *, head: bool) -> None:
@@ -96,8 +85,7 @@ class OuterModel:
             the hidden state before the first block, ``[samples, seq_len, hidden]``, and a call for
             each block.
 
-        Raises:
-            ModelError: the model does not pass the hidden state through its blocks in order.
+        Raises ModelError: the model does not pass the hidden state through its blocks in order.
         """
         first: list[BlockCall] = []
         for ids in batches:

@@ -44,8 +44,7 @@ class SecondMoment:
     def mean(self, layer: str) -> Calibration:
         """H, fp32 ``[in, in]``, symmetric. Without any input H is the identity.
 
-        Raises:
-            WorkError: an input of ``layer`` is NaN or Inf, or its square exceeds fp32.
+        Raises WorkError: an input of ``layer`` is NaN or Inf, or its square exceeds fp32.
         """
         if self.samples == 0:
             return Calibration(torch.eye(len(self._sum)).to(self._sum), 0)

@@ -66,11 +66,7 @@ class ObservedWeight:
 
 
 class ObservedLinear(nn.Module):
-    """Replaces an ``nn.Linear`` or a ``Conv1D``.
-
-    Only Python runs between the block's forward and the listener, so the listener may pause the
-    forward (:mod:`modulora_core.calibration.walk`).
-    """
+    """Replaces an ``nn.Linear`` or a ``Conv1D``."""
 
     def __init__(self, observed: ObservedWeight, bias: Tensor | None) -> None:
         super().__init__()
@@ -124,9 +120,7 @@ def observe(
     """Replace one linear weight of a decoder block by observed weights.
 
     Args:
-        block: the block; its other parameters have their values.
         inside: the parameter's name inside ``block``; site: its place in the model.
-        weight: the parameter as the model stores it.
 
     Returns:
         the matrices, ``[out, in]`` each: one, or one for each expert.
@@ -140,10 +134,9 @@ def observe(
         block.set_submodule(path, ObservedLinear(observed[0], owner._parameters["bias"]))
     else:
         del owner._parameters[parameter]
-        owner.add_module(parameter, PackedStack(_as_packed(each, site) for each in observed))
+        fakes = [(_Observed(each), each.weight) for each in observed]
+        owner.add_module(parameter, PackedStack(
+            PackedParameter(fake, fake.pack(weight), transposed=site.transposed)
+            for fake, weight in fakes
+        ))  # fmt: skip
     return observed
-
-
-def _as_packed(observed: ObservedWeight, site: LinearSite) -> PackedParameter:
-    quantizer = _Observed(observed)
-    return PackedParameter(quantizer, quantizer.pack(observed.weight), transposed=site.transposed)

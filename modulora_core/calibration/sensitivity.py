@@ -45,8 +45,8 @@ from modulora_core import distributed
 from modulora_core.calibration.blocks import Block, for_each_block
 from modulora_core.calibration.calls import BlockCall, OuterModel
 from modulora_core.calibration.gradients import GradientWatch, Sensitivity, check_finite
-from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.states import SampleStates
+from modulora_core.calibration.token_weights import OutputMoments
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite
 from modulora_core.progress import Progress, no_progress
@@ -82,9 +82,7 @@ def loss_sensitivities(
         process's samples. Means are over all tokens, so an expert with few tokens counts for
         little.
 
-    Raises:
-        ModelError: the model can't run block by block.
-        WorkError: a gradient or a logit is NaN or Inf.
+    Raises ModelError, WorkError.
     """
     numbers = distributed.shared_out(range(len(ids)))
     run = _Backpropagation(source, ids[list(numbers)], numbers, linears, device, progress, moments)

@@ -78,7 +78,6 @@ class StageBatch:
     """A batch on its way to the end of a stage.
 
     Attributes:
-        samples: the numbers of its samples.
         missing: the matrices that have not multiplied yet.
         rows: the number of inputs so far, by matrix.
     """
@@ -92,8 +91,6 @@ class StageInputs:
     """Sums H of the inputs of one stage, batch by batch.
 
     Args:
-        block: the block; order: the order of its weights.
-        names: the parameters of the stage.
         first_held_out: samples from this number on are held out, each in a batch of its own.
         held_out_weights: the token weights of held-out samples.
         token_weights: the token weights of the other samples, for parameters with H = E[w xxᵀ].
@@ -155,10 +152,7 @@ class StageInputs:
     def calibrations(self, name: str) -> Iterator[Calibration]:
         """H of each matrix of a parameter, one at a time, since H of many experts is large.
 
-        With held-out samples each is a :class:`HeldOutCalibration`.
-
-        Raises:
-            WorkError: H is not finite; the message names the layer.
+        With held-out samples each is a :class:`HeldOutCalibration`. Raises WorkError.
         """
         is_stack = self._block.sites[name].experts is not None
         for key, observed in self._observed(name):

@@ -26,8 +26,6 @@ def empty_states(like: Tensor, shape: tuple[int, ...], folder: Path, spill: bool
 
     Args:
         shape: ``[..., seq_len, hidden]``.
-        folder: the folder of the file.
-        spill: whether to use a file; None decides by size.
     """
     if not _spills(math.prod(shape) * like.element_size(), spill):
         return torch.empty(shape, dtype=like.dtype, device=like.device)

@@ -53,8 +53,7 @@ class CalibrationConfig:
         max_samples: see ``samples``.
         tuning: how to tune each block after it was quantized; None does not tune.
 
-    Raises:
-        OptionError: a number is less than 1, or an unknown weighting.
+    Raises OptionError: a number is less than 1, or an unknown weighting.
     """
 
     source: Source
@@ -105,10 +104,7 @@ class CalibrationText:
 def calibration_text(source: ModelSource, config: CalibrationConfig, seed: int) -> CalibrationText:
     """Tokenize the text with the model's tokenizer and draw the samples.
 
-    Raises:
-        OptionError: the samples are longer than the model's context.
-        DataError, MissingExtraError, ModelError: see :func:`load_calibration`; the model has no
-            tokenizer.
+    Raises OptionError, DataError, MissingExtraError, ModelError.
     """
     longest = window_of(source.config)
     if longest is not None and config.seq_len > longest:
@@ -126,12 +122,7 @@ def calibration_text(source: ModelSource, config: CalibrationConfig, seed: int) 
 
 
 def load_calibration(config: CalibrationConfig, tokenizer: Any, *, seed: int) -> CalibrationText:
-    """Tokenize the text and draw the samples.
-
-    Raises:
-        DataError: the text is missing or malformed, or has too few segments.
-        MissingExtraError: a library that reads this kind of text is not installed.
-    """
+    """Tokenize the text and draw the samples. Raises DataError, MissingExtraError."""
     samples = config.samples or config.max_samples
     ids = token_segments(config.source, tokenizer, config.seq_len, samples, seed=seed)
     if config.samples is not None and len(ids) < config.samples:

@@ -1,4 +1,4 @@
-"""Weights the tokens of a calibration by the loss, and keeps the weights for a resumed run.
+"""Keeps token weights and gradients' second moments in files, for a resumed run.
 
 A quantizer then spends its bits on errors that the loss notices: H = E[w xxᵀ]. Kim et al. 2025
 (GuidedQuant, arXiv 2505.07004, section 3) have w = ‖g‖² / E‖g‖². Here it is ‖g‖ / E‖g‖: in value
@@ -9,6 +9,7 @@ tokens, and a noisy H.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from modulora_core import distributed
 from modulora_core.calibration.gradients import Sensitivity, scale_to_mean_one
 from modulora_core.checkpoints.written.outputs import write_file
+from modulora_core.models.sites import LinearSite
 
 WEIGHTS = "token-weights-{}-of-{}.safetensors"
 """The file with the token weights of one process's samples."""
@@ -49,3 +51,37 @@ def token_weights(
                 roots[name] = (root * scale_to_mean_one(root.unbind(), numbers)).float()
         write_file(file, safetensors.torch.save(roots))
     return {name: [each.unbind()] for name, each in safetensors.torch.load_file(file).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputMoments:
+    """H_O = E[ggᵀ / ‖g‖] of the layers whose quantizers use it, in fp16, a file for each.
+
+    Attributes:
+        folder: the folder of the files. In a distributed run all processes see it.
+    """
+
+    folder: Path
+    names: frozenset[str]
+
+    def write(self, name: str, moment: Tensor) -> None:
+        """Keep H_O of a parameter, ``[out, out]``. Only the first process writes."""
+        if distributed.is_first():
+            largest = moment.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
+            scaled = (moment / largest).to("cpu", torch.float16)  # only its ratios matter
+            write_file(self._file(name), safetensors.torch.save({"moment": scaled}))
+
+    def read(self, name: str) -> Tensor | None:
+        """H_O of a parameter, fp32 on the CPU, its largest value 1; None if it has none."""
+        if name not in self.names:
+            return None
+        moment: Tensor = safetensors.torch.load_file(self._file(name))["moment"]
+        return moment.float()
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def moment_bytes(site: LinearSite) -> int:
+    """The size of one file's tensor."""
+    return int(site.out_features) ** 2 * torch.float16.itemsize

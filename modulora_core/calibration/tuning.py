@@ -57,8 +57,7 @@ class TuningConfig:
         learning_rate: Adam's peak rate, for factors near 1. A step changes them by about this.
         batch_size: samples in an optimizer step; None takes about :data:`STEP_TOKENS` tokens.
 
-    Raises:
-        OptionError: a number is out of its range.
+    Raises OptionError: a number is out of its range.
     """
 
     epochs: int = EPOCHS
@@ -76,11 +75,7 @@ class TuningConfig:
             raise OptionError(f"tuning batch_size: expected at least 1, got {self.batch_size}")
 
     def batches(self, samples: int, seq_len: int) -> tuple[list[slice], list[slice]]:
-        """The samples of each optimizer step, and of each held-out batch.
-
-        Raises:
-            DataError: there is only one sample.
-        """
+        """The samples of each optimizer step, and of each held-out batch. Raises DataError."""
         if samples < 2:
             raise DataError(
                 "tuning: expected at least 2 calibration samples, one of them to judge by, got "
@@ -141,12 +136,6 @@ class TuningStates:
 class Tuner:
     """Tunes blocks, one after the other.
 
-    Args:
-        config: how to tune.
-        ids: the calibration samples, ``[samples, seq_len]``.
-        seed: for the order of the samples.
-        progress: called after each step.
-
     Attributes:
         batches: the samples of each optimizer step, then of each held-out batch.
         errors: by the path of each tuned block, :func:`relative_error` on held-out samples before
@@ -165,10 +154,6 @@ class Tuner:
         self, states: TuningStates, block: Block, packed: Mapping[str, PackedMatrices]
     ) -> tuple[dict[str, PackedMatrices], dict[str, Tensor]]:
         """Tune a block whose weights have their quantized values.
-
-        Args:
-            states: the samples at the block.
-            packed: the block's packed parameters by name.
 
         Returns:
             the packed parameters and the vectors that changed, by name.

@@ -41,11 +41,7 @@ class PackedMatrices:
             yield self.quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)
 
     def rescaled(self, scales: ChannelScales) -> PackedMatrices:
-        """The parameter with ``scales`` folded into its only matrix.
-
-        Raises:
-            WorkError: the quantizer gave another layout.
-        """
+        """The parameter with ``scales`` folded into its only matrix. Raises WorkError."""
         [before] = self.matrices
         after = self.quantizer.rescaled(before, scales.input, scales.output)
         if after.layout != before.layout:

@@ -1,4 +1,4 @@
-"""Packed checkpoints: opened, converted and written.
+"""Packed checkpoints: opened and written.
 
 ``opening`` opens any MODEL. ``packed_checkpoint`` is an opened one, ``record`` its part of
 config.json, and ``mapped`` its files in memory. ``packed_modules`` puts packed modules into a

@@ -19,13 +19,7 @@ from torch import Tensor
 from modulora_core.errors import CheckpointError, PluginError
 from modulora_core.models.formats import ForeignWeight, Read
 from modulora_core.packed import check_rows
-from modulora_core.spec import (
-    Calibration,
-    PackedLayout,
-    PackedWeight,
-    Quantizer,
-    QuantizerSpec,
-)
+from modulora_core.spec import Calibration, PackedLayout, PackedWeight, Quantizer, QuantizerSpec
 
 _PARTS = "parts"
 
@@ -141,8 +135,7 @@ def layouts_of_parts(layout: PackedLayout) -> list[PackedLayout]:
 def join(parts: Sequence[ForeignWeight]) -> ForeignWeight:
     """Weights of a foreign model as one, by their rows; stacks of experts matrix by matrix.
 
-    Raises:
-        CheckpointError: they have other columns.
+    Raises CheckpointError: they have other columns.
     """
     layout = joined_layout([part.layout for part in parts])
 

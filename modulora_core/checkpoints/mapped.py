@@ -133,8 +133,7 @@ def keep_one_block(model: nn.Module, files: MappedFiles) -> BlockWindow:
     trained, and dropping their pages would lose that. The model's packed tensors are views of
     ``files``, under the model's own names. The scales of a block are checked when it first runs.
 
-    Raises:
-        CheckpointError: a scale outside of the blocks is NaN or infinite.
+    Raises CheckpointError: a scale outside of the blocks is NaN or infinite.
     """
     tensors = _tensors_of_blocks(model)
     check_scales(model, skip=tuple(f"{path}." for path in tensors))

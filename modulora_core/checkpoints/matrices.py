@@ -36,8 +36,7 @@ def pack_matrices(
     Args:
         name: the parameter's name, for its random numbers and for messages.
 
-    Raises:
-        WorkError: the quantizer broke the promise of its layout.
+    Raises WorkError: the quantizer broke the promise of its layout.
     """
     packed: list[PackedWeight] = []
     with random_stream(seed, name), torch.no_grad():

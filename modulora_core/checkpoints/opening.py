@@ -34,8 +34,7 @@ def is_packed(folder: Path) -> bool:
 def own_record(folder: Path, config: Mapping[str, Any]) -> QuantizationRecord | None:
     """The record in config.json, if it says that this package wrote the weights.
 
-    Raises:
-        CheckpointError: the record is malformed.
+    Raises CheckpointError: the record is malformed.
     """
     found = config.get("quantization_config")
     if isinstance(found, Mapping) and found.get("quant_method") == QUANT_METHOD:
@@ -48,14 +47,7 @@ def open_model(
 ) -> PackedCheckpoint | ModelSource:
     """Open MODEL, whatever it is: packed weights stay packed. Headers are read once.
 
-    Args:
-        model: MODEL as the user wrote it, or its place.
-        revision: a branch, tag or commit of a Hub repository.
-
-    Raises:
-        ModelError: nothing is there, or transformers can't use it.
-        CheckpointError: a file is missing, truncated, or differs from config.json.
-        PluginError: the plugin that reads it can't be used.
+    Raises ModelError, CheckpointError, PluginError.
     """
     location = model if isinstance(model, Location) else locate(str(model), revision)
     if location.file is None:
@@ -67,9 +59,7 @@ def open_model(
 def open_packed(model: str | Path | Location, *, revision: str | None = None) -> PackedCheckpoint:
     """As :func:`open_model`, for a packed model. Weights of another Hub model aren't downloaded.
 
-    Raises:
-        ModelError: it isn't packed; says what to do. Or as :func:`open_model`.
-        CheckpointError, PluginError: as :func:`open_model`.
+    Raises ModelError, CheckpointError, PluginError.
     """
     location = model if isinstance(model, Location) else locate(str(model), revision)
     found = _packed_folder(location) if location.file is None else open_model(location)

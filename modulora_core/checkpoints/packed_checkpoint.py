@@ -47,9 +47,6 @@ class PackedCheckpoint:
         path: its folder on this machine, or its file, of a model in one.
         name: its name without this machine's folders.
         base_name: the name by which an adapter remembers its base.
-        config: its config.json.
-        record: its ``quantization_config``.
-        format: ``"modulora"``, or the name of another tool's format.
         parameters: every stored parameter → its :class:`PackedSite`, or its layout if it is dense.
     """
 
@@ -91,12 +88,7 @@ class PackedCheckpoint:
         return sum(tensor.nbytes for tensor in self._store.tensors.values())
 
     def quantizer(self, site: PackedSite) -> Quantizer:
-        """The quantizer that reads ``site``.
-
-        Raises:
-            PluginError: it isn't installed; says what to install.
-            CheckpointError: it doesn't read this packed format.
-        """
+        """The quantizer that reads ``site``. Raises PluginError, CheckpointError."""
         if site.recipe not in self._quantizers:
             self._quantizers[site.recipe] = self.record.recipes[site.recipe].create()
         self._quantizers[site.recipe].check_format(site.layout)
@@ -110,8 +102,7 @@ class PackedCheckpoint:
     def tensor(self, name: str) -> Tensor:
         """Read a stored tensor: a dense parameter, or one tensor of a packed one.
 
-        Raises:
-            CheckpointError: it has NaN or Inf.
+        Raises CheckpointError: it has NaN or Inf.
         """
         return check_finite(self._store.read(name), name, self.path)
 
@@ -127,8 +118,7 @@ class PackedCheckpoint:
     def packed(self, parameter: str) -> Iterator[PackedWeight]:
         """Read the packed matrices of a parameter: one, or one for each expert.
 
-        Raises:
-            CheckpointError: a scale is NaN or infinite.
+        Raises CheckpointError: a scale is NaN or infinite.
         """
         site = self.record.site(parameter)
         for prefix in site.prefixes(parameter):
@@ -165,10 +155,7 @@ class PackedCheckpoint:
     def outline(self) -> PreTrainedModel:
         """The model with packed weights on the meta device, built once. Do not change it.
 
-        Raises:
-            ModelError: transformers can't build the model of the config.
-            CheckpointError: the record names a parameter that the model hasn't got.
-            PluginError: a quantizer isn't installed or can't be used.
+        Raises ModelError, CheckpointError, PluginError.
         """
         from modulora_core.checkpoints.packed_modules import install  # slow to import
 
@@ -183,9 +170,7 @@ class PackedCheckpoint:
     def check_whole(self) -> None:
         """Refuse what :func:`modulora_core.load_model` would refuse. Only headers are read.
 
-        Raises:
-            CheckpointError: a tensor is missing, unknown to the model, or of another shape.
-            ModelError, PluginError: as :attr:`outline`.
+        Raises CheckpointError, ModelError, PluginError.
         """
         model = self.outline
         wanted = {name: _kind(TensorLayout.of(t)) for name, t in model.state_dict().items()}

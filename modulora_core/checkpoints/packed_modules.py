@@ -31,10 +31,7 @@ def install(
     Args:
         quantizers: one for each recipe of the record; by default the recipes'.
 
-    Raises:
-        CheckpointError: the model has no such parameter, or one of another shape, or a quantizer
-            doesn't read its packed format.
-        PluginError: a quantizer isn't installed or can't be used.
+    Raises CheckpointError, PluginError.
     """
     if quantizers is None:
         with torch.device("cpu"):  # the tables of a plugin hold values, in a skeleton too
@@ -55,8 +52,7 @@ def install(
 def install_parameter(model: nn.Module, name: str, site: PackedSite, quantizer: Quantizer) -> None:
     """Replace one parameter of ``model`` by a packed one on the meta device.
 
-    Raises:
-        CheckpointError: the parameter has another shape.
+    Raises CheckpointError: the parameter has another shape.
     """
     path, _, leaf = name.rpartition(".")
     parent = model.get_submodule(path)
@@ -100,8 +96,7 @@ def _name_in(model: nn.Module, parameter: str) -> str | None:
 def unpack(model: Any, dtype: torch.dtype) -> None:
     """Replace all packed modules by dense ones in ``dtype``, a layer at a time.
 
-    Raises:
-        AdapterError: an adapter of ours is on a layer.
+    Raises AdapterError: an adapter of ours is on a layer.
     """
     tables: dict[PackedParameter, nn.Parameter] = {}
     heads: list[tuple[nn.Module, str, TiedHead]] = []
@@ -160,8 +155,7 @@ def current_record(model: nn.Module, record: QuantizationRecord) -> Quantization
 
     Layers may have been removed, moved or replaced by dense ones since it was loaded.
 
-    Raises:
-        ModelError: the model has a packed module that no site of ``record`` describes.
+    Raises ModelError: the model has a packed module that no site of ``record`` describes.
     """
     quantizers = [recipe.create() for recipe in record.recipes]
     weights: dict[str, int] = {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -46,12 +46,7 @@ class PeakMemory:
         _running.append(self)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         _note_running()
         _running.remove(self)
 
@@ -65,10 +60,8 @@ class PeakMemory:
             torch.cuda.init()  # the next line does not
             torch.cuda.reset_peak_memory_stats(self._device)
             return
-        try:
+        with suppress(OSError):
             _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set, since Linux 4.0
-        except OSError:
-            return
 
 
 def _note_running() -> None:
@@ -77,12 +70,10 @@ def _note_running() -> None:
 
 
 def _peak_resident_bytes() -> int:
-    try:
+    with suppress(OSError):
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     try:
         import resource
     except ImportError:  # Windows

@@ -182,8 +182,6 @@ class QuantizationRecord(_Frozen):
     """The name of each packed parameter in the model → an index into ``sites``."""
     kept: Mapping[str, list[str]] = {}
     """The parameters that stay dense: reason → names."""
-    allocation: Mapping[str, Any] | None = None
-    """How a budget chose the quantizers; older versions wrote it, and nothing reads it."""
 
     def site(self, parameter: str) -> PackedSite:
         """How a packed parameter is packed."""
@@ -240,18 +238,13 @@ class QuantizationRecord(_Frozen):
         return 8 * self.nbytes / max(1, sum(site.numel for _, site in self.items()))
 
     def to_json(self) -> dict[str, Any]:
-        left_out = {name for name in ("allocation", "contents") if getattr(self, name) is None}
-        return self.model_dump(exclude=left_out, mode="json")
+        return self.model_dump(exclude={"contents"} if self.contents is None else None, mode="json")
 
     @classmethod
     def from_json(
         cls, data: Mapping[str, Any], place: str | Path = "config.json"
     ) -> QuantizationRecord:
-        """Read a ``quantization_config``; messages begin with its place.
-
-        Raises:
-            CheckpointError: it is another method's, another format's, or malformed.
-        """
+        """Read a ``quantization_config``; messages begin with its place. Raises CheckpointError."""
         if data.get("format") != FORMAT:
             raise CheckpointError(
                 f"{place}: checkpoint format: this version of modulora-core reads {FORMAT}, got "
@@ -300,8 +293,7 @@ def packed_sites(
     Args:
         chosen: by name, the index of a parameter's quantizer.
 
-    Raises:
-        ShapeError: a quantizer can't take a layer's shape; the message names the layer.
+    Raises ShapeError: a quantizer can't take a layer's shape; the message names the layer.
     """
     layouts: dict[tuple[int, tuple[int, int]], PackedLayout] = {}
     packed = []

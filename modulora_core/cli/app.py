@@ -133,43 +133,9 @@ def _instead(name: str, names: list[str]) -> str:
 
 
 class _Command(typer.core.TyperCommand):
-    """One command.
-
-    Attributes:
-        panels: the names of its parameters by the title of their panel in the help.
-        word_lists: options that take all words up to the next option.
-    """
+    """One command. ``panels`` has the names of its parameters by the title of their panel."""
 
     panels: Mapping[str, Sequence[str]]
-    word_lists: Sequence[str]
-
-    def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        words = self._repeated(ctx, args)
-        _, _, given = self.make_parser(ctx).parse_args([*words])
-        for parameter in dict.fromkeys(given):
-            is_value = not getattr(parameter, "is_flag", True)  # nor an argument
-            times = given.count(parameter)
-            if is_value and not getattr(parameter, "multiple", False) and times > 1:
-                ctx.fail(f"{max(parameter.opts, key=len)}: expected once, got {times} times")
-        return super().parse_args(ctx, words)
-
-    def _repeated(self, ctx: Any, words: list[str]) -> list[str]:
-        """Write ``--o a b`` as click parses it, ``--o a --o b``, up to a ``--``."""
-        result: list[str] = []
-        current: str | None = None  # the option that takes the next word
-        for i, word in enumerate(words):
-            if word == "--":
-                return [*result, *words[i:]]
-            if word in self.word_lists:
-                if i + 1 == len(words) or words[i + 1].startswith("-"):
-                    ctx.fail(f"{word}: expected one or more words after it, got none")
-                current = word
-            elif word.startswith("-"):
-                current = None
-                result.append(word)
-            else:
-                result += [word] if current is None else [current, word]
-        return result
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -231,11 +197,7 @@ def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
 
 @functools.cache
 def load_command(name: str) -> Any:
-    """Import the function of a command, and make click's command of it.
-
-    Raises:
-        PluginError: its plugin can't be used.
-    """
+    """Import the function of a command, and make click's command of it. Raises PluginError."""
     entry = registry.usable([each for each in registry.commands() if each.name == name])
     assert entry.spec is not None  # usable() returns usable entries only
     function = registry.import_function(entry, entry.spec.location)
@@ -247,7 +209,6 @@ def load_command(name: str) -> Any:
     command: Any = typer.main.get_command(app)
     command.params += [p for p in _group().params if p.name in ("json", "debug")]
     command.panels = getattr(module, "PANELS", {})
-    command.word_lists = getattr(module, "WORD_LISTS", ())
     return command
 
 

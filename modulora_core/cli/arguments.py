@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from modulora_core.registry import Choice
 
 
-LARGEST = 2**32 - 1
-"""The largest count: torch and NumPy fail on more."""
-
-
 def argument(metavar: str, help: str) -> Any:
     """Declare a positional argument."""
     return typer.Argument(metavar=metavar, help=help)
@@ -32,8 +28,6 @@ def option(words: str, help: str, *, default: str | None = None, **more: Any) ->
     """
     flags = [word for word in words.split() if word.startswith("-")]
     metavar = " ".join(words.split()[len(flags) :]) or None
-    if "min" in more:
-        more.setdefault("max", LARGEST)
     return typer.Option(*flags, metavar=metavar, help=help, show_default=default or True, **more)
 
 
@@ -58,8 +52,7 @@ def to_bytes(value: str | int) -> int:
 
 
 Model = Annotated[
-    str,
-    argument("MODEL", "A Hub id, a folder, a plugin's file, or package:NAME (installed)."),
+    str, argument("MODEL", "A Hub id, a folder, a plugin's file, or package:NAME (installed).")
 ]
 Out = Annotated[Path, argument("OUT", "The folder to write: new or empty, except with --resume.")]
 Quantizer = Annotated[str, argument("NAME", "A quantizer of `modulora list-quantizers`.")]
@@ -115,5 +108,5 @@ TopK = Annotated[int, option("--top-k K", "Sample from the K likeliest tokens; 0
 RepetitionPenalty = Annotated[
     float, option("--repetition-penalty F", "Above 1 makes repeated tokens less likely.")
 ]
-Seed = Annotated[int, option("--seed N", "Seed of all random choices.", min=0)]
+Seed = Annotated[int, option("--seed N", "Seed of all random choices.", min=0, max=2**32 - 1)]
 Resume = Annotated[bool, option("--resume", "Continue an interrupted run.")]

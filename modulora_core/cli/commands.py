@@ -13,14 +13,12 @@ def _command(name: str, panel: str, summary: str) -> CommandSpec:
 @hookimpl
 def modulora_commands() -> list[CommandSpec]:
     return [
-        _command("doctor", "Start", "Check this machine and each installed quantizer."),
         _command("list-quantizers", "Start", "List the installed quantizers."),
         _command("quantize", "Quantize", "Pack a model's linear layers with a quantizer."),
         _command("info", "Quantize", "Show what a quantized model or an adapter contains."),
-        _command("convert", "Quantize", "Rewrite a packed checkpoint in another format."),
         _command("finetune", "Train", "Train a LoRA adapter on a quantized or dense model."),
         _command("generate", "Use", "Answer a prompt, and print tokens as they come."),
         _command("chat", "Use", "Chat with a model."),
-        _command("evaluate", "Use", "Measure perplexity, accuracy, ROUGE or benchmark tasks."),
+        _command("evaluate", "Use", "Measure perplexity, accuracy, ROUGE or exact match."),
         _command("merge", "Use", "Dequantize a packed model and add an adapter to it."),
     ]

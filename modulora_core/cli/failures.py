@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import signal
@@ -87,9 +86,7 @@ def _described(error: BaseException) -> tuple[str, str, int]:
         return error.kind, _one_line(str(error)), error.exit_code
     about = "".join(f" ({note})" for note in _notes(error))
     if isinstance(error, OSError) and (said := said_by_system(error)) is not None:
-        is_request = error.errno in (errno.ENAMETOOLONG, errno.ELOOP)  # of a path that was given
-        code = RequestError.exit_code if is_request else 1
-        return type(error).__name__, _one_line(said + about), code
+        return type(error).__name__, _one_line(said + about), 1
     if type(error).__name__ == "PanicException":  # of a library in Rust, on a file that it read
         text = f"a library fails on the model's tokenizer: {error}{about}; take another tokenizer"
         return "ModelError", _one_line(text), RequestError.exit_code
@@ -103,15 +100,9 @@ def _described(error: BaseException) -> tuple[str, str, int]:
 
 
 def _usage(error: BaseException) -> str:
-    """Make one sentence of click's message, with near misses of an unknown option."""
+    """Make one sentence of typer's message."""
     message = _one_line(error.format_message()).rstrip(".")  # type: ignore[attr-defined]
     message = message.replace("Input should be", "expected")
-    if type(error).__name__ == "NoSuchOption":
-        wrong, similar = getattr(error, "option_name", ""), getattr(error, "possibilities", None)
-        longer = [name for name in similar or () if name.startswith(wrong)]
-        near = " or ".join(longer or similar or ())
-        message = f"no such option: {wrong}"
-        message += f"; did you mean {near}?" if near else ""
     context = getattr(error, "ctx", None)
     where = f" (see {context.command_path} --help)" if context is not None else ""
     return message[:1].lower() + message[1:] + where

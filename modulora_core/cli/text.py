@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
-_UNITS = {
-    "b": 1,
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)},
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)},
-}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = TypeAdapter(ByteSize)
 
 _CONTROL = re.compile(r"[^\n\t -~\u00a0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
 """Characters that move the cursor, set colors, turn the order of writing, or can't be written."""
@@ -26,62 +22,32 @@ _CONTROL = re.compile(r"[^\n\t -~\u00a0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\
 _SHELL_WORD = re.compile(r"""\s*(?:'[^']*'|"[^"]*"|[^\s'"])+""")
 """A word of a command, with its quotes, and the space before it."""
 
-_BREAK = r"(\s|[\u0e00-\U0010ffff])"
-"""A line may break at whitespace, and at the characters of scripts without spaces."""
-
 
 def visible(text: str) -> str:
     """Escape control characters as Python does, so that no file commands a terminal."""
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-class WordWrap:
-    """Breaks streamed text between words, at the width of the terminal."""
-
-    def __init__(self) -> None:
-        self._word, self._column = "", 0  # a word that may go on, and the cells before it
-
-    def wrap(self, text: str) -> str:
-        """The text that is ready to print: all but its last word, if none of ``_BREAK`` follows."""
-        from rich.cells import cell_len
-
-        width, ready = shutil.get_terminal_size().columns, []
-        *parts, self._word = re.split(_BREAK, self._word + text)
-        for part in parts:  # words, which may be empty, and single characters by turns
-            length = cell_len(part)
-            if part == "\n":
-                self._column = -length
-            elif self._column + length > width:
-                if part.isspace():  # the next word begins a line
-                    continue
-                ready.append("\n" if self._column else "")
-                self._column = 0
-            ready.append(part)
-            self._column += length
-        return "".join(ready)
-
-
 def parse_size(text: str) -> int:
     """Read a size in bytes: ``"24GiB"``, ``"1.5 GB"``, ``"4096"``. GB is 1000³ and GiB is 1024³.
 
-    Raises:
-        ValueError: the text isn't a size.
+    Raises ValueError: the text isn't a size.
     """
-    match = _SIZE.fullmatch(text)
-    unit = _UNITS.get(match[2].lower() or "b") if match else None
-    if match is None or unit is None:
-        raise ValueError(f"expected a size such as 24GiB, 800MB or 4096 (bytes), got {text!r}")
-    if len(match[1]) > 30:
-        raise ValueError(f"expected a size of at most 30 digits, got {len(match[1])}")
-    return int(float(match[1]) * unit)
+    try:
+        return int(_SIZE.validate_python(text))
+    except ValidationError:
+        raise ValueError(
+            f"expected a size such as 24GiB, 800MB or 4096 (bytes), got {text!r:.60}"
+        ) from None
 
 
 def size_flag(nbytes: int) -> str:
     """Write a size as :func:`parse_size` reads it, exactly: ``"24GiB"``, ``"1500000"``."""
-    units = sorted(((size, unit) for unit, size in _UNITS.items()), reverse=True)
-    size, unit = next((size, unit) for size, unit in units if nbytes % size == 0)
-    name = unit.upper().replace("IB", "iB") if size > 1 else ""
-    return f"{nbytes // size}{name}"
+    for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "K")):
+        for base, unit in ((1024, f"{prefix}iB"), (1000, f"{prefix}B")):
+            if nbytes % base**power == 0:
+                return f"{nbytes // base**power}{unit}"
+    return str(nbytes)
 
 
 def format_size(nbytes: float) -> str:

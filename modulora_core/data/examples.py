@@ -17,14 +17,7 @@ from torch.utils.data import Dataset
 
 from modulora_core.data.files import Record
 from modulora_core.data.formats import FIELDS, Format, conversations, detect, texts, tokens
-from modulora_core.data.rendering import (
-    IGNORED,
-    Encoded,
-    Renderer,
-    Rendering,
-    check_ids,
-    token_ids,
-)
+from modulora_core.data.rendering import IGNORED, Encoded, Renderer, Rendering, check_ids, token_ids
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError
@@ -152,16 +145,10 @@ def load_examples(
     counted in the report, and logged.
 
     Args:
-        source: see :mod:`modulora_core.data.sources`.
         tokenizer: a transformers tokenizer. All formats but text use its chat template, if any.
-        format: ``"auto"`` or one of :data:`~modulora_core.data.formats.FORMATS`.
         seq_len: the window, in tokens; at least 2.
-        template: makes prompts and completions from columns of the source.
 
-    Raises:
-        OptionError: ``format`` or ``seq_len`` is out of range.
-        DataError: the source is missing, malformed or ambiguous, or nothing is left to train on.
-        MissingExtraError: the source needs an optional library that isn't installed.
+    Raises OptionError, DataError, MissingExtraError.
     """
     if seq_len < 2:
         raise OptionError(f"seq_len: expected at least 2 tokens, got {seq_len}")
@@ -176,7 +163,8 @@ def load_examples(
     if chosen == "text":
         return _windows(records, tokenizer, seq_len, name)
     if chosen == "tokens":
-        return _tokenized(records, seq_len, name)
+        counts = {"format": "tokens", "records": len(records), "blank": 0}
+        return _cut(map(tokens, records), seq_len, name, counts)
     return _answers(records, chosen, tokenizer, seq_len, name)
 
 
@@ -214,11 +202,6 @@ def _answers(
     counts = {"format": format, "templated": renderer.has_template, "records": len(records),
               "blank": len(read) - len(kept)}  # fmt: skip
     return _cut(_batched(renderer, renderings), seq_len, name, counts)
-
-
-def _tokenized(records: Sequence[Record], seq_len: int, name: str) -> Examples:
-    counts = {"format": "tokens", "records": len(records), "blank": 0}
-    return _cut(map(tokens, records), seq_len, name, counts)
 
 
 def _cut(

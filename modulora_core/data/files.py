@@ -6,16 +6,18 @@ import codecs
 import csv
 import functools
 import io
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from modulora_core.data.parquet import parquet_rows
+from pydantic import TypeAdapter, ValidationError
+
+from modulora_core.data.tables import parquet_rows
 from modulora_core.errors import DataError
-from modulora_core.models.json_files import open_file, parse_json, read_bytes, without_collections
+from modulora_core.models.json_files import open_file, read_bytes
+from modulora_core.options import in_one_line
 
 TEXT_SUFFIXES = (".txt", ".md")
 """Files that are one text, not records."""
@@ -23,9 +25,8 @@ TEXT_SUFFIXES = (".txt", ".md")
 MOST_BYTES = 2**30
 """The largest file, except for ``.jsonl``, which is read line by line."""
 
-MOST_LINE = 32 * 2**20
-_MOST_COLUMNS = 1000
 _PARQUET = ".parquet"
+_JSON: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +42,7 @@ Check = Callable[[Sequence[Record]], object]
 
 
 def read_text(path: Path) -> str:
-    """Read a text of at most 1 GiB with Unix line ends.
-
-    Raises:
-        DataError: unreadable, larger, empty, or not UTF-8.
-    """
+    """Read a text of at most 1 GiB with Unix line ends. Raises DataError."""
     data = read_bytes(path, DataError, MOST_BYTES, "cut it into several files")
     data = data.removeprefix(codecs.BOM_UTF8)
     if not data.strip():
@@ -74,27 +71,18 @@ def check_suffix(path: Path) -> None:
         )
 
 
-@without_collections()
 def read_records(
     path: Path, check: Check | None = None, columns: Collection[str] = ()
 ) -> list[Record]:
     """Read the records of a file, at least one: jsonl, json, csv, tsv or parquet.
 
     Args:
-        path: the file.
         check: called with the first record, so that a large file of others is refused at once.
         columns: the columns of a parquet file to read; all if it has none of them, or none is
             named.
-
-    Raises:
-        DataError: the file is malformed; the message names the line.
-        MissingExtraError: a parquet file, and pyarrow isn't installed.
     """
     suffix = path.suffix.lower()
-    if suffix == _PARQUET:
-        rows = parquet_rows(path, columns, MOST_LINE, MOST_BYTES)
-    else:
-        rows = _READERS[suffix](path)
+    rows = parquet_rows(path, columns) if suffix == _PARQUET else _READERS[suffix](path)
     records = []
     for fields, place in rows:
         if not isinstance(fields, dict) or not fields:
@@ -109,42 +97,22 @@ def read_records(
 
 def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
     # not str.splitlines(): it also splits at U+2028 and others, which JSON strings may hold
-    for number, data in enumerate(_lines(path), start=1):
-        line = _decode(data, path, number).strip()
-        if line:
-            try:
-                yield parse_json(line), f"line {number}"
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: expected a JSON object, got a syntax error in "
-                    f"column {error.colno} ({error.msg})"
-                ) from None
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: {error}") from None
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file of any size. Raises DataError: a line has more than 32 MiB."""
     with open_file(path, DataError) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), start=1):
-            if len(line) > MOST_LINE:
-                raise DataError(
-                    f"{path}, line {number}: expected at most {MOST_LINE // 2**20} MiB, got more"
-                )
-            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        for number, data in enumerate(file, start=1):
+            line = _decode(data.removeprefix(codecs.BOM_UTF8), path, number).strip()
+            if line:
+                try:
+                    yield _JSON.validate_json(line), f"line {number}"
+                except ValidationError as error:
+                    raise DataError(f"{path}, line {number}: {in_one_line(error)}") from None
 
 
 def _json(path: Path) -> Iterator[tuple[Any, str]]:
     try:
-        values = parse_json(read_text(path))
-    except json.JSONDecodeError as error:
-        hint = "; one object a line is a .jsonl file" if error.msg == "Extra data" else ""
-        raise DataError(
-            f"{path}, line {error.lineno}: expected JSON, got a syntax error in column "
-            f"{error.colno} ({error.msg}){hint}"
-        ) from None
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
+        values = _JSON.validate_json(read_text(path))
+    except ValidationError as error:
+        hint = "; one object a line is a .jsonl file" if "trailing" in str(error) else ""
+        raise DataError(f"{path}: {in_one_line(error)}{hint}") from None
     if not isinstance(values, list):
         raise DataError(f"{path}, line 1: expected a list of objects, got {values!r:.60}")
     yield from ((value, f"record {number}") for number, value in enumerate(values, start=1))
@@ -158,10 +126,10 @@ def _csv(path: Path, delimiter: str = ",") -> Iterator[tuple[Any, str]]:
         header = [name.strip() for name in next(rows)]
         if not any(header):
             raise DataError(f"{path}, line 1: expected column names, got a blank line; remove it")
-        if not len(set(header)) == len(header) <= _MOST_COLUMNS:
+        if len(set(header)) < len(header):
             raise DataError(
-                f"{path}, line 1: expected distinct column names, at most {_MOST_COLUMNS}, got "
-                f"{len(header)}: {header!r:.200}"
+                f"{path}, line 1: expected distinct column names, got {len(header)}: "
+                f"{header!r:.200}"
             )
         names, line = ", ".join(header), rows.line_num + 1
         for row in rows:

@@ -23,13 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    Field,
-    StrictStr,
-    ValidationError,
-)
+from pydantic import BaseModel, BeforeValidator, Field, StrictStr, ValidationError
 
 from modulora_core.data.files import Record
 from modulora_core.data.messages import Message, Said, Tools, Turn, messages
@@ -49,17 +43,8 @@ _SHAPES: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("tokens", ("input_ids",)),
 )
 _ANSWER_MASKS = ("completion_mask", "assistant_masks")
-FIELDS = frozenset(
-    (
-        "input",
-        "chosen",
-        "rejected",
-        "tools",
-        "labels",
-        "attention_mask",
-        *_ANSWER_MASKS,
-        *(name for _, fields in _SHAPES for name in fields),
-    )
+FIELDS = frozenset(name for _, fields in _SHAPES for name in fields).union(
+    ("input", "chosen", "rejected", "tools", "labels", "attention_mask", *_ANSWER_MASKS)
 )
 """All fields of records that are read."""
 
@@ -161,10 +146,6 @@ def detect(records: Sequence[Record], requested: str = "auto", *, answers: bool 
     """The format of ``records``: ``requested``, or for ``"auto"`` the format of the first record.
 
     With ``answers``, a record with a text and with a question and its answer is the latter.
-
-    Raises:
-        OptionError: ``requested`` is no format.
-        DataError: the first record has the fields of no format, or of several.
     """
     if requested != "auto":
         if requested not in FORMATS:
@@ -208,11 +189,7 @@ def texts(records: Sequence[Record]) -> list[str]:
 
 
 def conversations(records: Sequence[Record], format_: Format) -> list[Conversation]:
-    """The conversations of records in format instruct, chat or completion.
-
-    Raises:
-        DataError: a missing field, a wrong type, or no turn of the assistant, with the place.
-    """
+    """The conversations of records in format instruct, chat or completion. Raises DataError."""
     if format_ == "tokens":
         raise DataError(
             f"{records[0].place}: expected text, got tokens (input_ids), which finetune alone reads"
@@ -285,8 +262,7 @@ def _conversation(
 def tokens(record: Record) -> tuple[list[int], list[int]]:
     """The ids and labels of a record in format tokens. A label is -100, or the token at its place.
 
-    Raises:
-        DataError: lists of other lengths, or labels of other tokens.
+    Raises DataError: lists of other lengths, or labels of other tokens.
     """
     read = checked(record, _Tokens)
     ids, columns = read.input_ids, read.model_dump(exclude_none=True)

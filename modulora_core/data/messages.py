@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
+    Json,
     PlainValidator,
     StrictStr,
     ValidationError,
     model_validator,
 )
 
-from modulora_core.models.json_files import parse_json
 from modulora_core.options import in_one_line
 
 Message = Mapping[str, Any]
@@ -68,7 +68,7 @@ def _call(call: Any) -> Any:
         )
     if isinstance(arguments := function.get("arguments"), str):
         with contextlib.suppress(ValueError):
-            return {**call, "function": {**function, "arguments": parse_json(arguments)}}
+            return {**call, "function": {**function, "arguments": json.loads(arguments)}}
     return call
 
 
@@ -88,14 +88,10 @@ Said = Annotated[str | list[Turn], PlainValidator(_said)]
 """A field that is a string or a list of messages."""
 
 
-def _listed(tools: Any) -> Any:
-    return parse_json(tools) if isinstance(tools, str) else tools
-
-
 class Tools(BaseModel):
     """The functions that a record's model may call: JSON schemas, or the JSON text of them."""
 
-    tools: Annotated[list[dict[str, Any]] | None, BeforeValidator(_listed)] = None
+    tools: list[dict[str, Any]] | Json[list[dict[str, Any]]] | None = None
 
 
 def messages(said: str | Sequence[Turn], role: str) -> list[Message]:

@@ -49,15 +49,8 @@ def load_preferences(
     ``seq_len`` tokens or more are left out and counted in a warning.
 
     Args:
-        source: see :mod:`modulora_core.data.sources`.
-        tokenizer: a transformers tokenizer.
         seq_len: limit of a prompt with an answer, in tokens.
         vocabulary: the number of tokens that the model knows; None checks no token.
-
-    Raises:
-        DataError: the source is missing or malformed, no prompt is short enough, or one has a token
-            that the model lacks.
-        MissingExtraError: the source needs an optional library that isn't installed.
     """
     renderer = Renderer(tokenizer)
 

@@ -22,8 +22,7 @@ from typing import Any
 from modulora_core.data.formats import Conversation
 from modulora_core.data.messages import Message
 from modulora_core.errors import DataError
-from modulora_core.models.chat_templates import render
-from modulora_core.models.tokenizer import panics_refused
+from modulora_core.models.tokenizer import render
 
 IGNORED = -100
 """The label of a token that isn't trained, as in torch's cross-entropy."""
@@ -53,20 +52,13 @@ class Rendering:
 def token_ids(
     tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool = False
 ) -> list[list[int]]:
-    """The token ids of each text, without the tokenizer's warning about long texts.
-
-    Raises:
-        ModelError: the library tokenizers fails on the tokenizer.
-    """
+    """The token ids of each text, without the tokenizer's warning about long texts."""
     if not texts:
         return []
-    with panics_refused(f"tokenizer of {tokenizer.name_or_path}"):
-        ids: list[list[int]] = tokenizer(
-            list(texts),
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
+    ids: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=add_special_tokens, return_attention_mask=False,
+        verbose=False,
+    )["input_ids"]  # fmt: skip
     return ids
 
 
@@ -111,9 +103,7 @@ class Renderer:
             one rendering, or several if the template rewrites earlier turns, such as by dropping
             their reasoning. Each holds turns that are trained together.
 
-        Raises:
-            DataError: a chat needs a template, or the template refuses the conversation. Or the
-                template doesn't continue its own prompt, or no EOS can close an answer.
+        Raises DataError.
         """
         if self.has_template:
             return self._templated(conversation)

@@ -51,9 +51,6 @@ _SAVED_ALONE = "state.json"
 _SAVED = (_SAVED_ALONE, "dataset_dict.json")
 """Files of a folder that the library datasets saved: a dataset alone, or several splits."""
 
-_MOST_FILES = 10_000
-"""In a folder of a dataset: the library datasets would look at all files of a disk."""
-
 # places to cut a text, from the best to the worst: after a blank line, a line, a word, anywhere
 _CUTS = (
     re.compile(r"\n(?:[ \t]*\n)+"),
@@ -132,14 +129,9 @@ def load_records(
     In a ``datasets.Dataset`` a class label becomes the name of its class.
 
     Args:
-        source: see above.
         check: called with the first record of a file before the others are read.
         columns: those that the caller reads, if the file has them; of a parquet file others are
             skipped. By default all are read.
-
-    Raises:
-        DataError: nothing is there, or it is empty or malformed; the message names file and line.
-        MissingExtraError: it needs an optional library that isn't installed.
     """
     parts = _parts(source)
     if not parts:
@@ -218,9 +210,6 @@ def _load(text: str, check: Check | None, columns: Collection[str]) -> list[Reco
     folder = Path(name.partition(":")[0]).expanduser()
     if folder.is_dir():
         expected = "a file in this folder, or a folder laid out as a dataset"
-        files = itertools.chain.from_iterable(names for _, _, names in os.walk(folder))
-        if len(list(itertools.islice(files, _MOST_FILES + 1))) > _MOST_FILES:
-            raise DataError(f"{name}: expected {expected}, got more than {_MOST_FILES:,} files")
         return _dataset(name, part, expected, "FOLDER:split")
     return _dataset(name, part, "a Hub dataset", "org/name:split or org/name:config:split")
 

@@ -1,10 +1,14 @@
-"""Read the rows of tables as dicts, without the nulls that a table adds."""
+"""Read tables and parquet files as dicts, without the nulls that a table adds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from modulora_core.errors import DataError, MissingExtraError
 
 
 def table_rows(source: Any) -> Any:
@@ -70,3 +74,32 @@ def _without_nulls(value: Any, kind: Any) -> Any:
     if isinstance(value, list) and not {dict, list}.isdisjoint(map(type, value)):
         return [_without_nulls(each, getattr(kind, "feature", None)) for each in value]
     return value
+
+
+def parquet_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[Any, str]]:
+    """The rows of a file, each with its place.
+
+    Other ``columns`` are skipped, unless the file has none of these.
+    """
+    if find_spec("pyarrow") is None:
+        raise MissingExtraError(
+            f"{path}: reading parquet needs pyarrow, which is missing; "
+            "pip install 'modulora-core[data]'"
+        )
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        file = parquet.ParquetFile(path, memory_map=True)
+        names = [name for name in file.schema_arrow.names if name in columns]
+        # with no known column, the reader of records says which ones it misses
+        for batch in file.iter_batches(columns=names or None, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield table_row(row), f"row {number}"
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected text in UTF-8, got {error}") from None
+    except (pyarrow.ArrowException, OSError, ArithmeticError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: expected a parquet file, got {reason}") from None

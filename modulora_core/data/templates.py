@@ -19,11 +19,7 @@ from modulora_core.errors import DataError, OptionError
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The templates of a prompt and of its completion.
-
-    Raises:
-        OptionError: a template is malformed, or has no column.
-    """
+    """The templates of a prompt and of its completion. Raises OptionError."""
 
     prompt: str
     completion: str
@@ -54,8 +50,7 @@ class Template:
     def fill(self, records: Sequence[Record]) -> list[Record]:
         """The records with the fields ``prompt`` and ``completion`` alone. Null becomes empty.
 
-        Raises:
-            DataError: a column is missing, or isn't text or a number, with the place.
+        Raises DataError: a column is missing, or isn't text or a number, with the place.
         """
         parts = {name: _columns(name, getattr(self, name)) for name in ("prompt", "completion")}
         return [

@@ -19,12 +19,7 @@ def load_text(source: Source, tokenizer: Any = None) -> str:
     Blank lines join them.
 
     Args:
-        source: see :mod:`modulora_core.data.sources`.
         tokenizer: its chat template renders records of other formats, else they are plain text.
-
-    Raises:
-        DataError: the source is missing, empty or malformed; the message names file and line.
-        MissingExtraError: the source needs an optional library that isn't installed.
     """
     records = load_records(source, detect, FIELDS)
     if all(isinstance(record.fields.get("text"), str) for record in records):
@@ -61,8 +56,6 @@ def token_segments(
     """Cut the text of ``source`` into consecutive, non-overlapping segments of tokens, without BOS.
 
     Args:
-        source: see :mod:`modulora_core.data.sources`.
-        tokenizer: a transformers tokenizer.
         seq_len: tokens in a segment. The text's last tokens, fewer than that, are left out.
         segments: the most segments; None for all. The text may hold fewer.
         seed: draw the segments at random, without repeats, instead of taking the first.
@@ -70,10 +63,7 @@ def token_segments(
     Returns:
         int64 ``[n, seq_len]`` on the CPU, ``1 <= n``.
 
-    Raises:
-        OptionError: ``seq_len`` or ``segments`` is less than 1.
-        DataError: the text has fewer than ``seq_len`` tokens, or as :func:`load_text`.
-        MissingExtraError: as :func:`load_text`.
+    Raises OptionError, DataError, MissingExtraError.
     """
     for name, value in (("seq_len", seq_len), ("segments", 1 if segments is None else segments)):
         if value < 1:

@@ -91,8 +91,6 @@ class AdapterRecord(BaseModel):
 
     Attributes:
         format: 2 with channel scales, which older readers of format 1 would leave out; else 1.
-        settings: the settings that made the adapter.
-        channel_scales: there are channel scales beside A and B.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -111,8 +109,6 @@ def describe_base(
     """Describe ``model`` as a base, without its adapters.
 
     Args:
-        model: a packed model.
-        name: its name before quantization.
         checkpoint: the one whose outline ``model`` is, on the meta device.
     """
     packed = [each.packed_weight for each in model.modules() if isinstance(each, QuantLinear)]

@@ -57,7 +57,6 @@ def to_file(factors: Mapping[str, Factors], stacks: Mapping[str, Stack]) -> dict
 
     Args:
         factors: A and B by path; of experts ``[experts, r, in]`` and ``[experts, out, r]``.
-        stacks: the packed stacks of the model.
     """
     laid: dict[str, Factors] = {}
     for path, names in _by_module(factors, stacks):
@@ -78,12 +77,9 @@ def from_file(
 
     Args:
         laid: A ``[rows, in]`` and B ``[out, columns]``, by the file's path of the module.
-        stacks: the packed stacks of the model.
         targets: ``target_parameters`` of the adapter's config, which name the adapted stacks.
-        where: the file, for messages.
 
-    Raises:
-        AdapterError: an adapted parameter is no packed stack, or has another number of experts.
+    Raises AdapterError: an adapted parameter is no packed stack, or has another number of experts.
     """
     chosen = [name for name in stacks if any(f".{name}".endswith(f".{t}") for t in targets)]
     expected = {

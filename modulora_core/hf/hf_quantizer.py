@@ -115,7 +115,8 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         self.quantizer = None if self.pre_quantized else data_free(quantization_config.choice)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-        refuse_reference(model.config.name_or_path)
+        if model.get_output_embeddings() is not None:  # a reference is a language model
+            refuse_reference(model.config.name_or_path)
         if self.quantizer is not None:
             wanted = self.quantization_config
             self.packer = PackOnLoad(

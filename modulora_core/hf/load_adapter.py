@@ -90,8 +90,7 @@ def put_on(model: nn.Module, adapter: SavedAdapter, name: str = "default") -> No
 def restore_adapter(model: nn.Module, path: str | Path) -> None:
     """Copy the values of a saved adapter into the adapter on ``model``, to resume a run.
 
-    Raises:
-        AdapterError: it was trained on another base.
+    Raises AdapterError: it was trained on another base.
     """
     saved = read_adapter(path, stacks_of(model), heads=True)
     here = describe_base(model, model_name(model))
@@ -111,8 +110,7 @@ def adapter_for(
     Args:
         heads: the caller can use the head of a task; else an adapter with one is refused.
 
-    Raises:
-        AdapterError: it is no LoRA adapter, or it does not fit the model.
+    Raises AdapterError: it is no LoRA adapter, or it does not fit the model.
     """
     adapter = read_adapter(path, stacks_of(checkpoint.outline), heads=True)
     model = outline_with(checkpoint, adapter) if heads else checkpoint.outline
@@ -136,22 +134,12 @@ def outline_with(checkpoint: PackedCheckpoint, adapter: SavedAdapter) -> PreTrai
 
 
 def _check_fit(
-    adapter: SavedAdapter,
-    model: nn.Module,
-    here: str,
-    checkpoint: PackedCheckpoint | None = None,
+    adapter: SavedAdapter, model: nn.Module, here: str, checkpoint: PackedCheckpoint | None = None
 ) -> None:
     """Refuse an adapter that does not fit a packed model; warn of another base or quantization.
 
     Args:
-        adapter: the adapter.
-        model: the packed model.
-        here: the model's name, for messages.
         checkpoint: the one whose outline ``model`` is, on the meta device.
-
-    Raises:
-        ModelError: the model has no packed layers.
-        AdapterError: a layer is missing, dense, or of another shape; or other linear layers differ.
     """
     misfit = (
         f"adapter {adapter.folder}: made for the base {adapter.base_name}, it does not fit {here}"

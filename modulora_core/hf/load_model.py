@@ -32,11 +32,7 @@ LOAD_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_mapped(checkpoint: PackedCheckpoint, device: str) -> None:
-    """Refuse a checkpoint that :func:`load_model` can't map.
-
-    Raises:
-        OptionError: the model isn't for a CPU, or isn't in our format.
-    """
+    """Refuse a checkpoint that :func:`load_model` can't map. Raises OptionError."""
     if torch.device(device).type != "cpu":
         raise OptionError(
             f"mapped: expected the device cpu, got {device}, to which weights are copied; "
@@ -162,9 +158,7 @@ def _from_pretrained(
 def load_dense(source: ModelSource, *, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
     """Load a dense model as a transformers model in evaluation mode.
 
-    Raises:
-        OptionError: no such dtype.
-        CheckpointError: transformers can't load it, or a file was changed since it was opened.
+    Raises OptionError, CheckpointError.
     """
     in_folder, loaded_as = source.location.file is None, resolved_dtype(dtype, device)
     # transformers may not know the format of a model in one file, so it gets tensors

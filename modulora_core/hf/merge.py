@@ -156,11 +156,7 @@ def delta_of(
 def merged_parameter(
     checkpoint: PackedCheckpoint, name: str, delta: AdapterDelta | None, dtype: torch.dtype
 ) -> Tensor:
-    """A parameter as the dense model has it, with the adapter's change.
-
-    Raises:
-        WeightError: a value is beyond ``dtype``, or scales multiply to NaN or Inf.
-    """
+    """A parameter as the dense model has it, with the adapter's change. Raises WeightError."""
     W = _merged(checkpoint, name, delta, dtype)
     if is_finite(W):
         return W

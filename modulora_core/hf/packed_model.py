@@ -26,11 +26,7 @@ class PackedModel(AdaptedModel, Publishing, nn.Module):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, *more: Any, **options: Any
     ) -> nn.Module:
-        """Resize the embedding and the output head.
-
-        Raises:
-            ModelError: one of them is packed, and its size would change.
-        """
+        """Resize the embedding and the output head. Raises ModelError."""
         model: Any = super()
         embedding: nn.Module = model.get_input_embeddings()
         multiple = next(iter(more), options.get("pad_to_multiple_of"))

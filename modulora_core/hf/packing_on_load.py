@@ -45,10 +45,6 @@ class PackOnLoad(ConversionOps):
         quantizer: packs all linear weights of the base model.
         include, exclude: patterns, as of :func:`modulora_core.quantize`.
         seed: for random numbers of the quantizer.
-
-    Raises:
-        OptionError: a pattern matches nothing, or no parameter is left to pack.
-        ShapeError: the quantizer can't take a layer's shape.
     """
 
     def __init__(
@@ -111,12 +107,7 @@ class PackOnLoad(ConversionOps):
         }
 
     def check_complete(self, model: nn.Module) -> None:
-        """Refuse a model whose files lack a parameter, which transformers makes up, or damage it.
-
-        Raises:
-            WeightError: a weight is NaN or Inf.
-            CheckpointError: a weight is missing.
-        """
+        """Refuse a model whose files lack a parameter (transformers makes it up) or damage it."""
         for name in self._damaged:
             raise WeightError(
                 f"{name}: expected finite values, got NaN or Inf; the file is damaged, or the "

@@ -12,7 +12,7 @@ from typing import Any
 
 from modulora_core.errors import AdapterError
 from modulora_core.lora.targets import shortest_names
-from modulora_core.models.patterns import matches
+from modulora_core.models.json_files import matches
 
 _UNSUPPORTED_FIELDS = (
     "use_dora", "lora_bias", "layer_replication", "use_qalora",
@@ -89,7 +89,7 @@ def _field_of(config: Mapping[str, Any], name: str, patterns: str, module: str, 
 def _selects(pattern: str, module: str) -> bool:
     """PEFT's rule: a regular expression that matches the end of the path.
 
-    Raises ValueError, as :func:`modulora_core.models.patterns.matches`.
+    Raises ValueError, as :func:`modulora_core.models.json_files.matches`.
     """
     return matches(rf"(.*\.)?({pattern})$", module)
 
@@ -109,8 +109,6 @@ def lora_config(
     Args:
         ranks: r of each adapted layer or stack, by path.
         scales: s of each.
-        dropout: the dropout of training.
-        targets: from :func:`peft_targets`.
     """
     parameters = bool(targets["target_parameters"])
     # PEFT matches the name of a target parameter, which ends with .weight in a linear layer
@@ -139,8 +137,6 @@ def peft_targets(
     """PEFT's ``target_modules`` and ``target_parameters`` that select exactly ``paths``.
 
     Args:
-        paths: the adapted layers and stacks.
-        stacks: the packed stacks of the model.
         modules, parameters: all names of the model, which a short name must not select.
     """
     modules = list(modules)

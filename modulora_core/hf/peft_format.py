@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modulora_core.checkpoints.written.outputs import write_file
-from modulora_core.errors import AdapterError, CheckpointError
+from modulora_core.errors import AdapterError
 from modulora_core.hf.base_record import AdapterRecord, Dropout
 from modulora_core.hf.expert_format import Factors, Stack, from_file, to_file
 from modulora_core.hf.peft_config import check_config, check_rank, scale_of
@@ -45,7 +45,6 @@ from modulora_core.models.folders import (
 )
 from modulora_core.models.json_files import check_json, read_json
 from modulora_core.models.locate import find_adapter
-from modulora_core.models.safetensors_store import read_header
 from modulora_core.models.store import is_finite
 
 SCALES_KEY = "modulora_channel_scales"
@@ -106,8 +105,6 @@ class SavedAdapter:
     """An adapter from disk. Read one with :func:`read_adapter`.
 
     Attributes:
-        folder: the folder of its files.
-        config: PEFT's LoraConfig.
         record: the contents of ``modulora.json``, or None.
         deltas: the change of each weight, by the path of its module, or of the stack of experts.
         heads: the parameters of a task's head, such as a classifier's, by name: PEFT's
@@ -161,8 +158,7 @@ def read_adapter(
             as in the file: one pair of matrices for all experts.
         heads: whether the caller can use the head of a task; else an adapter with one is refused.
 
-    Raises:
-        AdapterError: the folder is missing or malformed, or has more than A, B and channel scales.
+    Raises AdapterError.
     """
     folder = find_adapter(path)
     config_file, weights_file = str(folder / ADAPTER_CONFIG), folder / WEIGHTS_FILE
@@ -239,9 +235,8 @@ def _with_scales(deltas: Mapping[str, AdapterDelta], path: Path) -> dict[str, Ad
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        read_header(path)  # refuses a huge one
         stored = safetensors.torch.load_file(path)
-    except (CheckpointError, SafetensorError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path}: expected a readable safetensors file: {error}; fetch the whole adapter again"
         ) from None
@@ -261,10 +256,6 @@ def write_adapter(adapter: SavedAdapter, stacks: Mapping[str, Stack]) -> None:
     """Write an adapter to its folder, in the place of an older one.
 
     ``adapter_config.json`` comes last, so that an unfinished folder is no adapter.
-
-    Args:
-        adapter: the adapter.
-        stacks: the packed experts of its model, by path.
     """
     factors, scales = dict[str, Tensor](), dict[str, Tensor]()
     laid = to_file({module: (d.A, d.B) for module, d in adapter.deltas.items()}, stacks)

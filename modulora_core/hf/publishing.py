@@ -54,37 +54,31 @@ class Publishing:
             return upload(folder, repo_id, **options)
 
 
-def upload(
-    folder: str | Path,
-    repo_id: str | None = None,
-    *,
-    commit_message: str | None = None,
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    **_: Any,
-) -> str:
+def upload(folder: str | Path, repo_id: str | None = None, **options: Any) -> str:
     """Upload a folder to a model repository, which is made if it is missing.
 
     A README.md that the repository has stays, since somebody may have edited it.
 
     Args:
-        repo_id: the folder's name if it is None; others: as of ``HfApi.upload_folder``.
+        repo_id: the folder's name if it is None.
+        options: ``token``, ``private``, ``revision``, ``create_pr``, ``commit_message`` and
+            ``commit_description``, as of ``HfApi.upload_folder``; others are left out.
 
     Returns:
         the commit's address.
     """
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id or Path(folder).name, private=private, exist_ok=True).repo_id
+    api, revision = HfApi(token=options.get("token")), options.get("revision")
+    made = api.create_repo(
+        repo_id or Path(folder).name, private=options.get("private"), exist_ok=True
+    )
+    has_card = api.file_exists(made.repo_id, FILE, revision=revision)
     commit = api.upload_folder(
-        repo_id=repo_id,
+        repo_id=made.repo_id,
         folder_path=folder,
-        commit_message=commit_message or "Upload model",
-        commit_description=commit_description,
+        commit_message=options.get("commit_message") or "Upload model",
+        commit_description=options.get("commit_description"),
         revision=revision,
-        create_pr=create_pr,
-        ignore_patterns=[FILE] if api.file_exists(repo_id, FILE, revision=revision) else None,
+        create_pr=options.get("create_pr", False),
+        ignore_patterns=[FILE] if has_card else None,
     )
     return str(commit.commit_url)

@@ -11,19 +11,10 @@ from modulora_core.arguments import checked
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.distributed import is_first, whole
 from modulora_core.errors import AdapterError, OutputError, usable_path
-from modulora_core.hf.base_record import (
-    AdapterRecord,
-    RecordedSettings,
-    describe_base,
-    record_of,
-)
+from modulora_core.hf.base_record import AdapterRecord, RecordedSettings, describe_base, record_of
 from modulora_core.hf.expert_format import stacks_of
 from modulora_core.hf.peft_config import TASKS, lora_config, peft_targets
-from modulora_core.hf.peft_format import (
-    AdapterDelta,
-    SavedAdapter,
-    write_adapter,
-)
+from modulora_core.hf.peft_format import AdapterDelta, SavedAdapter, write_adapter
 from modulora_core.layers import ChannelScales, LoRALayer
 from modulora_core.lora.adapted import adapter_layers, head_parameters, model_name, task_heads
 from modulora_core.lora.settings import LoRASettings
@@ -54,8 +45,7 @@ def save_adapter(
             the file that the model was loaded from, or the source that the checkpoint records.
         settings: the settings that made the adapter, to be recorded.
 
-    Raises:
-        AdapterError: the model has no adapter of that name.
+    Raises AdapterError: the model has no adapter of that name.
     """
     layers = dict(adapter_layers(model, name))
     if not layers:

@@ -12,7 +12,6 @@ from modulora_core.data.rendering import Renderer
 from modulora_core.errors import MissingExtraError
 from modulora_core.inference.passes import batches, check_examples, evaluating
 from modulora_core.models.sampling import Sampling, continuations
-from modulora_core.models.tokenizer import panics_refused
 from modulora_core.progress import Progress, no_progress
 
 
@@ -36,14 +35,7 @@ class ExactMatch:
 
 
 def rouge(
-    model: Any,
-    tokenizer: Any,
-    asked: Sequence[Conversation],
-    max_new_tokens: int = 128,
-    *,
-    beams: int = 1,
-    batch_size: int = 1,
-    progress: Progress = no_progress,
+    model: Any, tokenizer: Any, asked: Sequence[Conversation], sampling: Sampling, **passes: Any
 ) -> Rouge:
     """ROUGE of the model's answers against the answers of the data.
 
@@ -51,17 +43,10 @@ def rouge(
 
     Args:
         model: a transformers causal language model. It keeps its mode, training or evaluation.
-        tokenizer: its tokenizer.
         asked: prompts with their answers (:func:`modulora_core.inference.passes.asked_in`).
-        max_new_tokens: limit of an answer.
-        beams: beams of beam search; 1 takes the most likely token.
-        batch_size: prompts per generation.
-        progress: called after each generation.
+        passes: ``batch_size``, prompts per generation; ``progress``, called after each.
 
-    Raises:
-        MissingExtraError: rouge-score is not installed.
-        DataError: a prompt with its answer exceeds the model's window.
-        OptionError: ``max_new_tokens``, ``beams`` or ``batch_size`` is below 1.
+    Raises MissingExtraError, DataError, OptionError.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -69,9 +54,7 @@ def rouge(
         raise MissingExtraError(
             "rouge: expected the library rouge-score; pip install 'modulora-core[evaluation]'"
         ) from None
-    texts = _texts(
-        model, tokenizer, asked, Sampling(max_new_tokens, beams=beams), batch_size, progress
-    )
+    texts = _texts(model, tokenizer, asked, sampling, **passes)
     kinds = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(list(kinds), use_stemmer=True)
     scored = [scorer.score(each.answer, text) for each, text in zip(asked, texts, strict=True)]
@@ -80,19 +63,10 @@ def rouge(
 
 
 def exact_match(
-    model: Any,
-    tokenizer: Any,
-    asked: Sequence[Conversation],
-    max_new_tokens: int = 128,
-    *,
-    beams: int = 1,
-    batch_size: int = 1,
-    progress: Progress = no_progress,
+    model: Any, tokenizer: Any, asked: Sequence[Conversation], sampling: Sampling, **passes: Any
 ) -> ExactMatch:
     """The share of generated answers that equal the answers of the data, as :func:`rouge`."""
-    texts = _texts(
-        model, tokenizer, asked, Sampling(max_new_tokens, beams=beams), batch_size, progress
-    )
+    texts = _texts(model, tokenizer, asked, sampling, **passes)
     correct = sum(
         text.strip() == each.answer.strip() for each, text in zip(asked, texts, strict=True)
     )
@@ -104,8 +78,8 @@ def _texts(
     tokenizer: Any,
     asked: Sequence[Conversation],
     sampling: Sampling,
-    batch_size: int,
-    progress: Progress,
+    batch_size: int = 1,
+    progress: Progress = no_progress,
 ) -> list[str]:
     """The model's answer to each prompt."""
     renderer = Renderer(tokenizer)
@@ -115,7 +89,6 @@ def _texts(
     with evaluating(model):
         for _, batch in batches(longest_first([*map(len, prompts)]), batch_size, progress):
             ids = continuations(model, tokenizer, [prompts[i] for i in batch], sampling)
-            with panics_refused(f"tokenizer of {tokenizer.name_or_path}"):
-                decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
+            decoded = tokenizer.batch_decode(ids, skip_special_tokens=True)
             texts.update(zip(batch, decoded, strict=True))
     return [texts[i] for i in range(len(asked))]

@@ -19,7 +19,7 @@ from modulora_core.errors import WorkError
 from modulora_core.inference.evaluate import perplexity_of
 from modulora_core.inference.opened import Opened
 from modulora_core.inference.passes import batches, evaluating
-from modulora_core.lora.switching import without_adapter
+from modulora_core.lora.adapted import without_adapter
 from modulora_core.progress import Progress, no_progress
 
 _ROWS = 64
@@ -54,21 +54,15 @@ class Divergence:
 
 
 def divergence(
-    before: Opened,
-    other: Opened,
-    ids: Tensor,
-    *,
-    progress: Progress = no_progress,
+    before: Opened, other: Opened, ids: Tensor, *, progress: Progress = no_progress
 ) -> Divergence:
     """Measure how far ``other`` is from ``before``, which may have an adapter.
 
     Args:
         before, other: results of :func:`modulora_core.open_to_run`; both are loaded at once.
         ids: segments of text, int64 ``[n, seq_len]`` (:func:`modulora_core.data.token_segments`).
-        progress: called after each segment.
 
-    Raises:
-        WorkError: logits are NaN or infinite.
+    Raises WorkError: logits are NaN or infinite.
     """
     P, Q = before.load(), other.load()
     sums = torch.zeros(5, dtype=torch.float64)  # KL to Q, KL to the base, -log of Q, P, base
@@ -81,13 +75,15 @@ def divergence(
                     base = _logits(P, batch)
             sums += _sums(p, q, base, batch[0, 1:])
     tokens = ids.shape[0] * (ids.shape[1] - 1)
-    kl, effect, *nlls = (sums / tokens).tolist()
-    if not math.isfinite(kl + effect + sum(nlls)):
+    kl, effect, nll, nll_before, nll_of_base = (sums / tokens).tolist()
+    if not math.isfinite(kl + effect + nll):
         raise WorkError("divergence: expected finite logits, got NaN or Inf")
     return Divergence(
         kl,
         None if before.adapter is None else effect,
-        *map(perplexity_of, nlls),
+        perplexity_of(nll),
+        perplexity_of(nll_before),
+        perplexity_of(nll_of_base),
         tokens,
     )
 

@@ -12,10 +12,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 from torch import Tensor
-from typing_extensions import TypedDict, Unpack
 
 from modulora_core.arguments import checked
 from modulora_core.data import token_segments
@@ -25,11 +24,12 @@ from modulora_core.data.rendering import Encoded, Renderer, check_ids
 from modulora_core.data.sources import Source
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
-from modulora_core.inference.answers import ExactMatch, Rouge, exact_match, rouge
+from modulora_core.inference.answers import exact_match, rouge
 from modulora_core.inference.metrics import Metric
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
 from modulora_core.models.config import vocabulary_of, window_of
+from modulora_core.models.sampling import Sampling
 from modulora_core.progress import Display, Progress, no_progress, shown
 from modulora_core.training.chunked_loss import token_losses
 from modulora_core.training.readout import read_out
@@ -62,38 +62,6 @@ class Accuracy:
     labels: tuple[str, ...]
 
 
-class _Settings(TypedDict, total=False):
-    seq_len: int
-    segments: int | None
-    batch_size: int
-    max_new_tokens: int
-    beams: int
-    prompt: str | None
-    completion: str | None
-    adapter: str | Path | None
-    progress: Display
-
-
-@overload
-def evaluate(
-    model: Runnable, data: Source = "pydoc", *, metric: Literal["perplexity"] = "perplexity",
-    **settings: Unpack[_Settings],
-) -> Perplexity: ...  # fmt: skip
-@overload
-def evaluate(
-    model: Runnable, data: Source = "pydoc", *, metric: Literal["accuracy"],
-    **settings: Unpack[_Settings],
-) -> Accuracy: ...  # fmt: skip
-@overload
-def evaluate(
-    model: Runnable, data: Source = "pydoc", *, metric: Literal["rouge"],
-    **settings: Unpack[_Settings],
-) -> Rouge: ...  # fmt: skip
-@overload
-def evaluate(
-    model: Runnable, data: Source = "pydoc", *, metric: Literal["exact-match"],
-    **settings: Unpack[_Settings],
-) -> ExactMatch: ...  # fmt: skip
 @checked
 def evaluate(
     model: Runnable,
@@ -109,8 +77,10 @@ def evaluate(
     completion: str | None = None,
     adapter: str | Path | None = None,
     progress: Display = True,
-) -> Perplexity | Accuracy | Rouge | ExactMatch:
+) -> Any:
     """Measure a model on data, as ``modulora evaluate`` does.
+
+    The result is a :class:`Perplexity`, :class:`Accuracy`, :class:`Rouge` or :class:`ExactMatch`.
 
     Args:
         model: MODEL as on the command line, the result of ``open_to_run``, or a loaded model with
@@ -145,7 +115,8 @@ def evaluate(
         if metric == "accuracy":
             return accuracy(load(), tokenizer, asked, **common)
         measure = rouge if metric == "rouge" else exact_match
-        return measure(load(), tokenizer, asked, max_new_tokens, beams=beams, **common)
+        sampling = Sampling(max_new_tokens, beams=beams)
+        return measure(load(), tokenizer, asked, sampling, **common)
 
 
 def perplexity(
@@ -174,13 +145,8 @@ def segment_losses(
     Args:
         model: a transformers causal language model. It keeps its mode, training or evaluation.
         segments: token ids, int64 ``[n, seq_len]`` (:func:`modulora_core.data.token_segments`).
-        batch_size: segments per forward pass.
-        progress: called after each forward pass.
 
-    Raises:
-        DataError: ``segments`` is not ``[n >= 1, seq_len >= 2]``.
-        OptionError: ``batch_size`` is below 1, or ``seq_len`` above the model's window.
-        WorkError: the model's logits are NaN or infinite.
+    Raises DataError, OptionError, WorkError.
     """
     if segments.dim() != 2 or segments.shape[0] < 1 or segments.shape[1] < 2:
         raise DataError(
@@ -221,16 +187,9 @@ def accuracy(
 
     Args:
         model: a transformers causal language model. It keeps its mode, training or evaluation.
-        tokenizer: its tokenizer.
         asked: prompts with their labels (:func:`modulora_core.inference.passes.asked_in`).
-        batch_size: answers per forward pass.
-        progress: called after each forward pass.
 
-    Raises:
-        DataError: a prompt is a chat, there are too few or too many distinct answers, or an example
-            exceeds the model's window.
-        OptionError: ``batch_size`` is below 1.
-        WorkError: the model's logits are NaN or infinite.
+    Raises DataError, OptionError, WorkError.
     """
     chat = next((each for each in asked if each.plain is None), None)
     if chat is not None:

@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedTokenizerBase,
-    TextStreamer,
-)
+from transformers import PreTrainedTokenizerBase, TextStreamer
 from typing_extensions import override
 
 from modulora_core.arguments import checked
 from modulora_core.data.rendering import check_ids, token_ids
 from modulora_core.errors import DataError, first_line
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
-from modulora_core.models.chat_templates import render
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.models.stops import model_stops
-from modulora_core.models.tokenizer import panics_refused
+from modulora_core.models.tokenizer import render
 
 Message = Mapping[str, str]
 """``{"role": "user", "content": "..."}``"""
@@ -59,17 +55,12 @@ def generate(
     """Answer or continue ``prompt``.
 
     Args:
-        model: MODEL as on the command line, the result of ``open_to_run``, or a loaded model with
-            its tokenizer, ``(model, tokenizer)``.
+        model, adapter: as for :func:`modulora_core.evaluate`.
         prompt: the messages of a conversation; or a text, which is the user's message if the
             tokenizer has a chat template.
         sampling: greedy by default.
         raw: continue the text without the chat template.
         on_text: called with each piece of text as it is generated.
-        adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
-
-    Returns:
-        the text, with counts of tokens and the time.
 
     Raises:
         DataError: the prompt is empty, no valid text, or too long for the model's window; or it
@@ -95,9 +86,8 @@ def generate(
     started = time.perf_counter()
     with torch.inference_mode():
         (new,) = continuations(language_model, tokenizer, [ids], sampling, streamer)
-    with panics_refused(f"tokenizer of {tokenizer.name_or_path}"):
-        shown = new[:-1] if new[-1] in stops else new  # a stop may be no special token
-        text = tokenizer.decode(shown, skip_special_tokens=True)
+    shown = new[:-1] if new[-1] in stops else new  # a stop may be no special token
+    text = tokenizer.decode(shown, skip_special_tokens=True)
     return Generation(text, len(ids), len(new), time.perf_counter() - started)
 
 

@@ -126,8 +126,7 @@ def tokenizer_and_loader(
     Args:
         adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
 
-    Raises:
-        RequestError: as :func:`open_to_run`; or ``model`` is none of its types.
+    Raises RequestError: as :func:`open_to_run`; or ``model`` is none of its types.
     """
     if isinstance(model, str | Path):
         model = open_to_run(model, adapter=adapter)

@@ -19,11 +19,7 @@ from modulora_core.progress import Progress, no_progress
 
 
 def asked_in(source: Source, template: Template | None = None) -> list[Conversation]:
-    """The conversations of a source that have an answer.
-
-    Raises:
-        DataError: the source is malformed or is text, or no record has an answer.
-    """
+    """The conversations of a source that have an answer. Raises DataError."""
 
     def converted(records: Sequence[Record]) -> list[Conversation]:
         filled = records if template is None else template.fill(records)
@@ -47,9 +43,6 @@ def check_examples(
     """Refuse token ids that exceed the model's window or vocabulary, with their place.
 
     Args:
-        model: a transformers causal language model.
-        examples: the token ids of each example.
-        asked: the examples' conversations.
         new: the most tokens that will follow.
     """
     window, vocabulary = window_of(model.config), vocabulary_of(model.config)

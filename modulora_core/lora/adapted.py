@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -102,3 +103,17 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def model_name(model: nn.Module) -> str:
     """The model's name for messages."""
     return str(getattr(model, "name_or_path", "") or type(model).__name__)
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """Make all adapters inactive within this block: the model computes as its base does."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
+    active = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = []
+    try:
+        yield
+    finally:
+        for layer, names in zip(layers, active, strict=True):
+            layer.active = names

@@ -58,7 +58,6 @@ class LoRAExperts(PackedStack, LoRALayer):
     linear layers only.
 
     Args:
-        stack: the stack that it replaces.
         owner: the module of the stack, whose forward runs the experts.
     """
 

@@ -24,8 +24,7 @@ class LoRASettings:
         seed: seed of A's random values.
         train_scales: also train channel scales of linear layers.
 
-    Raises:
-        OptionError: a value is out of range.
+    Raises OptionError: a value is out of range.
     """
 
     rank: int = 8

@@ -34,16 +34,10 @@ def select_layers(
     Args:
         shapes: ``(out, in)`` of each packed linear layer, ``(experts, out, in)`` of a stack, by
             path.
-        targets: one name or group, or several.
-        rank: r of the adapter.
         modules: paths of all modules of the model, for a better message.
         head: path of the output head, which only its own name selects.
         decoder: beginning of the paths of a multimodal model's text decoder.
         tied: path of an output head that is the embedding's packed table, for a better message.
-
-    Raises:
-        AdapterError: a target selects no packed layer; the message has near misses.
-        OptionError: r is larger than min(in, out) of every selected layer.
     """
     names = [targets] if isinstance(targets, str) else targets
     chosen: set[str] = set()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from pydantic import BaseModel, Field
+from typing import TYPE_CHECKING, Any
 
 from modulora_core.errors import ModelError, first_line
 from modulora_core.hookspecs import PROJECT, QUANTIZATION_KEYS, FormatSpec
@@ -18,48 +15,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-_MOST = {"layer": 512, "block": 512, "expert": 4096}
-"""The largest counts in config.json: transformers makes a module or a list of so many."""
-
-_COUNT = re.compile(r"(?<!feature_)(layer|block|expert)s?(_per_\w+)?")
-"""The end of a count's name. LLaVA's ``vision_feature_layer: -2`` is an index from the end."""
-
-_Id = Annotated[int, Field(strict=True)]
-
-
-class _GenerationConfig(BaseModel):
-    """The fields of generation_config.json that we use."""
-
-    eos_token_id: _Id | list[_Id] | None = None
-    pad_token_id: _Id | None = None
-    bos_token_id: _Id | None = None
-
-
 def config_values(folder: Path) -> dict[str, Any]:
-    """The contents of config.json; empty if there is none. generation_config.json is checked too.
-
-    Raises:
-        ModelError: a file is broken, or counts more layers or experts than a model has.
-    """
-    generation, path = folder / "generation_config.json", folder / "config.json"
-    if generation.exists():
-        read_json(generation, _GenerationConfig, error=ModelError)
-    if not path.exists():
-        return {}
-    values = read_json(path, dict[str, Any], error=ModelError)
-    _check_counts(values, str(path))
-    return values
-
-
-def _check_counts(values: Any, subject: str) -> None:
-    """Refuse a count that would take hours and all memory to build."""
-    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
-        if isinstance(value, (dict, list)):
-            _check_counts(value, f"{subject}: {key}" if isinstance(values, dict) else subject)
-        elif isinstance(value, int) and (found := _COUNT.search(str(key))):
-            most = _MOST[found[1]]
-            if found.end() == len(str(key)) and not 0 <= value <= most:
-                raise ModelError(f"{subject}: {key}: expected 0 to {most}, got {value}")
+    """The contents of config.json; empty if there is none. Raises ModelError: it is broken."""
+    path = folder / "config.json"
+    return read_json(path, dict[str, Any], error=ModelError) if path.exists() else {}
 
 
 def read_config(
@@ -70,13 +29,9 @@ def read_config(
     No code of the folder is run.
 
     Args:
-        folder: of floating-point weights, unless ``foreign`` is given.
         foreign: the format of a quantized folder
             (:func:`modulora_core.models.installed_formats.recognise`).
             The config is then that of its model without quantization.
-
-    Raises:
-        ModelError: config.json is missing, broken or needs remote code, or the model is quantized.
     """
     values = config_values(folder)
     if not values:
@@ -93,11 +48,7 @@ def read_config(
 
 
 def transformers_config(folder: Path) -> PretrainedConfig:
-    """The config that transformers makes of a folder.
-
-    Raises:
-        ModelError: it can't, or it can't use generation_config.json.
-    """
+    """The config that transformers makes of a folder. Raises ModelError."""
     from transformers import AutoConfig, GenerationConfig
 
     if (folder / "generation_config.json").exists():

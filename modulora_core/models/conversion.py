@@ -91,7 +91,7 @@ def plan_conversions(
             unexpected.append(name)
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}  # old files' buffers
-    patterns |= {r"\.[kv]_scale$"}  # of a cache in 8 bits, which is a choice of serving
+    patterns |= {r"\.[kv]_scale$"}  # of a quantized cache, a choice of serving
     unexpected = [name for name in unexpected if not has_any(name, patterns)]
     return [found[target] for target in state if target in found], unexpected
 
@@ -101,8 +101,7 @@ def converted_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """The shapes of the parameters that a conversion gives; it runs on the meta device.
 
-    Raises:
-        CheckpointError: the tensors can't be combined.
+    Raises CheckpointError: the tensors can't be combined.
     """
 
     def read(name: str) -> Tensor:
@@ -117,15 +116,3 @@ def converted_shapes(
             f"combined ({shapes}, ...): {error}"
         ) from error
     return {name: tuple(tensor.shape) for name, tensor in converted.items()}
-
-
-def stored_parts(model: PreTrainedModel, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Take a parameter apart into the tensors of the model's own checkpoint, by their names.
-
-    The last dimension of ``tensor`` may differ from the parameter's if the conversion leaves it
-    alone.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    parts: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
-    return parts

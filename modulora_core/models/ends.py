@@ -35,12 +35,10 @@ def find_ends(
     """Find the ends that are asked for.
 
     Args:
-        model: on any device, the meta device too.
         head, embeddings: None leaves an end dense. For a tied model each of them means both.
         stored: names of the parameters that the model's files give; only one of several tied ones.
 
-    Raises:
-        OptionError: the model has no such end, it can't be packed, or a tied one has two choices.
+    Raises OptionError.
     """
     table = path_of(model.get_input_embeddings(), model)
     output = path_of(model.get_output_embeddings(), model)

@@ -44,10 +44,7 @@ def check_links(folder: Path, error: type[RequestError] = ModelError) -> None:
     """Refuse links to files elsewhere, which an output would hold, and people publish outputs.
 
     Links may lead to files of the folder, or to the blobs of its entry in the Hub's cache. Links to
-    weights may lead anywhere.
-
-    Raises:
-        error: another link leads elsewhere.
+    weights may lead anywhere. Raises error: another link leads elsewhere.
     """
     inside = folder.resolve()
     roots = [inside]

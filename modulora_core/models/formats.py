@@ -179,8 +179,7 @@ def check_tensors(
         expected: by name; ``found``: every tensor of the files.
         by: the part of the folder that says so, for the message.
 
-    Raises:
-        CheckpointError: with the first such tensor.
+    Raises CheckpointError: with the first such tensor.
     """
     for name, layout in expected.items():
         got = found.get(name)
@@ -264,8 +263,7 @@ class ModelFile(ABC):
     def check_unplaced(self, model: PreTrainedModel, names: Sequence[str]) -> None:  # noqa: B027
         """Refuse tensors that ``model`` has no place for, or warn; the default allows any.
 
-        Raises:
-            ModelError: the model would be another one without a tensor.
+        Raises ModelError: the model would be another one without a tensor.
         """
 
     @abstractmethod

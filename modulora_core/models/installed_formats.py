@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modulora_core import registry
-from modulora_core.errors import ModelError, OptionError, PluginError
+from modulora_core.errors import ModelError, OptionError
 from modulora_core.hookspecs import QUANTIZATION_KEYS, FormatSpec
 from modulora_core.models.json_files import read_json
 
@@ -72,12 +71,7 @@ def find(name: str) -> InstalledFormat:
 
 
 def create(name: str) -> FormatReader:
-    """The installed format called ``name``.
-
-    Raises:
-        OptionError: no installed plugin has it, or it is a format of files.
-        PluginError: several plugins have it, or its class can't be used.
-    """
+    """The installed format called ``name``. Raises OptionError, PluginError."""
     from modulora_core.models.formats import FormatReader  # torch
 
     found = find(name)
@@ -97,21 +91,8 @@ def create_writer(name: str) -> CheckpointFormat:
 
     found = create(name)
     if not isinstance(found, CheckpointFormat):
-        raise OptionError(
-            f"format {name!r}: it is only read, not written; expected one of "
-            f"{', '.join(['modulora', *_written()])}"
-        )
+        raise OptionError(f"format {name!r}: expected a format that is written, got one only read")
     return found
-
-
-def _written() -> Iterator[str]:
-    """The formats of folders that plugins write too."""
-    from modulora_core.models.formats import CheckpointFormat
-
-    for name in specs():
-        with suppress(OptionError, PluginError):  # of files, or broken
-            if isinstance(create(name), CheckpointFormat):
-                yield name
 
 
 def config_files() -> list[str]:
@@ -122,8 +103,7 @@ def config_files() -> list[str]:
 def recognise(folder: Path, config: Mapping[str, Any]) -> Recognised | None:
     """The installed format of a folder, by its config.json or a format's own config file.
 
-    Raises:
-        ModelError: that file isn't a JSON object.
+    Raises ModelError: that file isn't a JSON object.
     """
     method, quantization = _quantization(config)
     if method is not None:
@@ -220,8 +200,6 @@ def unread_method(model: str, method: str) -> str:
         instead = (
             f"dequantize it with transformers: from_pretrained(..., {config}), save_pretrained"
         )
-    if method == "auto-round":
-        instead = 'save it with auto-round\'s format="auto_gptq" or "auto_awq"'
     return (
         f"model {model}: quantized with {method}, which no installed plugin reads (formats: "
         f"{', '.join(specs()) or 'none'}); install one that does, or {instead}"

@@ -1,17 +1,9 @@
-"""Read JSON and YAML that others wrote, checked by pydantic. A broken file is one line of message.
-
-A file may be anything. So it is read up to a limit. Repeated keys and lone surrogates are refused:
-other libraries fail on them.
-"""
+"""Read JSON and YAML that others wrote, checked by pydantic, with one line for a broken file."""
 
 from __future__ import annotations
 
-import gc
-import json
 import os
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -41,52 +33,30 @@ def read_json(
     """Read the file ``path`` as ``kind``, a pydantic model or ``dict[str, Any]``.
 
     Args:
-        path, kind, error: see above and below.
         advice: ends the message.
 
-    Raises:
-        error: the file can't be read or is no JSON; or names the field, what pydantic expected, and
-            the value.
+    Raises error.
     """
     return check_json(read_bytes(path, error), kind, str(path), error=error, advice=advice)
 
 
 def read_yaml(path: Path, error: type[RequestError]) -> Any:
-    """Read a YAML file of at most 64 KiB.
-
-    Raises:
-        error: the file can't be read, or is no YAML.
-    """
+    """Read a YAML file of at most 64 KiB. Raises ``error``: it can't be read, or is no YAML."""
     import yaml
 
-    data = read_bytes(path, error, _MOST_YAML)
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [str(key.value) for key, _ in node.value]
+            for key, _ in node.value:
+                if keys.count(str(key.value)) > 1:
+                    line = key.start_mark.line + 1
+                    raise ValueError(f"key {key.value!r} twice, first in line {line}")
+            return super().construct_mapping(node, deep)
+
     try:
-        loader = yaml.SafeLoader(data.decode("utf-8"))
-        node = loader.get_single_node()
-        _check_keys(node)
-        return None if node is None else loader.construct_document(node)
+        return yaml.load(read_bytes(path, error, _MOST_YAML).decode("utf-8"), Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as found:
         raise error(f"{path}: expected YAML, got: {' '.join(str(found).split())}") from None
-
-
-def _check_keys(root: Any) -> None:
-    """Raise ValueError if a key of a YAML mapping comes twice. Each node is visited once."""
-    nodes, visited = [root], set[int]()
-    while nodes:
-        node = nodes.pop()
-        if id(node) in visited or getattr(node, "id", "") not in ("mapping", "sequence"):
-            continue
-        visited.add(id(node))
-        if node.id == "sequence":
-            nodes += node.value
-            continue
-        seen = set[str]()
-        for key, value in node.value:
-            if key.id == "scalar" and key.value in seen:
-                line = key.start_mark.line + 1
-                raise ValueError(f"key {key.value!r} twice, again in line {line}")
-            seen.add(str(key.value))
-            nodes.append(value)
 
 
 def repair_journal(path: Path, kind: type[T]) -> dict[str, T]:
@@ -96,7 +66,6 @@ def repair_journal(path: Path, kind: type[T]) -> dict[str, T]:
 
     Args:
         path: a file of lines ``[key, value]``; it may be missing.
-        kind: the type of a value.
 
     Returns:
         key → value of the lines that are left.
@@ -158,56 +127,19 @@ def check_json(
     advice: str = DOWNLOAD,
 ) -> T:
     """As :func:`read_json`, for ``bytes`` of JSON or parsed JSON; messages name ``subject``."""
-    if isinstance(data, bytes):
-        try:
-            data = parse_json(data.decode("utf-8"))
-        except ValueError as found:
-            reason = "Invalid JSON: " * isinstance(found, json.JSONDecodeError) + str(found)
-            raise error(f"{subject}: {reason}; {advice}") from None
+    read = TypeAdapter(kind)
     try:
-        return TypeAdapter(kind).validate_python(data)
+        return read.validate_json(data) if isinstance(data, bytes) else read.validate_python(data)
     except ValidationError as found:
         raise error(f"{subject}: {in_one_line(found)}; {advice}") from None
 
 
-def parse_json(text: str) -> Any:
-    """Parse JSON.
+def matches(pattern: str, text: str) -> bool:
+    """Whether ``pattern`` matches at the beginning of ``text``, as :func:`re.match`.
 
-    Raises:
-        ValueError: no JSON, nested too deeply, a key that comes twice, or a lone surrogate; one
-            line.
+    Raises ValueError: it is no regular expression.
     """
     try:
-        with without_collections():
-            value = json.loads(text, object_pairs_hook=_distinct)
-    except RecursionError:
-        raise ValueError("expected JSON with fewer levels, got too many") from None
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("expected Unicode text, got a lone surrogate") from None
-    return value
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    """Pause Python's search for cycles: values of a file have none, and it takes most of the time.
-
-    Reading a header of 99,000 tensors takes a third of the time.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"expected distinct keys, got {twice!r:.80} twice")
-    return found
+        return re.match(pattern, text) is not None
+    except (re.error, RecursionError) as error:
+        raise ValueError(f"expected a regular expression, got {pattern!r:.80}: {error}") from None

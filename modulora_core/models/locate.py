@@ -73,8 +73,6 @@ class Location:
     Attributes:
         kind: the kind of MODEL: ``"folder"``, ``"package"``, ``"hub"``, or of a file its suffix
             without the dot.
-        model: MODEL as the user wrote it.
-        folder: the folder of the files.
         file: the file in ``folder`` that holds the whole model; None for safetensors.
         revision: the commit for ``"hub"``, the distribution's version for ``"package"``, else None.
     """
@@ -118,13 +116,7 @@ def without_revision(name: str) -> tuple[str, str | None]:
 def locate(model: str, revision: str | None = None) -> Location:
     """Find MODEL. Only small files of a Hub repository are fetched; see :func:`fetch_weights`.
 
-    Args:
-        model: MODEL as the user wrote it.
-        revision: of a Hub repository, if MODEL names none.
-
-    Raises:
-        ModelError: nothing is there, and the message says where we looked; or a link of the folder
-            leads out of it.
+    Raises ModelError.
     """
     usable_path(model, "model", ModelError)
     name, named = without_revision(model)
@@ -194,11 +186,7 @@ def _in_package(model: str) -> Location:
 
 
 def _in_file(kind: str | None, model: str, path: Path, revision: str | None = None) -> Location:
-    """The location of a file, whose kind is its format's suffix by default.
-
-    Raises:
-        ModelError: no installed plugin reads it.
-    """
+    """The location of a file, whose kind is its format's suffix by default. Raises ModelError."""
     found = installed_formats.file_format(path)
     if found is None:
         raise ModelError(f"model {model}: {installed_formats.unread_file(path)}")
@@ -209,11 +197,7 @@ def _in_file(kind: str | None, model: str, path: Path, revision: str | None = No
 def fetch_weights(location: Location) -> Location:
     """Download the safetensors of a Hub repository, at the commit of its small files.
 
-    Other kinds of location are returned as they are.
-
-    Raises:
-        ModelError: a file can't be downloaded.
-        CheckpointError: the index of the shards is broken.
+    Other kinds of location are returned as they are. Raises ModelError, CheckpointError.
     """
     from modulora_core.models.safetensors_store import shards_of  # torch
 
@@ -264,17 +248,12 @@ def download(
     """Download ``files`` of a Hub repository; the ones that it lacks are left out.
 
     Args:
-        name: ``org/name``.
         revision: a branch, tag or commit; by default the main branch.
-        files: names or patterns of names.
-        subject: ``"model"`` or ``"adapter"``, for the message.
-        error: the class of the error.
 
     Returns:
         the folder of the files, in the Hub's cache.
 
-    Raises:
-        error: the Hub has no such repository, or can't be reached.
+    Raises error: the Hub has no such repository, or can't be reached.
     """
     from huggingface_hub import snapshot_download
 

@@ -38,8 +38,7 @@ class Sampling:
         seed: seed of the sampling.
         beams: beams of beam search; 1 takes one token after the other.
 
-    Raises:
-        OptionError: a value is out of range.
+    Raises OptionError: a value is out of range.
     """
 
     max_new_tokens: int = 256
@@ -79,8 +78,7 @@ def continuations(
     A continuation ends at a token of :func:`model_stops`, or at ``max_new_tokens``. In a batch,
     padding follows the end. Only the settings in ``sampling`` apply, and ``stopping``.
 
-    Raises:
-        WorkError: logits are NaN or infinite.
+    Raises WorkError: logits are NaN or infinite.
     """
     stops = model_stops(model, tokenizer)
     greedy = sampling.temperature == 0

@@ -15,6 +15,7 @@ import difflib
 import fnmatch
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -39,12 +40,10 @@ class LinearSite:
 
     Attributes:
         name: the parameter's name in memory: ``"model.layers.0.mlp.up_proj.weight"``.
-        module: the dotted path of its module.
         kind: ``"embedding"`` comes only from :func:`input_table`.
         out_features, in_features: rows and columns of each matrix, ``[out, in]``.
         experts: the number of matrices in a stack; None for one matrix.
         transposed: whether the parameter holds ``[in, out]``.
-        bias: whether the module adds a bias to the product.
     """
 
     name: str
@@ -81,13 +80,10 @@ def find_sites(
     """Sort every parameter of ``model`` into linear weights and parameters that stay dense.
 
     Args:
-        model: a causal language model, on any device, the meta device too.
         include: fnmatch patterns (``*`` crosses dots) on module paths or parameter names; only
             linear weights that match one are taken. The output head is taken only by a pattern.
-        exclude: patterns of linear weights that stay dense after all.
 
-    Raises:
-        OptionError: a pattern that matches nothing, or only weights that can't be taken.
+    Raises OptionError: a pattern that matches nothing, or only weights that can't be taken.
     """
     linears: list[LinearSite] = []
     dense: dict[str, str] = {}
@@ -119,11 +115,9 @@ def input_table(model: PreTrainedModel, stored: Iterable[str]) -> LinearSite:
     """The site of the input embedding.
 
     Args:
-        model: on any device, the meta device too.
         stored: names of the parameters that the model's files give; only one of several tied ones.
 
-    Raises:
-        ModelError: it can't be packed.
+    Raises ModelError: it can't be packed.
     """
     module = model.get_input_embeddings()
     path = path_of(module, model)
@@ -244,15 +238,15 @@ def _is_read(model: PreTrainedModel, path: str) -> bool:
     """Whether the model's code reads a layer's weight, so that calling the layer is not all."""
     parent, _, leaf = path.rpartition(".")
     names = {("self", leaf), (parent.rpartition(".")[2], leaf)}
-    return not names.isdisjoint(_weights_read(type(model.get_submodule(parent))))
+    return not names.isdisjoint(_weights_read(type(model.get_submodule(parent)).__module__))
 
 
 @cache
-def _weights_read(kind: type[nn.Module]) -> set[tuple[str, str]]:
-    """The last two names of each layer whose weight is read in the file of a module's class."""
+def _weights_read(module: str) -> set[tuple[str, str]]:
+    """The last two names of each layer whose weight is read in the file of a Python module."""
     try:
-        return {*_READ.findall(inspect.getsource(inspect.getmodule(kind)))}  # type: ignore[arg-type]
-    except (OSError, TypeError):  # a class without a file
+        return {*_READ.findall(inspect.getsource(sys.modules[module]))}
+    except (OSError, TypeError):  # a module without a file
         return set()
 
 
@@ -309,12 +303,8 @@ def _reason(path: str, module: nn.Module, parameter: str, tensor: Tensor) -> str
         return "norm"
     if parameter.endswith("bias"):
         return "bias"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return "convolution kernel"
     if "Router" in kind or path.rpartition(".")[2] in ("router", "gate"):
         return "router"
     if isinstance(module, nn.Linear):
         return f"{kind} isn't called as a linear layer"
-    if tensor.dim() < 2:
-        return "vector or scalar"
     return f"{tensor.dim()}-D parameter of {kind}, not a linear weight"

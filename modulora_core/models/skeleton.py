@@ -31,13 +31,10 @@ def build_skeleton(
     """Build the causal language model of a config on the meta device: it takes no memory.
 
     Args:
-        config: of the model; it isn't changed.
-        dtype: the dtype that the model is loaded in.
         buffers: compute buffers, such as rotary frequencies, on the CPU, not on the meta device.
         auto: transformers' name of another kind of model, such as a classifier.
 
-    Raises:
-        ModelError: transformers has no causal language model for this config, or can't build it.
+    Raises ModelError: transformers has no causal language model for this config, or can't build it.
     """
     import transformers
     from accelerate import init_empty_weights

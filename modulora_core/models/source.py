@@ -29,10 +29,8 @@ class ModelSource(Weights):
     """A model that :func:`open_dense` opened: its weights with config, tokenizer and origin.
 
     Attributes:
-        location: the place of its files.
         config: transformers' config of the model that :meth:`skeleton` builds. ``config.dtype`` is
             the dtype that transformers loads it in, ``config.name_or_path`` is MODEL.
-        file: the opened file, of a model in one file.
     """
 
     def __init__(
@@ -117,15 +115,7 @@ def open_dense(model: str | Location, *, revision: str | None = None) -> ModelSo
 
     Only headers are read. The weights of a file are dequantized as they are read.
 
-    Args:
-        model: MODEL as the user wrote it, or its place.
-        revision: a branch, tag or commit of a Hub repository.
-
-    Raises:
-        ModelError: nothing is there, transformers can't use it, it isn't a causal language model,
-            or it is quantized already.
-        CheckpointError: the weights are missing, truncated or broken, or the causal language model
-            has no place for some of them.
+    Raises ModelError, CheckpointError.
     """
     location = model if isinstance(model, Location) else locate(model, revision)
     with quiet():

@@ -21,8 +21,6 @@ class StoredTensor:
     Attributes:
         shape, dtype: of the tensor that :meth:`TensorStore.read` gives.
         stored_as: the file's own name of the format: ``"BF16"``, ``"Q4_1"``.
-        nbytes: bytes in the file.
-        file: the file's name.
     """
 
     shape: tuple[int, ...]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pydantic import BaseModel
 
 from modulora_core.errors import ModelError, first_line
 from modulora_core.models.config import vocabulary_of
@@ -37,15 +34,8 @@ TOKENIZER_FILES = (
 
 _ADVICE = "copy the tokenizer files of the model that it was made from into the folder"
 
-_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-
-class _SmallFile(BaseModel):
-    model_max_length: float | None = None
-    tokenizer_class: Any = None
 
 
 COPIED_FILES = (
@@ -63,21 +53,14 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(model: str, folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of ``folder``; messages name ``model``.
-
-    Raises:
-        ModelError: there is none that transformers can read, or its chat template is no text.
-    """
+    """Load the tokenizer of ``folder``; messages name ``model``. Raises ModelError."""
     if not has_tokenizer(folder):  # some versions of transformers make an empty tokenizer of it
         raise ModelError(
             f"model {model}: no tokenizer files, such as {TOKENIZER_FILES[0]}; {_ADVICE}"
         )
-    small = [
-        read_json(folder / name, _SmallFile, error=ModelError)
-        for name in _SMALL_FILES
-        if (folder / name).exists()
-    ]
-    exact = any(file.tokenizer_class == "TokenizersBackend" for file in small)
+    small = folder / "tokenizer_config.json"
+    values = read_json(small, dict[str, Any], error=ModelError) if small.exists() else {}
+    exact = values.get("tokenizer_class") == "TokenizersBackend"
     return checked_tokenizer(model, lambda: _from_folder(folder, exact))
 
 
@@ -86,15 +69,13 @@ def checked_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that ``load`` gives. Raises ModelError, as :func:`load_tokenizer`."""
     try:
-        with quiet(), panics_refused("tokenizer"):
-            tokenizer = load()
+        with quiet():
+            return load()
     except Exception as error:  # each tokenizer class fails in its own way on broken files
         raise ModelError(
             f"model {model}: no tokenizer that transformers can read ({first_line(error)}); "
             f"{_ADVICE}"
         ) from error
-    _check_templates(model, tokenizer)
-    return tokenizer
 
 
 def _from_folder(folder: Path, exact: bool) -> PreTrainedTokenizerBase:
@@ -109,42 +90,13 @@ def _from_folder(folder: Path, exact: bool) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _check_templates(model: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that is no text. Raises ModelError."""
-    found = tokenizer.chat_template
-    for template in found.values() if isinstance(found, dict) else [found]:
-        if template is not None and not isinstance(template, str):
-            raise ModelError(
-                f"model {model}: chat template: expected text, got {str(template)!r:.60}; take "
-                "another template"
-            )
-
-
-@contextmanager
-def panics_refused(subject: str) -> Iterator[None]:
-    """Make a panic of the library tokenizers a ModelError about ``subject``.
-
-    A panic of Rust is a BaseException in Python, which ``except Exception`` does not catch.
-    """
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ModelError(
-            f"{subject}: the library tokenizers fails on it: {' '.join(str(error).split())[:200]}; "
-            "take another tokenizer"
-        ) from None
-
-
 def copy_tokenizer(folder: Path, out: Path) -> list[str]:
     """Copy the :data:`COPIED_FILES` of ``folder``.
 
     Returns:
         their names, relative to ``out``.
 
-    Raises:
-        ModelError: one of them is no file.
+    Raises ModelError: one of them is no file.
     """
     copied = []
     for pattern in COPIED_FILES:
@@ -173,7 +125,7 @@ def write_tokenizer(
     out.mkdir(parents=True, exist_ok=True)
     with quiet():
         saved = [Path(file) for file in tokenizer.save_pretrained(out)]
-        _name_absent_tokens(tokenizer, out / _SMALL_FILES[0])
+        _name_absent_tokens(tokenizer, out / "tokenizer_config.json")
         generation = GenerationConfig.from_model_config(config)
         size = vocabulary_of(config)
         stops = stop_ids(tokenizer, generation.eos_token_id, size=size)
@@ -188,3 +140,32 @@ def _name_absent_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     written = json.loads(path.read_text())
     absent = [name for name in _ROLES if getattr(tokenizer, name) is None]
     path.write_text(json.dumps(written | dict.fromkeys(absent), indent=2) + "\n")
+
+
+Turns = tuple[Sequence[Mapping[str, Any]], bool]
+"""Messages, and whether the prompt of an answer follows them."""
+
+
+def render(
+    tokenizer: Any, turns: Sequence[Turns], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[str]:
+    """Render conversations by the tokenizer's ``apply_chat_template``.
+
+    Args:
+        turns: several conversations, such as the beginnings of one.
+        tools: JSON schemas of functions that the model may call.
+
+    Raises ValueError: the template refuses them.
+    """
+    try:
+        return [
+            tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=with_prompt,
+            )
+            for messages, with_prompt in turns
+        ]
+    except Exception as error:  # a template computes anything
+        raise ValueError(first_line(error)) from error

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from modulora_core.errors import CheckpointError, WeightError
 from modulora_core.models.conversion import Conversion, converted_shapes, plan_conversions
-from modulora_core.models.skeleton import (
-    PACK_IN_PYTHON,
-    load_dtypes,
-    tied_names,
-    without_optional,
-)
+from modulora_core.models.skeleton import PACK_IN_PYTHON, load_dtypes, tied_names, without_optional
 from modulora_core.models.store import is_finite
 from modulora_core.progress import Progress, no_progress
 
@@ -54,14 +49,11 @@ class Weights:
     another name than its value only if it is tied, and the files have its other name.
 
     Args:
-        store: the tensors in the files.
-        model: the model on the meta device.
         dtype: the dtype that the model is loaded in; transformers keeps some modules in fp32.
         transforms: transformers' weight transforms, if they differ from the transforms of the
             class. Tensors are then cast after them instead of before, as transformers does.
 
     Attributes:
-        store: as given.
         unplaced: the tensors in the files that the model has no place for.
         parameters: every parameter and persistent buffer in the files, by its name in memory, in
             the model's order, known from headers alone. Of tied names only the first is listed.
@@ -100,8 +92,7 @@ class Weights:
     def check_whole(self) -> None:
         """Compare the files' headers with the config. :attr:`unplaced` tensors are allowed.
 
-        Raises:
-            CheckpointError: a parameter has no tensor in the files, or one of another shape.
+        Raises CheckpointError: a parameter has no tensor in the files, or one of another shape.
         """
         shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         present = {*self._shapes, *self._value_of}
@@ -146,8 +137,7 @@ class Weights:
         Returns:
             a SHA-256 of the values, as hexadecimal digits.
 
-        Raises:
-            WeightError: a tensor has NaN or Inf; the message names it and its file.
+        Raises WeightError: a tensor has NaN or Inf; the message names it and its file.
         """
         used = [name for each in self.parameters for name in self.stored_names(each)]
         stored = {name: self.store.tensors[name] for name in used}
@@ -172,8 +162,7 @@ class Weights:
         A decoder layer comes together. One parameter exists at a time, if the caller drops it
         before the next. While tensors are fused or split, the parts and the whole exist together.
 
-        Raises:
-            CheckpointError: a file was changed since it was opened.
+        Raises CheckpointError: a file was changed since it was opened.
         """
         asked = self.parameters if names is None else names
         for conversion, made in self._conversions:

@@ -100,8 +100,7 @@ class Assignment(BaseModel):
     def patterns_of(self, linears: Sequence[LinearSite]) -> dict[str, str | None]:
         """By a layer's name, the last pattern that matches it; None where the default counts.
 
-        Raises:
-            OptionError: a pattern matches no layer.
+        Raises OptionError: a pattern matches no layer.
         """
         found: dict[str, str | None] = dict.fromkeys(linear.name for linear in linears)
         for pattern in self.layers:

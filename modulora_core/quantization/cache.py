@@ -46,17 +46,13 @@ class CachedModel:
     """A packed model in the cache, or to be made there; the dense model's headers tell its record.
 
     Args:
-        model: MODEL as on the command line.
         choice, embeddings, calibration, quality: as for :func:`quantize`, whose other settings
             have their defaults.
-        cache: the folder of cached models; by default :func:`cache_folder`.
 
     Attributes:
         record: the ``quantization_config`` that the packed model will have, without ``contents``.
 
-    Raises:
-        ModelError, CheckpointError: the model cannot be read, or it is packed already.
-        PluginError, OptionError: the quantizer or an option is refused, or it needs calibration.
+    Raises ModelError, CheckpointError, PluginError, OptionError.
     """
 
     def __init__(

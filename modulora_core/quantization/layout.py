@@ -84,14 +84,7 @@ def choose_layout(
 ) -> Layout:
     """Choose how every parameter is stored. Reads no weight.
 
-    Args:
-        include, exclude: patterns of linear layers, as in
-            :func:`modulora_core.quantization.quantize.quantize`.
-
-    Raises:
-        PluginError, OptionError: a quantizer, an option, a pattern or a combination is refused.
-        ShapeError: a quantizer can't take a layer's shape; the message names the layer.
-        ModelError: calibration is wanted and the model has no decoder blocks.
+    Raises PluginError, OptionError, ShapeError, ModelError.
     """
     created = {pattern: assignment.create(pattern) for pattern in (None, *assignment.layers)}
     quantizers = [each for each in created.values() if each is not None]
@@ -101,7 +94,8 @@ def choose_layout(
     at_ends = {end.site.name for end in ends}
     dense = {name: reason for name, reason in found.dense.items() if name not in at_ends}
     linears = [linear for linear in found.linears if linear.name not in at_ends]
-    patterns, inside = assignment.patterns_of(linears), _inside(source, calibration)
+    patterns = assignment.patterns_of(linears)
+    inside = () if calibration is None else block_prefixes(source)
     chosen: list[tuple[LinearSite, Quantizer]] = []
     for linear in linears:
         quantizer = created[patterns[linear.name]]
@@ -149,11 +143,6 @@ def choose_layout(
     return Layout(record, packed, dict(_stored_tensors(source, record)), calibration)
 
 
-def _inside(source: ModelSource, calibration: CalibrationText | None) -> tuple[str, ...]:
-    """The prefixes of the parameters that a calibration reaches."""
-    return () if calibration is None else block_prefixes(source)
-
-
 def _refuse_included(linear: LinearSite, include: Sequence[str]) -> None:
     """Raise OptionError if ``include`` names a layer that stays dense, outside of the blocks."""
     for pattern in include:
@@ -170,11 +159,7 @@ def _key(quantizer: Quantizer) -> tuple[str, str]:
 
 
 def end_quantizer(end: End) -> Quantizer:
-    """The quantizer of a head or an embedding.
-
-    Raises:
-        PluginError, OptionError: a quantizer or an option is refused, or it needs calibration.
-    """
+    """The quantizer of a head or an embedding. Raises PluginError, OptionError."""
     quantizer = end.choice.create()
     if quantizer.spec.calibration == "required":
         raise OptionError(

@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 
 from modulora_core import distributed
-from modulora_core.calibration import (
-    BlockVisitor,
-    BlockWalk,
-    PackedMatrices,
-    Tuner,
-    block_prefixes,
-)
-from modulora_core.calibration.output_moments import OutputMoments, moment_bytes
+from modulora_core.calibration import BlockVisitor, BlockWalk, PackedMatrices, Tuner, block_prefixes
 from modulora_core.calibration.sensitivity import loss_sensitivities
 from modulora_core.calibration.stages import TokenWeights
 from modulora_core.calibration.states import spilled_bytes
-from modulora_core.calibration.token_weights import token_weights
+from modulora_core.calibration.token_weights import OutputMoments, moment_bytes, token_weights
 from modulora_core.checkpoints.matrices import pack_matrices
 from modulora_core.checkpoints.written.shards import ShardWriter
 from modulora_core.dense_products import has_bfloat16_units, matmul_precision
@@ -79,9 +72,7 @@ def pack_all(
 
     Parameters that ``writer`` has already are not packed again; with tuning, whole blocks.
 
-    Raises:
-        ModelError: the model can't run block by block.
-        WorkError: a layer's inputs are NaN or Inf, or a quantizer broke the promise of its layout.
+    Raises ModelError, WorkError.
     """
     text, tuner = layout.calibration, None
     weights, moments = _weigh(source, layout, writer.folder, device, progress)

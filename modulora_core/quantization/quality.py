@@ -28,11 +28,7 @@ TUNING = TuningConfig(epochs=1)
 def choice_of(choice: Choice, quality: Quality) -> Choice:
     """The choice with the options that its plugin offers for ``quality``, unless it has its own.
 
-    An offer that the choice's own options exclude is left out.
-
-    Raises:
-        OptionError: the choice's own options are refused.
-        PluginError: the quantizer is unknown, or broken.
+    An offer that the choice's own options exclude is left out. Raises OptionError, PluginError.
     """
     if quality == "balanced":
         return choice

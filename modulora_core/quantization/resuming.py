@@ -57,12 +57,7 @@ def check_finished(
     """Refuse a finished checkpoint of another request or other weights. Reads all values.
 
     Another version of this package may have written it. A checkpoint without a digest is accepted
-    with a warning: older versions wrote none.
-
-    Raises:
-        OutputError: the request is another one.
-        CheckpointError: the values differ.
-        WeightError: a weight is NaN or Inf.
+    with a warning: older versions wrote none. Raises OutputError, CheckpointError, WeightError.
     """
     request = {"core_version": record.core_version, "contents": None}
     if done.record.model_copy(update=request).to_json() != record.to_json():
@@ -97,16 +92,11 @@ def unfinished(
     Args:
         request: identifies the run; a resumed run must have the same.
         nbytes: the size of the files to write, without small ones.
-        resume: whether to continue a run that is there.
 
     Yields:
         the folder, whether a run is continued, and in the first process the digest of the values.
 
-    Raises:
-        CheckpointError: the unfinished run has another request or other weights; a weight is
-            missing or has another shape.
-        DiskSpaceError: the disk has too little space.
-        WeightError: a weight is NaN or Inf.
+    Raises CheckpointError, DiskSpaceError, WeightError.
     """
     with ExitStack() as stack:
         resumes, contents = False, None

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modulora_convert.convert import convert
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.inference.generate import generate

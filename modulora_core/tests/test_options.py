@@ -7,7 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from modulora_core.errors import OptionError, PluginError
-from modulora_core.options import parse_options, validate_options
+from modulora_core.options import parse_options, validate_model
 from modulora_core.registry import Choice
 
 
@@ -46,7 +46,7 @@ def test_parse_options_refuses_what_is_not_one_value_for_one_key(words):
     ],
 )
 def test_a_word_is_read_as_the_number_of_a_literal(words, meant):
-    read = validate_options("alpha", Choices, parse_options(words)).model_dump()
+    read = validate_model("alpha", Choices, parse_options(words)).model_dump()
     expected = Choices(**meant).model_dump()
     assert read == expected
     assert [type(value) for value in read.values()] == [type(value) for value in expected.values()]
@@ -54,7 +54,7 @@ def test_a_word_is_read_as_the_number_of_a_literal(words, meant):
 
 def test_a_word_that_is_none_of_a_literal_is_refused():
     with pytest.raises(OptionError, match="option 'bits': expected 2, 3 or 4, got '5'"):
-        validate_options("alpha", Choices, {"bits": "5"})
+        validate_model("alpha", Choices, {"bits": "5"})
 
 
 # --- a quantizer with options in one word ---

@@ -161,20 +161,6 @@ def test_a_blocked_plugin_is_not_imported_and_says_so(site, monkeypatch, block):
 # --- unknown names -------------------------------------------------------------------------------
 
 
-def test_a_name_with_options_in_it_says_where_they_go(site):
-    """``--choices`` and the benchmarks take them so."""
-    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-    with pytest.raises(
-        UnknownQuantizerError,
-        match=r"expected a name alone, .* give -q alpha -o bits=3 -o group_size=64$",
-    ):
-        registry.create("alpha:bits=3,group_size=64")
-    with pytest.raises(
-        UnknownQuantizerError, match=r"other:bits=3' .*run `pip install -r plugins/requirements"
-    ):
-        registry.create("other:bits=3")
-
-
 def test_an_unknown_name_says_near_misses_and_what_is_installed(site):
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     site.install("fake-broken", {"beta": "fake_broken"}, {"fake_broken": failing("oh")})
@@ -188,11 +174,8 @@ def test_an_unknown_name_says_near_misses_and_what_is_installed(site):
 
 
 def test_an_unknown_name_from_a_checkpoint_says_what_to_install(site):
-    with pytest.raises(UnknownQuantizerError, match="Install its package, fake-gamma, from a fol"):
+    with pytest.raises(UnknownQuantizerError, match="Install its package, fake-gamma, or a newer"):
         registry.find("gamma", distribution="fake-gamma")
-    site.install_quantizer("delta", distribution="fake-gamma", module="fake_gamma", version="0.9")
-    with pytest.raises(UnknownQuantizerError, match=r"fake-gamma 0.9 lacks it; install a newer"):
-        registry.load("gamma", distribution="fake-gamma")
 
 
 @pytest.mark.parametrize(

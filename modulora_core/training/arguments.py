@@ -17,7 +17,7 @@ from transformers.utils import is_liger_kernel_available
 from modulora_core.distributed import world_size
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.optimizers import check_optimizer_name
+from modulora_core.training.devices import check_optimizer_name
 from modulora_core.training.sharding import distributed_arguments
 from modulora_core.training.trainer_options import trainer_options
 
@@ -43,8 +43,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """Translate a config to transformers' arguments. Checkpoints go to ``folder``.
 
-    Raises:
-        OptionError: transformers refuses a value of ``config.trainer``.
+    Raises OptionError: transformers refuses a value of ``config.trainer``.
     """
     values = {**argument_values(config, folder, steps, device), **trainer_options(config.trainer)}
     try:
@@ -63,9 +62,7 @@ def training_arguments(
 def check_values(arguments: TrainingArguments, steps: int) -> None:
     """Refuse values that transformers reads only after the work has begun.
 
-    Raises:
-        OptionError: the schedule, its options or the level of logs.
-        MissingExtraError: a library is not installed.
+    Raises OptionError, MissingExtraError.
     """
     for name in ("log_level", "log_level_replica"):
         if (level := getattr(arguments, name)) not in trainer_log_levels:
@@ -202,12 +199,7 @@ def warn_of_settings(config: FinetuneConfig, examples: Any, steps: int) -> None:
 
 
 def check_optimizer(name: str) -> None:
-    """Refuse an optimizer before work starts.
-
-    Raises:
-        OptionError: transformers has no optimizer of that name; the message has near misses.
-        MissingExtraError: the optimizer's library is not installed.
-    """
+    """Refuse an optimizer before work starts. Raises OptionError, MissingExtraError."""
     check_optimizer_name(name)
     # not TrainingArguments(): it resets accelerate, which another run of this process may use
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}

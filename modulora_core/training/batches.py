@@ -66,10 +66,7 @@ def check_joined(model: PreTrainedModel, batch_size: int) -> None:
 
     transformers restricts attention to a part by ``position_ids``, if there is no attention mask;
     flash attention does so for one row alone. A part's logits must be nearer to its logits alone
-    than to a continued text's.
-
-    Raises:
-        OptionError: they are not.
+    than to a continued text's. Raises OptionError: they are not.
     """
     training, first, second = model.training, torch.arange(3, 8), torch.arange(9, 2, -1)
     both, apart = torch.cat([first, second]), [torch.arange(5), torch.arange(7)]

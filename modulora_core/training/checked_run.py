@@ -9,18 +9,26 @@ from typing import Any
 
 import torch
 
+from modulora_core.calibration import CalibrationConfig
+from modulora_core.checkpoints.foreign.files import base_file, file_writer
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.data.sources import Source, source_name
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import OptionError
+from modulora_core.hf.load_model import check_mapped
 from modulora_core.hf.peft_format import read_adapter
+from modulora_core.lora.adapting import selected_layers
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.quantization.cache import CachedModel
-from modulora_core.training.arguments import total_steps, warn_of_settings
-from modulora_core.training.checks import check_adapter, check_lora_file, checked_model
+from modulora_core.registry import Choice
+from modulora_core.training.arguments import check_optimizer, total_steps, warn_of_settings
 from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.devices import check_device
 from modulora_core.training.methods import METHODS, Method
 from modulora_core.training.resuming import CHECKPOINTS, Begun, begun, check_examples, check_new
+from modulora_core.training.sharding import check_fsdp_version, is_sharded
+from modulora_core.training.trainer_options import check_reporters
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +72,7 @@ def checked_run(
 ) -> CheckedRun:
     """Check the request, and read the data. The method is the config's, unless one is given.
 
-    Raises:
-        RequestError: as :func:`modulora_core.finetune`.
+    Raises RequestError: as :func:`modulora_core.finetune`.
     """
     sources, method = _sources(config, data, eval_data), method or METHODS[config.method]()
     device = pick_device()
@@ -121,3 +128,49 @@ def _sources(
     if "train" not in found:
         raise OptionError("data: expected training data, got none; give --data SOURCE")
     return found
+
+
+def checked_model(config: FinetuneConfig, device: torch.device) -> PackedCheckpoint | CachedModel:
+    """Open the packed model, or the dense model that will be packed. Raises RequestError."""
+    shard = is_sharded(config)
+    check_device(config, device.type, processes=world_size(), shard=shard)
+    if shard:
+        check_fsdp_version()
+    check_optimizer(config.optim)
+    check_reporters(config.report_to)
+    checkpoint: PackedCheckpoint | CachedModel
+    if config.quantizer is not None:
+        choice = Choice.parse(config.quantizer, "quantizer")
+        text = CalibrationConfig(config.calibration) if config.calibration else None
+        checkpoint = CachedModel(config.model, choice, calibration=text, quality=config.quality)
+    else:
+        checkpoint = open_packed(config.model)
+        if config.mapped:
+            check_mapped(checkpoint, str(device))
+    return checkpoint
+
+
+def check_adapter(config: FinetuneConfig, checkpoint: PackedCheckpoint | CachedModel) -> None:
+    """Refuse targets that the model lacks, or an adapter to continue that can't be read."""
+    if config.adapter is None:
+        selected_layers(checkpoint.outline, config.targets, config.rank)
+    else:
+        read_adapter(config.adapter)
+
+
+def check_lora_file(config: FinetuneConfig, checkpoint: PackedCheckpoint | CachedModel) -> None:
+    """Refuse ``lora_file`` where the file couldn't be written or used."""
+    if config.lora_file is None:
+        return
+    writer = file_writer(config.lora_file)
+    writer.check_adapter_file(Path(config.lora_file))
+    spec = writer.spec
+    continued = None if config.adapter is None else read_adapter(config.adapter)
+    if config.train_scales or (continued is not None and continued.has_channel_scales):
+        raise OptionError("lora_file: it holds no channel scales; train without them")
+    if not isinstance(checkpoint, PackedCheckpoint) or not base_file(checkpoint, config.model):
+        raise OptionError(
+            f"lora_file: expected a file *{spec.file_suffix} as MODEL, got {config.model}; write "
+            f"the file later: modulora convert {config.out} {config.lora_file} --to {spec.name} "
+            f"--model FILE{spec.file_suffix}"
+        )

@@ -47,10 +47,6 @@ def _one_or_more(value: Any) -> Any:
     return value  # pydantic names what it is
 
 
-def _text_of_path(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
 def _comma_separated(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(","))
@@ -77,7 +73,7 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     BeforeValidator(lambda dtype: str(dtype).removeprefix("torch.")),  # torch.float32 too
 ]
-PathName = Annotated[str, BeforeValidator(_text_of_path)]
+PathName = Annotated[str, BeforeValidator(lambda v: str(v) if isinstance(v, os.PathLike) else v)]
 Pairs = Annotated[dict[str, Any], BeforeValidator(_pairs)]
 
 
@@ -87,8 +83,7 @@ class FinetuneConfig(BaseModel):
     The defaults of optimizer and adapter are the paper's (arXiv 2309.16119), except targets and
     batches, which depend on the task there.
 
-    Raises:
-        OptionError: an unknown field (with near misses), or a bad value.
+    Raises OptionError: an unknown field (with near misses), or a bad value.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -113,8 +108,7 @@ class FinetuneConfig(BaseModel):
         "model stays in a cache, $MODULORA_CACHE or modulora in the Hub's",
     )
     calibration: PathName | None = Field(
-        default=None,
-        description="calibration text, of a quantizer that needs one",
+        default=None, description="calibration text, of a quantizer that needs one"
     )
     quality: Literal["fast", "balanced", "best"] = Field(
         default="balanced", description="of quantizing: less time, or less loss, at the same size"
@@ -315,8 +309,7 @@ class FinetuneConfig(BaseModel):
                 file.
             file: the file that ``--config`` names.
 
-        Raises:
-            OptionError: an unknown option (with near misses), a bad value, or a malformed file.
+        Raises OptionError: an unknown option (with near misses), a bad value, or a malformed file.
         """
         given = {name: value for name, value in options.items() if value is not None}
         values = {} if file is None else _read(Path(file))
@@ -324,14 +317,12 @@ class FinetuneConfig(BaseModel):
             for other in _EXCLUSIVE.get(name, ()):
                 values.pop(other, None)
         subject = cls.command if file is None else f"{cls.command} with {file}"
-        named = dict(map(_renamed, {**values, **given}.items()))
-        return cls.model_validate(named, context=subject)
+        return cls.model_validate({**values, **given}, context=subject)
 
     def in_window(self, longest: int | None, model: str) -> FinetuneConfig:
         """The config with a ``seq_len`` that ``model`` can take: its context, if none was given.
 
-        Raises:
-            OptionError: the given ``seq_len`` is above ``longest``, the model's context.
+        Raises OptionError: the given ``seq_len`` is above ``longest``, the model's context.
         """
         if longest is None or self.seq_len <= longest:
             return self
@@ -360,13 +351,6 @@ class FinetuneConfig(BaseModel):
         others = other.model_dump(mode="json", exclude=left_out)
         names = [name for name in mine if mine[name] != others[name]]
         return [f"{name} {others[name]!r} → {mine[name]!r}" for name in names]
-
-
-def _renamed(option: tuple[str, object]) -> tuple[str, object]:
-    """``lora_SUFFIX: FILE.SUFFIX``, as older files have it, is ``lora_file: FILE.SUFFIX``."""
-    name, value = option
-    is_older = name == f"lora_{Path(str(value)).suffix[1:].lower()}"
-    return ("lora_file" if is_older else name), value
 
 
 def _read(path: Path) -> dict[str, object]:

@@ -1,6 +1,8 @@
-"""Refuse a run that does not fit its device and processes. This module does not import torch."""
+"""Refuse a device, processes or an optimizer that a run can't have, without importing torch."""
 
 from __future__ import annotations
+
+import difflib
 
 from modulora_core.errors import OptionError
 from modulora_core.training.config import FinetuneConfig
@@ -13,8 +15,7 @@ def check_device(config: FinetuneConfig, device: str, *, processes: int, shard: 
         config: the run; device: ``"cpu"``, or the kind of a GPU.
         processes: the number of processes; shard: whether they share one copy of the weights.
 
-    Raises:
-        OptionError: an option needs another device, several processes, or no other option.
+    Raises OptionError: an option needs another device, several processes, or no other option.
     """
     if device == "cpu":
         if config.dtype == "float16":
@@ -33,3 +34,15 @@ def check_device(config: FinetuneConfig, device: str, *, processes: int, shard: 
         )
     if shard and config.mapped:
         raise OptionError("mapped: expected no shard beside it; leave one of the two out")
+
+
+def check_optimizer_name(name: str) -> None:
+    """Refuse a name that transformers doesn't know. Raises OptionError, with near misses."""
+    from transformers.training_args import OptimizerNames
+
+    names = [known.value for known in OptimizerNames]
+    if name not in names:
+        near = difflib.get_close_matches(name, names) or names
+        raise OptionError(
+            f"optim {name!r}: transformers has no such optimizer; expected {' or '.join(near)}"
+        )

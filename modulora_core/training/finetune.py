@@ -57,6 +57,7 @@ from modulora_core.training.trainer import (
     AdapterTrainer,
     OnEval,
     OnStep,
+    TrainerParts,
     Watcher,
     last_eval_loss,
 )
@@ -69,16 +70,12 @@ class FinetuneResult:
     """The result of a run. A run that was finished before has no steps.
 
     Attributes:
-        out: the adapter folder.
         losses: the loss of each optimizer step, over the trained tokens of its batch.
         eval_loss: the loss after the last step; None without evaluation data.
         eval_loss_before: the loss before the first step; None without evaluation data, or if the
             run began without ``baseline``.
-        seconds: duration of training in this call and of the evaluations in it, without the steps
-            before a resume.
+        seconds: duration of training and evaluations in this call.
         tokens_per_second: trained tokens, without padding, divided by ``seconds``.
-        peak_memory_bytes: peak memory of loading and training
-            (:class:`modulora_core.checkpoints.peak_memory.PeakMemory`).
         model: the packed model: the config's, or its folder in the cache.
         files: the ``lora_file`` and the files beside it that the first process wrote.
         padding: share of padding in the training batches of this call; None for DPO.
@@ -203,11 +200,10 @@ def _train(
                 check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model) + method.nbytes)
             with trainer_refused(config.trainer, out / CHECKPOINTS):
+                of_run = {"settings": settings, "memory": peak, "callbacks": [watcher, *callbacks]}
                 trainer = method.trainer(
-                    model, config, arguments, examples, run.tokenizer,
-                    settings=settings, memory=peak,
-                    callbacks=[watcher, *callbacks],
-                )  # fmt: skip
+                    TrainerParts(model, config, arguments, examples, run.tokenizer, of_run)
+                )
                 if config.gradient_checkpointing:
                     checkpoint_activations(model, keep_products=config.keep_products)
                 trainer.get_train_dataloader()

@@ -18,7 +18,6 @@ def checkpoint_activations(model: PreTrainedModel, *, keep_products: bool = Fals
     """Turn on gradient checkpointing.
 
     Args:
-        model: a packed model.
         keep_products: save the products with packed weights, ``[..., out]`` each, so that the
             backward does not multiply again.
     """

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import Subset
 
 from modulora_core.distributed import world_size
-from modulora_core.lora.switching import without_adapter
+from modulora_core.lora.adapted import without_adapter
 from modulora_core.training.run_log import HeldOut
 from modulora_core.training.trainer import AdapterTrainer
 

@@ -34,9 +34,7 @@ def worsening(losses: Sequence[float], eval_loss: float | None, vocabulary: int)
     step 1. Or its mean rose from the first to the last steps by more than batches scatter.
 
     Args:
-        losses: the loss of each step.
         eval_loss: the loss after the last step on evaluation data; preferred if given.
-        vocabulary: V.
     """
     if len(losses) < 2:  # its only loss precedes its only update
         return ""

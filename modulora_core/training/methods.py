@@ -25,7 +25,7 @@ from modulora_core.progress import Display
 from modulora_core.training.arguments import training_arguments
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.sharding import is_sharded
-from modulora_core.training.trainer import AdapterRun, AdapterTrainer
+from modulora_core.training.trainer import AdapterRun, AdapterTrainer, TrainerParts
 from modulora_core.training.trainer_options import trainer_options
 
 
@@ -77,8 +77,7 @@ class Method:
             tokenizer: the model's; vocabulary: the number of tokens that the model knows.
             folder: the folder of the checkpoints, for files until the end of the run.
 
-        Raises:
-            RequestError: something can't be used.
+        Raises RequestError: something can't be used.
         """
 
     def arguments(
@@ -90,32 +89,19 @@ class Method:
     def check_model(self, model: PreTrainedModel, name: str) -> None:
         """Check the loaded model. Raises OptionError."""
 
-    def trainer(
-        self,
-        model: PreTrainedModel,
-        config: FinetuneConfig,
-        arguments: TrainingArguments,
-        data: Mapping[str, Any],
-        tokenizer: Any,
-        **common: Any,
-    ) -> AdapterRun:
-        """The trainer.
-
-        Args:
-            model: with its adapter; data: the examples of ``"train"``, and perhaps of ``"eval"``.
-            common: the arguments of AdapterRun.
-        """
+    def trainer(self, parts: TrainerParts) -> AdapterRun:
+        """Make the trainer."""
         # any id will do to pad: attention and labels mask it
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        pads = (parts.tokenizer.pad_token_id, parts.tokenizer.eos_token_id, 0)
         return self.trainer_class(
-            model=model,
-            args=arguments,
+            model=parts.model,
+            args=parts.arguments,
             data_collator=Collator(next(int(pad) for pad in pads if pad is not None)),
-            train_dataset=data["train"],
-            eval_dataset=data.get("eval"),
-            offload_activations=config.offload_activations,
-            group_by_length=data["train"].report.format != "text",
-            **common,
+            train_dataset=parts.data["train"],
+            eval_dataset=parts.data.get("eval"),
+            offload_activations=parts.config.offload_activations,
+            group_by_length=parts.data["train"].report.format != "text",
+            **parts.of_run,
         )
 
     def prepare(self, device: torch.device, progress: Display) -> None:
@@ -166,18 +152,10 @@ class Preferences(Method):
             )
 
     @override
-    def trainer(
-        self,
-        model: PreTrainedModel,
-        config: FinetuneConfig,
-        arguments: TrainingArguments,
-        data: Mapping[str, Any],
-        tokenizer: Any,
-        **common: Any,
-    ) -> AdapterRun:
+    def trainer(self, parts: TrainerParts) -> AdapterRun:
         from modulora_core.training.preference import preference_trainer
 
-        return preference_trainer(model, config, arguments, data, tokenizer, **common)
+        return preference_trainer(parts)
 
 
 METHODS: Mapping[str, type[Method]] = {"sft": Method, "dpo": Preferences}
@@ -188,8 +166,7 @@ METHODS: Mapping[str, type[Method]] = {"sft": Method, "dpo": Preferences}
 def trainer_refused(given: Mapping[str, Any], folder: Path) -> Iterator[None]:
     """Refuse values of ``--trainer`` with which the Trainer, which makes ``folder``, can't be made.
 
-    Raises:
-        OptionError: the Trainer raised an error.
+    Raises OptionError: the Trainer raised an error.
     """
     try:
         yield

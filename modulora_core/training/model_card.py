@@ -32,11 +32,7 @@ def model_card(
     """Markdown with the Hub's metadata: base, data, settings, losses, and usage.
 
     Args:
-        config: the run; checkpoint: its model.
-        losses: the loss of each step; eval_loss: the loss on the evaluation data.
-        data: the name of the training data.
         method: how the method of training is described, after the name of this package.
-        channel_scales: the adapter has channel scales, which PEFT ignores.
     """
     record = checkpoint.record
     base = str(record.source.get("name") or checkpoint.name)

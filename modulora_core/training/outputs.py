@@ -54,10 +54,6 @@ def write_outputs(
 
     Returns:
         the ``lora_file`` and the files beside it that the first process wrote.
-
-    Raises:
-        OutputError: somebody removed the folder, or the run's config in it.
-        RequestError: the ``lora_file`` can't be written.
     """
     out = run.out
     files: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from modulora_core.distributed import barrier, is_first, world_size
 from modulora_core.errors import OptionError
 from modulora_core.training.arguments import OneGPU, argument_values, check_values
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.trainer import AdapterRun
+from modulora_core.training.trainer import AdapterRun, TrainerParts
 from modulora_core.training.trainer_options import trainer_options
 
 
@@ -60,38 +60,26 @@ def preference_arguments(
     return arguments
 
 
-def preference_trainer(
-    model: Any,
-    config: FinetuneConfig,
-    arguments: DPOConfig,
-    rows: Mapping[str, Sequence[dict[str, Any]]],
-    tokenizer: Any,
-    **common: Any,
-) -> PreferenceTrainer:
+def preference_trainer(parts: TrainerParts) -> PreferenceTrainer:
     """Make the trainer, which computes the reference's log-probabilities at once.
 
-    Args:
-        model: a model with an adapter.
-        config: the run.
-        arguments: the result of :func:`preference_arguments`.
-        rows: the rows of :mod:`modulora_core.data.preferences`: ``"train"``, perhaps ``"eval"``.
-        tokenizer: the model's tokenizer.
-        common: the arguments of AdapterRun.
+    Its data are rows of :mod:`modulora_core.data.preferences`.
     """
+    arguments, rows = parts.arguments, parts.data
     batch = arguments.train_batch_size * arguments.gradient_accumulation_steps
     seen = arguments.max_steps * batch * arguments.world_size
     train = list(rows["train"])
     if seen < len(train):  # a log-probability of a row that no step sees would be wasted
-        train = random.Random(config.seed).sample(train, seen)
+        train = random.Random(parts.config.seed).sample(train, seen)
     folder = Path(arguments.output_dir) / "preferences"
     with _quiet():
         return PreferenceTrainer(
-            model=model,
+            model=parts.model,
             args=arguments,
             train_dataset=_dataset(train, folder / "train"),
             eval_dataset=_dataset(rows["eval"], folder / "eval") if "eval" in rows else None,
-            processing_class=tokenizer,
-            **common,
+            processing_class=parts.tokenizer,
+            **parts.of_run,
         )
 
 

@@ -41,12 +41,7 @@ class Begun:
 
 
 def check_new(out: Path) -> None:
-    """Check the output folder of a run that may not resume.
-
-    Raises:
-        OutputError: the folder holds a finished adapter, an unfinished run with a whole checkpoint,
-            or other files.
-    """
+    """Check the output folder of a run that may not resume. Raises OutputError."""
     if (out / ADAPTER_CONFIG).is_file():
         raise OutputError(f"{_finished(out)}; choose another name or remove it")
     if _last_checkpoint(out, resume=False) is not None:
@@ -59,9 +54,7 @@ def check_new(out: Path) -> None:
 def begun(out: Path, config: FinetuneConfig) -> Begun:
     """Find the part of a run that its output folder has, to resume it.
 
-    Raises:
-        OutputError: the folder holds a finished adapter of another run, or other files.
-        OptionError: the run to resume has another config.
+    Raises OutputError, OptionError.
     """
     if (out / ADAPTER_CONFIG).is_file():
         changed = ["another tool wrote it"]
@@ -103,8 +96,7 @@ def _finished(out: Path) -> str:
 def _last_checkpoint(out: Path, *, resume: bool) -> Path | None:
     """The last whole checkpoint; None if nothing would be lost, so that the run may start again.
 
-    Raises:
-        OutputError: the folder holds other files than a run's.
+    Raises OutputError: the folder holds other files than a run's.
     """
     if not (out / RUN_FILE).is_file():
         partial = partial_name(out / RUN_FILE)  # of a run that was killed while it wrote the file
@@ -122,8 +114,7 @@ def _last_checkpoint(out: Path, *, resume: bool) -> Path | None:
 def check_examples(out: Path, examples: Mapping[str, Any], resume_from: Path | None) -> None:
     """Compare the examples of a run to resume with the ones that it began with.
 
-    Raises:
-        OptionError: they differ, so that the run would mix two sets of data.
+    Raises OptionError: they differ, so that the run would mix two sets of data.
     """
     path = out / CHECKPOINTS / _DIGESTS
     if resume_from is None or not path.is_file():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -47,6 +48,7 @@ from modulora_core.training.chunked_loss import (
     cross_entropy,
     token_losses,
 )
+from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.interruption import Interruption, Stopped
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
 from modulora_core.training.readout import read_out
@@ -59,11 +61,8 @@ class TrainingStep:
 
     Attributes:
         step: its number, from 1 to ``total``.
-        loss: mean over the trained tokens of its batch.
-        learning_rate: the rate of this step.
         tokens: number of tokens since the run began, without padding.
         grad_norm: norm of the gradient before clipping; None if it is not measured.
-        tokens_per_second: throughput of this step.
         memory_bytes: peak memory of the run so far
             (:class:`modulora_core.checkpoints.peak_memory.PeakMemory`).
     """
@@ -89,13 +88,33 @@ OnEval = Callable[[int, float], None]
 """Called with the step and the loss on the evaluation data."""
 
 
+@dataclass(frozen=True, slots=True)
+class TrainerParts:
+    """The parts of which a method makes its trainer.
+
+    Attributes:
+        model: with its adapter.
+        config: the run.
+        arguments: the Trainer's.
+        data: the examples of ``"train"``, and perhaps of ``"eval"``.
+        tokenizer: the model's.
+        of_run: other arguments of :class:`AdapterRun`: settings, memory, callbacks.
+    """
+
+    model: PreTrainedModel
+    config: FinetuneConfig
+    arguments: TrainingArguments
+    data: Mapping[str, Any]
+    tokenizer: Any
+    of_run: Mapping[str, Any]
+
+
 class AdapterRun(Trainer):
     """A Trainer whose checkpoints hold the adapter without the frozen base.
 
     Args:
         settings: the settings of a new adapter, recorded in the checkpoints.
         memory: measures the run; its peak is in the logs.
-        arguments: the arguments of Trainer.
     """
 
     def __init__(
@@ -214,15 +233,10 @@ class AdapterTrainer(AdapterRun):
     Args:
         offload_activations: keep the activations of training in CPU memory.
         group_by_length: batch examples of similar length.
-        arguments: the arguments of AdapterRun.
     """
 
     def __init__(
-        self,
-        *,
-        offload_activations: bool,
-        group_by_length: bool,
-        **arguments: Any,
+        self, *, offload_activations: bool, group_by_length: bool, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
         self._offload, self._group = offload_activations, group_by_length

@@ -71,12 +71,7 @@ _UNLISTED = ("flyte",)
 def trainer_options(
     given: Mapping[str, Any], kind: type[TrainingArguments] = TrainingArguments
 ) -> dict[str, Any]:
-    """Parse values by the types of the fields of ``kind``; strings may spell any type.
-
-    Raises:
-        OptionError: no such field (with near misses), a field that another option sets, or a value
-            of another type.
-    """
+    """Parse values by the types of the fields of ``kind``; strings may spell any type."""
     types = get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind) if field.init]
     return {key: _parsed(key, value, names, types) for key, value in given.items()}
@@ -118,12 +113,7 @@ def _in_range(key: str, value: Any) -> Any:
 
 
 def check_reporters(names: Sequence[str]) -> None:
-    """Refuse an experiment tracker that transformers does not know or that is not installed.
-
-    Raises:
-        OptionError: an unknown name; the message lists the names.
-        MissingExtraError: its library is not installed.
-    """
+    """Refuse an experiment tracker that transformers does not know or that is not installed."""
     for name in names:
         try:
             get_reporting_integration_callbacks([name])

@@ -305,22 +305,6 @@ def without_numba_results(requests: Sequence[Request]) -> list[dict[str, Tensor]
     return found
 
 
-def without_numba(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Use a quantizer where numba cannot be imported. Returns warnings and shapes of results."""
-    sys.modules["numba"] = None  # type: ignore[assignment]  # importing it raises ImportError
-    quantizer = create(name, options)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        weight = pack(quantizer, gaussian(fit(quantizer, 20, 70), 0))
-        found = [tile(quantizer, weight, torch.bfloat16, 3)]
-        found += [quantizer.matmul(x, weight, t) for t, x in both_ways(weight, 2)]
-    return {
-        "warnings": [str(warning.message) for warning in caught],
-        "shape": weight.shape,
-        "shapes": [tuple(result.shape) for result in found],
-    }
-
-
 def packing_share(name: str, options: Mapping[str, Any], compiled: bool) -> float:
     """The peak memory of packing a large weight, its own bytes too, in units of the fp32 weight."""
     if not compiled:

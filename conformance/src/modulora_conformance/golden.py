@@ -25,7 +25,6 @@ from modulora_conformance.cases import fit, heavy_tailed, pack, tile
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.oracle import relative_error
-from modulora_conformance.results import Measurements
 from modulora_core.errors import CheckpointError
 from modulora_core.packed import PackedLayout, PackedWeight
 from modulora_core.spec import Quantizer
@@ -43,9 +42,7 @@ class Golden(Level):
     level, title = "L1", "packing"
 
     @needs(DETERMINISTIC)
-    def test_packing_gives_the_golden_vectors(
-        self, quantizer: Quantizer, golden_folder: Path
-    ) -> None:
+    def test_packing_gives_the_golden_vectors(self, quantizer, golden_folder):
         """If this fails: the installed version packs other bytes than the golden vectors have.
 
         If you intend that, write them again. If stored bytes mean something else now, raise
@@ -63,9 +60,7 @@ class Golden(Level):
             f"{path.name}: expected the stored bytes, got others in {', '.join(differing)}"
         )
 
-    def test_tiles_give_the_golden_vectors(
-        self, quantizer: Quantizer, measurements: Measurements, golden_folder: Path
-    ) -> None:
+    def test_tiles_give_the_golden_vectors(self, quantizer, measurements, golden_folder):
         """If this fails: the installed version reads other values from the bytes of an earlier one.
 
         Published checkpoints would change their meaning.
@@ -117,7 +112,7 @@ def write(quantizer: Quantizer, folder: Path) -> Path:
 
 def main(arguments: list[str]) -> int:
     """Write the golden vectors of every configuration that a quantizer's spec promises."""
-    from modulora_conformance.plugin import configurations
+    from modulora_conformance.pytest_plugin import configurations
     from modulora_core.registry import create
 
     if len(arguments) != 2:

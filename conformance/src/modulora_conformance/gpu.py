@@ -11,8 +11,8 @@ import torch
 from modulora_kernels.parity import Comparison, compare
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from modulora_conformance.packed_noise import accepted, packed_noise
 from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.cli.packed_noise import accepted, packed_noise
 from modulora_core.cli.text import format_size
 from modulora_core.hf.hf_quantizer import ModuLoRAConfig
 from modulora_core.lora.adapting import add_lora

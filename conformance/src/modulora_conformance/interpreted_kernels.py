@@ -71,12 +71,12 @@ class InterpretedKernels:
         del weight  # it is packed first
         poison_new_memory(monkeypatch)
 
-    def test_tensors_on_the_cpu_are_given_to_the_kernels(self, weight: Weight) -> None:
+    def test_tensors_on_the_cpu_are_given_to_the_kernels(self, weight):
         """If this fails: the other tests do not test the Triton kernels."""
         assert kernels.triton_is_interpreted()
         assert "cuda" in weight[0].spec.devices
 
-    def test_tiles_are_the_reference_bit_for_bit(self, weight: Weight) -> None:
+    def test_tiles_are_the_reference_bit_for_bit(self, weight):
         """If this fails: a kernel decodes other values, leaves some unwritten, or rounds twice."""
         quantizer, packed, truth = weight
         rows = packed.shape[0]
@@ -102,9 +102,7 @@ class InterpretedKernels:
         ],
         ids=str,
     )
-    def test_products_are_those_of_the_reference(
-        self, weight: Weight, rows: int, dtype: torch.dtype
-    ) -> None:
+    def test_products_are_those_of_the_reference(self, weight, rows, dtype):
         """If this fails: a product of one row, of few, on tensor cores, or by tiles is wrong."""
         quantizer, packed, truth = weight
         for transpose, x in both_ways(packed, rows, dtype=dtype, seed=1):

@@ -13,7 +13,7 @@ from modulora_conformance.cases import KINDS, fit, pack
 from modulora_conformance.footprints import packing_peaks
 from modulora_conformance.levels.packing import ERROR_SHAPE, SIZE_SHAPE
 from modulora_conformance.oracle import dense, relative_error
-from modulora_conformance.plugin import configurations
+from modulora_conformance.pytest_plugin import configurations
 from modulora_core.registry import create
 from modulora_core.spec import Promise, Quantizer
 

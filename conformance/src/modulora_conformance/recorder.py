@@ -18,7 +18,6 @@ from pydantic import ValidationError
 
 from modulora_conformance import SUITE
 from modulora_conformance.checks import about, meanings, needed_by
-from modulora_conformance.flags import HIGHEST
 from modulora_conformance.items import (
     case_of,
     class_of,
@@ -29,6 +28,7 @@ from modulora_conformance.items import (
     levels_of,
     name_of,
 )
+from modulora_conformance.levels import HIGHEST
 from modulora_conformance.results import GOLDEN, Kind, Measurements, Outcome, Run
 
 if TYPE_CHECKING:

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from modulora_conformance import flags
-
 SETTINGS = Path(__file__).parent / "pytest.ini"
 
 QUIET = ("-q", "--no-header", "-rN", "-p", "no:cacheprovider", "-o", "console_output_style=classic")
@@ -43,7 +41,7 @@ def run(
         os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", scratch)
         fixed = ["--pyargs", "modulora_conformance", *QUIET, "-c", str(SETTINGS)]
         junit = [f"--junit-xml={report / name}.xml"] if report is not None else []
-        asked = [*flags.QUANTIZER.words_of(name), *words]
+        asked = [f"--quantizer={name}", *words]
         code = int(pytest.main([*fixed, *asked, *junit], plugins=[found, _Line()]))
     if code in (0, 1) and found.result is not None and report is not None:
         written = report / f"{name}.json"  # it has the measured speed too

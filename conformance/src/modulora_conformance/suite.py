@@ -15,25 +15,19 @@ from modulora_conformance.levels.devices import Devices
 from modulora_conformance.levels.forms import Forms
 from modulora_conformance.levels.gradients import Gradients
 from modulora_conformance.levels.identity import Identity
-from modulora_conformance.levels.lifetimes import Lifetimes
-from modulora_conformance.levels.long_products import LongProducts
 from modulora_conformance.levels.lookups import Lookups
 from modulora_conformance.levels.memory import Memory
 from modulora_conformance.levels.modes import Modes
-from modulora_conformance.levels.other_paths import OtherPaths
 from modulora_conformance.levels.packing import Packing
 from modulora_conformance.levels.persistence import Persistence
 from modulora_conformance.levels.processes import Processes
 from modulora_conformance.levels.products import Products
-from modulora_conformance.levels.protected import Protected
 from modulora_conformance.levels.real_products import RealProducts
 from modulora_conformance.levels.real_weights import RealWeights
-from modulora_conformance.levels.rescaled import Rescaled
 from modulora_conformance.levels.sliced import Sliced
 from modulora_conformance.levels.snapped import Snapped
 from modulora_conformance.levels.state import State
 from modulora_conformance.levels.tiles import Tiles
-from modulora_conformance.levels.training import Training
 from modulora_core.spec import Quantizer
 
 
@@ -46,24 +40,18 @@ class QuantizerConformance(
     Tiles,
     State,
     Lookups,
-    Rescaled,
     Sliced,
     Snapped,
     RealWeights,
     Products,
-    LongProducts,
     Forms,
     Modes,
     RealProducts,
     Gradients,
-    Training,
     Memory,
-    Lifetimes,
     Persistence,
     Processes,
-    Protected,
     Devices,
-    OtherPaths,
 ):
     """Runs every check, L0 to L7. Subclass it in a test file with the fixture ``quantizer``::
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from modulora_conformance.plugin import Configuration
+from modulora_conformance.pytest_plugin import Configuration
 from modulora_conformance.suite import QuantizerConformance
 from modulora_core.registry import create
 from modulora_core.spec import Quantizer

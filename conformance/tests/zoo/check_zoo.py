@@ -26,7 +26,7 @@ def patched(name):
 
 
 for name, spec in SPECS.items():
-    if ".kernels" in spec.location or "zoo_heavy" in spec.location:
+    if ".kernels" in spec.location:
         members = {
             "quantizers": pytest.fixture(lambda self, name=name: [member(name)()]),
             "packing_share": 4.0 if "Packs" in name else None,

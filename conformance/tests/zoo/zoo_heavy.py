@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import torch as torch  # the fault
 from modulora_zoo import SPECS
-from modulora_zoo.kernels import HeavyPackage as HeavyPackage  # the fault: it imports torch
 
 from modulora_core.hookspecs import hookimpl
 

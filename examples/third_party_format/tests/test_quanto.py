@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core import add_lora, load_model
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 

@@ -7,12 +7,12 @@ import warnings
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from modulora_half_quadratic.formats import HQQ
 from modulora_half_quadratic.quantizer import HalfQuadratic, Options
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model

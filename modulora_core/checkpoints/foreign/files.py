@@ -8,16 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from modulora_core import registry
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.hookspecs import FormatSpec
-from modulora_core.models.installed_formats import (
-    InstalledFormat,
-    file_format,
-    unread_file,
-)
+from modulora_core.models.installed_formats import InstalledFormat, file_format, unread_file
 from modulora_core.models.locate import names_file
 from modulora_core.progress import Display
 from modulora_core.spec import PackedWeight
@@ -121,18 +116,10 @@ class FileWriter(AdapterWriter):
     def write_adapter(
         self, adapter: str, out: str | Path, *, model: str | None = None
     ) -> AdapterFile:
-        """Write A and B of an adapter to the file ``out``.
+        """Write A and B of an adapter to ``out``, a new file with the format's suffix.
 
-        Args:
-            adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
-            out: a new file with the format's suffix.
-            model: the file of the model that the adapter will be used with, or ``package:NAME``; by
-                default the base that the adapter names.
-
-        Raises:
-            OutputError: ``out`` exists, or has another suffix.
-            AdapterError: it does not fit the model, or has channel scales.
-            RequestError: the model isn't a file of this format, or can't be read.
+        ``model`` is the file that the adapter will be used with, or ``package:NAME``; by default
+        the base that the adapter names.
         """
 
     def check_adapter_file(self, out: Path) -> None:
@@ -190,30 +177,14 @@ def file_writer(out: str | Path) -> FileWriter:
         OptionError: no installed plugin writes such a file.
         PluginError: the plugin can't be used.
     """
-    writer = _writer(file_format(out))
+    writer = writer_of(file_format(out))
     if writer is None:
         raise OptionError(f"{out}: {unread_file(out)}")
     return writer
 
 
-def writer_called(name: str) -> AdapterWriter | None:
-    """The writer of adapters in the format ``name``; None if no installed plugin writes such ones.
-
-    Raises:
-        PluginError: the plugin can't be used, or several plugins have this format.
-    """
-    named = [entry for entry in registry.formats() if entry.name == name]
-    if not named:
-        return None
-    entry = registry.usable(named)
-    assert entry.spec is not None  # usable() returns usable entries only
-    found = InstalledFormat(entry.spec, entry)
-    if not entry.spec.adapters:
-        return _writer(found)
-    return found.create(entry.spec.location, AdapterWriter)  # type: ignore[type-abstract]
-
-
-def _writer(found: InstalledFormat | None) -> FileWriter | None:
+def writer_of(found: InstalledFormat | None) -> FileWriter | None:
+    """The writer of files of a format; None if it is only read. Raises PluginError."""
     if found is None or found.spec.writer is None:
         return None
     return found.create(found.spec.writer, FileWriter)  # type: ignore[type-abstract]

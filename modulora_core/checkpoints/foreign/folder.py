@@ -36,11 +36,7 @@ if TYPE_CHECKING:
 def packed_in_folder(location: Location, recognised: Recognised) -> ForeignCheckpoint:
     """The packed weights of a folder that another tool quantized, with its dense ones.
 
-    Raises:
-        ModelError: the format can't read it, or a quantized layer isn't a linear layer of its own
-            in the model that transformers makes of config.json.
-        CheckpointError: missing, truncated or damaged files, or tensors that don't fit config.json.
-        PluginError: the plugin can't be used.
+    Raises ModelError, CheckpointError, PluginError.
     """
     with quiet():
         config, values = read_config(location.folder, recognised.spec)
@@ -141,8 +137,7 @@ def _fit(
 ) -> tuple[LinearSite, tuple[ForeignWeight, ...]]:
     """The layer of a packed parameter and its weights; in ``headers`` they get the layer's shape.
 
-    Raises:
-        ModelError: the files pack a part of the parameter, which is no layer.
+    Raises ModelError: the files pack a part of the parameter, which is no layer.
     """
     name = conversion.names[0]
     weights = {name: headers.packed[name] for name in conversion.names if name in headers.packed}

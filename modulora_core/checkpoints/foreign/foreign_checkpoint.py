@@ -17,12 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.record import (
-    QuantizationRecord,
-    Recipe,
-    by_reason,
-    distinct_sites,
-)
+from modulora_core.checkpoints.record import QuantizationRecord, Recipe, by_reason, distinct_sites
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models.formats import ForeignWeight, PartStore
 from modulora_core.models.sites import LinearSite, find_sites, input_table
@@ -45,12 +40,6 @@ class ForeignCheckpoint(PackedCheckpoint):
 
     Attributes:
         source: its config, tokenizer and dense parameters.
-        config: the config.json that we would write.
-
-    Args:
-        files: the tensors of its packed weights, as the tool wrote them.
-        placed: those weights.
-        format_name: the name of the tool's format.
     """
 
     def __init__(
@@ -87,8 +76,7 @@ class ForeignCheckpoint(PackedCheckpoint):
 def packed_in_file(source: ModelSource) -> ForeignCheckpoint | None:
     """The packed weights of a model in one file, with its dense ones; None if it has none.
 
-    Raises:
-        CheckpointError: tensors that don't fit the model.
+    Raises CheckpointError: tensors that don't fit the model.
     """
     file, found = source.file, source.location.file
     if file is None or found is None:
@@ -116,11 +104,7 @@ class ForeignStore:
     """
 
     def __init__(
-        self,
-        source: ModelSource,
-        files: PartStore,
-        record: QuantizationRecord,
-        placed: Placed,
+        self, source: ModelSource, files: PartStore, record: QuantizationRecord, placed: Placed
     ) -> None:
         self._source, self._files, self._placed = source, files, placed
         self._owners: dict[str, tuple[str, str, str]] = {}

@@ -33,11 +33,8 @@ def whole_layers(
 
     Args:
         parts: by the last word of a layer's name (:class:`FormatReader`).
-        model: on the meta device.
-        stored: the names of all tensors in the files.
 
-    Raises:
-        ModelError: a part has a bias.
+    Raises ModelError: a part has a bias.
     """
     layers, found = model.state_dict().keys(), dict(weights)
     for layer in layers:
@@ -66,10 +63,8 @@ def joined_experts(
 
     Args:
         conversion: the conversion that makes the stack; ``weights`` are its layers by name.
-        model: on the meta device.
 
-    Raises:
-        ModelError: the experts aren't packed alike, or the conversion does more than move rows.
+    Raises ModelError: the experts aren't packed alike, or the conversion does more than move rows.
     """
     joined = [
         _joined([weights[name] for name in names])

@@ -28,11 +28,7 @@ SMALL_FILES = 64 * 2**20
 
 
 def partial_name(out: Path) -> Path:
-    """The sibling ``out.partial``, in which ``out`` is written until it is whole.
-
-    Raises:
-        OutputError: ``out`` has no name, such as the current folder, so that it can't be replaced.
-    """
+    """The sibling ``out.partial``, in which ``out`` is written until it is whole."""
     if not out.name:
         raise OutputError(f"output {out}: expected the name of a new place, got none; add a name")
     return out.with_name(out.name + ".partial")
@@ -41,12 +37,9 @@ def partial_name(out: Path) -> Path:
 def check_output(out: Path, *, resume: bool = False) -> None:
     """Refuse an output path that holds something else; ``resume`` allows an unfinished run.
 
-    Raises:
-        OutputError: ``out`` exists and isn't an empty folder, or its parent can't be written. Or
-            ``out.partial`` isn't ours, another process writes it, or it holds a run to ``resume``.
+    Raises OutputError.
     """
     usable_path(partial_name(out), "output folder", OutputError)
-    _check_outside_models(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         got = "link; give the folder itself" if out.is_symlink() else "file; choose another name"
         raise OutputError(f"output folder {out}: expected a folder or nothing, found a {got}")
@@ -62,16 +55,6 @@ def check_output(out: Path, *, resume: bool = False) -> None:
     if not os.access(parent, os.W_OK):
         raise OutputError(f"output folder {out}: {parent} is not writable; choose another place")
     _check_partial(partial_name(out), resume=resume)
-
-
-def _check_outside_models(out: Path) -> None:
-    """Refuse a place in a model's folder, whose files would then be two models'."""
-    for folder in out.absolute().parents:
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            raise OutputError(
-                f"output folder {out}: expected a place outside of models, and {folder} is one; "
-                "choose another place"
-            )
 
 
 def _check_partial(partial: Path, *, resume: bool) -> None:
@@ -115,8 +98,7 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
     holds a :data:`REQUEST`: then it stays for a call with ``resume``, and others are refused. A
     process that was killed leaves it too, and the next call empties it.
 
-    Raises:
-        OutputError: see :func:`check_output`.
+    Raises OutputError: see :func:`check_output`.
     """
     check_output(out, resume=resume)
     partial = partial_name(out)
@@ -172,8 +154,7 @@ def check_new_file(out: Path, suffix: str) -> None:
 def new_file(out: Path, suffix: str) -> Iterator[Path]:
     """Give a path to write; it becomes the file ``out`` when the block ends well.
 
-    Raises:
-        OutputError: as :func:`check_new_file`, or another process writes it.
+    Raises OutputError: as :func:`check_new_file`, or another process writes it.
     """
     check_new_file(out, suffix)
     partial = partial_name(out)
@@ -193,11 +174,9 @@ def new_file(out: Path, suffix: str) -> Iterator[Path]:
 def only_writer(folder: Path) -> Iterator[None]:
     """Make a folder, and hold the lock on it; remove it at the end if it is still empty.
 
-    Raises:
-        OutputError: another process has the lock.
+    Raises OutputError: another process has the lock.
     """
     usable_path(folder, "output folder", OutputError)
-    _check_outside_models(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder, f"output folder {folder}: expected it free"), full_disk_named(folder):
         try:
@@ -212,8 +191,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 def _lock(path: Path, subject: str) -> Iterator[None]:
     """Hold the lock on a folder, or on a file, which is made. It ends with the process.
 
-    Raises:
-        OutputError: another process holds it; the message begins with ``subject``.
+    Raises OutputError: another process holds it; the message begins with ``subject``.
     """
     try:
         import fcntl
@@ -293,9 +271,7 @@ def check_digests(folder: Path, suffix: str = "", progress: Progress = no_progre
     Args:
         suffix: only files whose name ends with it.
 
-    Raises:
-        CheckpointError: there are no digests, or none of a weight file; or a file is missing or has
-            other bytes, or a name leaves the folder.
+    Raises CheckpointError.
     """
     listed = folder / DIGESTS
     if not listed.is_file():

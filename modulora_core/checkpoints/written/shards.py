@@ -25,7 +25,7 @@ from modulora_core.distributed import from_first, is_first
 from modulora_core.errors import CheckpointError, WorkError
 from modulora_core.models.folders import INDEX
 from modulora_core.models.json_files import repair_journal
-from modulora_core.models.safetensors_store import DTYPE_CODES, MOST_TENSORS
+from modulora_core.models.safetensors_store import DTYPE_CODES
 from modulora_core.spec import TensorLayout
 
 JOURNAL = "written.jsonl"
@@ -63,15 +63,11 @@ class Shard:
 def plan_shards(
     tensors: Mapping[str, TensorLayout], max_bytes: int = MAX_SHARD_BYTES
 ) -> list[Shard]:
-    """Cut ``tensors``, in order, into files of at most ``max_bytes`` and :data:`MOST_TENSORS`.
-
-    One tensor may be larger.
-    """
+    """Cut ``tensors``, in order, into files of at most ``max_bytes``; one tensor may be larger."""
     groups: list[dict[str, TensorLayout]] = [{}]
     size = 0
     for name, layout in tensors.items():
-        full = len(groups[-1]) == MOST_TENSORS
-        if full or (groups[-1] and size + layout.nbytes > max_bytes):
+        if groups[-1] and size + layout.nbytes > max_bytes:
             groups.append({})
             size = 0
         groups[-1][name] = layout
@@ -96,10 +92,7 @@ class ShardWriter:
 
     ``resume`` continues with the files and the journal there; ``done`` has the written parameters,
     without those whose bytes have changed since. In a distributed run only the first process
-    writes; the others note what it writes.
-
-    Raises:
-        CheckpointError: on resume, a file's header isn't the planned one.
+    writes; the others note what it writes. Raises CheckpointError.
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard], *, resume: bool = False) -> None:
@@ -138,11 +131,7 @@ class ShardWriter:
         return all(sha256(_bytes_of(self.read(n))).hexdigest() == d for n, d in digests.items())
 
     def write(self, parameter: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write all tensors of one parameter, then note it in the journal.
-
-        Raises:
-            WorkError: a tensor has another dtype or shape than planned.
-        """
+        """Write all tensors of one parameter, then note it in the journal. Raises WorkError."""
         self.done.add(parameter)
         if not self._writes:
             return

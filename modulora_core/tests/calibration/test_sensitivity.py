@@ -20,9 +20,8 @@ from modulora_core.calibration import (
     states,
 )
 from modulora_core.calibration.gradients import Sensitivity
-from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.calibration.sensitivity import loss_sensitivities
-from modulora_core.calibration.token_weights import token_weights
+from modulora_core.calibration.token_weights import OutputMoments, token_weights
 from modulora_core.errors import WorkError
 from modulora_core.models import open_dense
 from modulora_core.models.sites import find_sites

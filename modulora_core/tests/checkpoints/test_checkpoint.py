@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.cli.info import command as info

@@ -35,12 +35,11 @@ from modulora_core.cli.terminal import Report, terminal
 from modulora_core.errors import OptionError, WorkError
 
 PANELS = {"Rare": ("rank",)}
-WORD_LISTS = ("--names",)
 
 def command(
     how: str, option: QuantizerOptions = [], budget: MemoryBudget = None,
     rank: Annotated[int, declared("--rank N", "Rank.", min=1)] = 8,
-    names: Annotated[list[str], declared("--names A B", "Names.")] = [],
+    names: Annotated[list[str], declared("--names NAME", "Names.")] = [],
     resume: Resume = False,
 ) -> Report:
     """Do something, on [out, in] weights.
@@ -141,14 +140,14 @@ def probe_process(tmp_path: Path, *words: str, **options: Any) -> subprocess.Pop
 def test_a_report_is_text_without_json_and_one_object_with_it(
     probe: FakeSite, capsys: Captured
 ) -> None:
-    words = ["probe", "well", "-o", "a=1", "-o", "b=2", "--budget", "1KiB", "--names", "x", "y"]
+    words = ["probe", "well", "-o", "a=1", "-o", "b=2", "--budget", "1KiB", "--names", "x"]
     assert main(words) == 0
     assert capsys.readouterr() == ("did well\n", "")
     assert main([*words, "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out, parse_constant=pytest.fail)
     assert found == {
-        "how": "well", "option": ["a=1", "b=2"], "budget": 1024, "names": ["x", "y"],
+        "how": "well", "option": ["a=1", "b=2"], "budget": 1024, "names": ["x"],
         "losses": [None, 1],
     }  # fmt: skip
     assert printed.err == ""
@@ -184,18 +183,6 @@ def test_stdout_has_the_result_alone(tmp_path: Path) -> None:
     for line in ("from print", "from a child process", *noted, "from note"):
         assert line in err.splitlines()
     assert "from write" not in out + err
-
-
-def test_a_list_of_words_ends_at_the_next_option(probe: FakeSite, capsys: Captured) -> None:
-    cases = {
-        "x --names a --names b": ["a", "b"],
-        "--names a b -o c=1 x": ["a", "b"],
-        "--names a -- x": ["a"],
-        "x --names=a": ["a"],
-    }
-    for words, names in cases.items():
-        assert main(["probe", "--json", *words.split()]) == 0
-        assert json.loads(capsys.readouterr().out)["names"] == names, words
 
 
 def test_a_word_after_two_dashes_is_no_flag(probe: FakeSite, capsys: Captured) -> None:
@@ -235,7 +222,7 @@ USAGE = {
     "prob": "no such command: 'prob'; did you mean probe?",
     "xyz": "no such command: 'xyz'; expected one of ",
     "a:b:c[red]": "no such command: 'a:b:c[red]'",
-    "probe well --rnak 1": "no such option: --rnak; did you mean --rank",
+    "probe well --rnak 1": "no such option: --rnak",
     "probe": "missing argument",
     "probe well again": "again",
     "probe well --rank many": "invalid value for '--rank'",
@@ -244,8 +231,6 @@ USAGE = {
     "probe well --budget 0GB": "expected a size such as 24GiB or 800MB, got 0GB",
     "probe well --budget 1": "expected a size such as 24GiB or 800MB, got 1",
     "probe well --rank": "'--rank' requires",
-    "probe well --rank 1 --rank 2": "--rank: expected once, got 2 times",
-    "probe well --names": "--names: expected one or more words after it, got none",
     "--debug": "missing command",
 }
 

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-
-import pytest
 
 from modulora_core.registry import entries
 from modulora_core.tests.fake_site import FakeSite, failing
@@ -63,42 +60,6 @@ def test_check_imports_each_class_and_marks_a_broken_one(tmp_path: Path) -> None
     assert before["alpha"]["status"] == "ok"
     assert after["alpha"]["status"] == "broken"
     assert "no_such_part" in str(after["alpha"]["reason"])
-
-
-@pytest.mark.parametrize(
-    ("code", "reason"),
-    [
-        ("import no_such_module\nclass AlphaQuantizer: ...", "imports no_such_module, which isn't"),
-        ("class Other: ...", "got a module without "),
-        (None, "got no module fake_alpha_quantizer"),
-    ],
-)
-def test_a_fault_that_reading_shows_is_found_without_check(
-    code: str | None, reason: str, tmp_path: Path
-) -> None:
-    site = FakeSite(tmp_path)
-    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-    file = tmp_path / "fake_alpha_quantizer.py"
-    name = re.search(r"class (\w+)\(Quantizer\)", file.read_text())
-    assert name is not None
-    if code is None:
-        file.unlink()
-    else:
-        file.write_text(code.replace("AlphaQuantizer", name[1]))
-    rows, zero = listed(site)
-    assert (rows["alpha"]["status"], zero) == ("broken", 0)
-    assert reason in str(rows["alpha"]["reason"])
-
-
-def test_a_missing_requirement_is_named_with_the_package_to_install(tmp_path: Path) -> None:
-    site = FakeSite(tmp_path)
-    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-    (metadata,) = tmp_path.glob("fake_alpha-*.dist-info/METADATA")
-    more = 'Requires-Dist: no-such-package>=2\nRequires-Dist: nor-this; extra == "test"\n'
-    metadata.write_text(metadata.read_text().rstrip() + "\n" + more)
-    rows, _ = listed(site)
-    reason = "needs no-such-package, which isn't installed: pip install no-such-package"
-    assert rows["alpha"]["reason"] == reason
 
 
 def test_check_fails_for_incompatible_and_duplicate_quantizers(tmp_path: Path) -> None:

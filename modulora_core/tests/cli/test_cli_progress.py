@@ -78,7 +78,7 @@ def wait_until(screen: Screen, text: str) -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """``clock[0]`` is the time in seconds."""
     now = [1000.0]
-    monkeypatch.setattr("modulora_core.cli.progress.monotonic", lambda: now[0])
+    monkeypatch.setattr("modulora_core.cli.terminal.monotonic", lambda: now[0])
     return now
 
 

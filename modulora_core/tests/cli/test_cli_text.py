@@ -8,14 +8,7 @@ import pytest
 from rich.console import Group
 
 from modulora_core.cli.terminal import Report, Terminal
-from modulora_core.cli.text import (
-    WordWrap,
-    facts,
-    format_size,
-    next_commands,
-    parse_size,
-    size_flag,
-)
+from modulora_core.cli.text import facts, format_size, next_commands, parse_size, size_flag
 
 
 def test_sizes_are_read_in_binary_and_decimal_units() -> None:
@@ -90,32 +83,3 @@ def test_facts_have_a_line_for_each_entry(capsys: pytest.CaptureFixture[str]) ->
         "options bits=3, sym=True",
         "losses 2, 1.5, 1.25, ... (4 in all)",
     ]
-
-
-def test_streamed_text_breaks_between_words_whatever_its_pieces(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "20")
-    text = "The quick brown fox jumps over it.\n    indented text that is long\n" + "x" * 26
-    text += " 敏捷的棕色狐狸跳过了懒狗 end\n"
-    lines = [
-        "The quick brown fox ", "jumps over it.", "    indented text ", "that is long", "x" * 26,
-        "敏捷的棕色狐狸跳过了", "懒狗 end", "",
-    ]  # fmt: skip
-    for size in (1, 3, 7, len(text)):
-        words = WordWrap()
-        pieces = (text[start : start + size] for start in range(0, len(text), size))
-        assert "".join(map(words.wrap, pieces)).split("\n") == lines
-    assert WordWrap().wrap("已经") == "已经", "such text does not wait for a space"
-
-
-def test_a_terminal_gets_streamed_text_wrapped_and_a_file_as_it_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("COLUMNS", "8")
-    file, screen = io.StringIO(), io.StringIO()
-    monkeypatch.setattr(screen, "isatty", lambda: True)
-    for stream in (file, screen):
-        Terminal(stdout=stream).write("one two three\n")
-    assert file.getvalue() == "one two three\n"
-    assert screen.getvalue() == "one two \nthree\n"

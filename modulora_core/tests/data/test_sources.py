@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modulora_core.data import load_examples, sources
+from modulora_core.data import load_examples
 from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Slice, load_records
 from modulora_core.data.text import load_text
@@ -86,19 +86,13 @@ def test_text_files_and_lines_are_read_as_they_are(tmp_path):
 MALFORMED = {
     "empty.txt": (b"", "line 1: expected text, got an empty file"),
     "latin.txt": (b"ok\ncaf\xe9\n", "line 2: expected UTF-8, got byte 0xe9"),
-    "cut.jsonl": (
-        b'{"text": "a"}\n\n{"text": "b\n',
-        r"line 3: expected a JSON object, got a syntax error in column 10 \(Unterminated string",
-    ),
+    "cut.jsonl": (b'{"text": "a"}\n\n{"text": "b\n', "line 3: Invalid JSON: EOF while parsing"),
     "list.jsonl": (
         b'{"text": "a"}\n["text"]\n',
         r"line 2: expected an object with fields, got \['text'\]",
     ),
-    "cut.json": (
-        b'[{"text": "a"},\n{"text": }]',
-        r"line 2: expected JSON, got a syntax error in column 10 \(Expecting value\)",
-    ),
-    "lines.json": (b'{"text": "a"}\n{"text": "b"}\n', "line 2: .*Extra data.*; one .* .jsonl file"),
+    "cut.json": (b'[{"text": "a"},\n{"text": }]', "Invalid JSON: expected value at line 2"),
+    "lines.json": (b'{"text": "a"}\n{"text": "b"}\n', "Invalid JSON: .* line 2 .* a .jsonl file"),
     "object.json": (b'{"text": "a"}', "line 1: expected a list of objects, got {"),
     "number.json": (b'[{"text": "a"},\n\n3]', "record 2: expected an object with fields, got 3"),
     "none.json": (b"[]", "line 1: expected one or more records, got none"),
@@ -208,17 +202,6 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(
         load_records(name)
 
 
-def test_a_folder_of_other_files_is_refused_soon(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
-    for name in ("a.bin", "b/c.bin", "b/d.bin"):
-        write(tmp_path / name, "x")
-    with pytest.raises(DataError, match="expected a file in this folder, or a folder laid out"):
-        load_records(str(tmp_path))
-    monkeypatch.setattr(sources, "_MOST_FILES", 2)
-    with pytest.raises(DataError, match="got more than 2 files"):
-        load_records(str(tmp_path))
-
-
 # records of a Python program
 
 
@@ -251,16 +234,3 @@ def test_a_file_of_other_fields_is_refused_after_its_first_record(tmp_path, read
         file = write(tmp_path / "data.jsonl", f"{first}\n{{\n")  # line 2 is no JSON
         with pytest.raises(DataError, match=r"data\.jsonl, line 1: "):
             READERS[reader](str(file))
-
-
-def test_a_small_parquet_file_of_very_much_is_refused(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    column = pyarrow.array(["a" * 10**6]).take(pyarrow.array([0] * 100))
-    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "d.parquet")
-    with pytest.raises(DataError, match=r"d\.parquet: expected at most 32 MiB of values in 64"):
-        load_records(tmp_path / "d.parquet")
-    table = pyarrow.table({"text": column, "label": ["x"] * 100})
-    parquet.write_table(table, tmp_path / "e.parquet")
-    records = load_records(tmp_path / "e.parquet", None, {"label", "absent"})
-    assert {tuple(record.fields.items()) for record in records} == {(("label", "x"),)}

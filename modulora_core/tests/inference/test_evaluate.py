@@ -29,6 +29,7 @@ from modulora_core.inference.evaluate import (
 )
 from modulora_core.inference.opened import open_to_run
 from modulora_core.inference.passes import asked_in
+from modulora_core.models.sampling import Sampling
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training import chunked_loss
 
@@ -161,7 +162,7 @@ def test_a_model_trained_on_the_examples_is_right(llama: Any, plain: Any, asked:
         optimizer.zero_grad()
     assert accuracy(llama, plain, asked_in(asked)).accuracy == 1.0
     pytest.importorskip("rouge_score")
-    assert rouge(llama, plain, asked_in(asked), 8).rougeL == 1.0
+    assert rouge(llama, plain, asked_in(asked), Sampling(8)).rougeL == 1.0
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_rouge_scores_greedy_answers_for_any_generation_config(
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = rouge(llama, plain, asked_in(source), 20, batch_size=batch_size)
+        found = rouge(llama, plain, asked_in(source), Sampling(20), batch_size=batch_size)
     assert {kind: getattr(found, kind) for kind in expected} == pytest.approx(expected)
     assert found.examples == 4
     assert 0.5 < found.rouge2 < 1
@@ -232,12 +233,12 @@ def test_rouge_refuses_before_it_generates(
 ) -> None:
     pytest.importorskip("rouge_score")
     with pytest.raises(DataError, match="line 1: expected at most the model's window of 128"):
-        rouge(llama, plain, asked_in(asked), 128)
+        rouge(llama, plain, asked_in(asked), Sampling(128))
     with pytest.raises(OptionError, match="max_new_tokens: expected at least 1, got 0"):
-        rouge(llama, plain, asked_in(asked), 0)
+        rouge(llama, plain, asked_in(asked), Sampling(0))
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'modulora-core\[evaluation\]'"):
-        rouge(llama, plain, asked_in(asked))
+        rouge(llama, plain, asked_in(asked), Sampling())
 
 
 # evaluate

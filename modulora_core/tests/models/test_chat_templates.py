@@ -9,7 +9,7 @@ import pytest
 from modulora_core.data import load_examples
 from modulora_core.errors import DataError
 from modulora_core.inference.generate import _prompt_ids
-from modulora_core.models.chat_templates import render
+from modulora_core.models.tokenizer import render
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, smol_tokenizer, write_jsonl
 
 TURNS = [

@@ -7,14 +7,14 @@ import torch
 
 from modulora_core.checkpoints.opening import open_model, open_packed
 from modulora_core.cli import main
-from modulora_core.errors import ModelError, OptionError
+from modulora_core.errors import ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import open_dense
-from modulora_core.models.installed_formats import create_writer, unread_file
+from modulora_core.models.installed_formats import unread_file
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
 
@@ -69,8 +69,6 @@ def test_an_adapter_is_written_as_a_file_and_merged_into_one(single, tmp_path, c
 
 
 def test_a_file_that_no_plugin_reads_is_refused_in_one_sentence(single, monkeypatch):
-    with pytest.raises(OptionError, match=r"single': expected a format of folders, got one of fi"):
-        create_writer("single")
     monkeypatch.setenv("MODULORA_BLOCK", "toy")
     with pytest.raises(ModelError, match=r"expected a folder or a file \*\..*, got the file model"):
         open_dense(str(single))

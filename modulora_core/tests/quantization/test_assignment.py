@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -144,20 +142,6 @@ def test_options_beside_a_file_are_refused(
         assert f"{flag}: expected no {flag} beside --assignment" in capsys.readouterr().err
     assert main(words[:3]) == 2
     assert "expected -q NAME, or --assignment FILE.yaml, got neither" in capsys.readouterr().err
-
-
-def test_a_folder_with_an_older_versions_allocation_is_shown(
-    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    quantize(source, tmp_path / "out", ASSIGNMENT)
-    config: dict[str, Any] = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["quantization_config"]["allocation"] = {"budget": 9, "choices": []}
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    capsys.readouterr()
-    assert main(["info", str(tmp_path / "out"), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["allocation"] == {"budget": 9, "choices": []}
-    assert [group["parameters"] for group in facts["quantizers"]] == [4, 6, 1, 1]
 
 
 @pytest.mark.skipif(not DOCS.exists(), reason="an installed package has no docs")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from safetensors.torch import load_file, save_file
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model

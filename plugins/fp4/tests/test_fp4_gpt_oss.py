@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from safetensors.torch import load_file, save_file
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import ModelError

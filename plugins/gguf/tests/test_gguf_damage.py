@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from modulora_convert.convert import convert
 from modulora_gguf import reference
 from modulora_gguf.quantizer import check_scales
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from safetensors.torch import load_file, save_file
 
 from modulora_core import load_model, merge, quantize
-from modulora_core.checkpoints.convert import convert
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError
 from modulora_core.tests.tiny_models import save_tiny_model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,15 +110,9 @@ DAMAGED = {
         file_of(fields=string("general.architecture") + struct.pack("<II", 4, 1)),
         "general.architecture: expected a string in the metadata, got a value of type 4",
     ),
-    "no type": (file_of(tensors=(("a", (32, 2), 777, 0),)), "expected a known type, got 777"),
-    "newer type": (
+    "unknown type": (
         file_of(tensors=(("a", (32, 2), 77, 0),)),
-        r"a: tensor type 77, which the installed gguf package [\d.]+ doesn't know; update the gguf "
-        "package: pip install -U gguf$",
-    ),
-    "removed type": (
-        file_of(tensors=(("a", (32, 2), 31, 0),)),
-        "a: tensor type 31, which llama.cpp has removed; take the file in another type",
+        r"a: tensor type 77, which the installed gguf package [\d.]+ doesn't know; take the file",
     ),
     "no dims": (file_of(tensors=(("a", (), 8, 0),)), "expected 1 to 4 dims, got 0"),
     "many dims": (file_of(tensors=(("a", (32,) * 5, 8, 0),)), "expected 1 to 4 dims, got 5"),
@@ -131,10 +124,6 @@ DAMAGED = {
     ),
     "misaligned": (file_of(tensors=(("a", (32, 1), 8, 8),)), "expected a multiple of 32, got 8"),
     "far away": (file_of(tensors=(("a", (32, 2), 8, 2**63),)), "in a file of"),
-    "overlap": (
-        file_of(tensors=(("a", (32, 2), 8, 0), ("b", (32, 1), 8, 64)), values=98),
-        "a and b: their data overlap",
-    ),
     "one name": (
         file_of(tensors=(("a", (32, 1), 8, 0), ("a", (32, 1), 8, 64)), values=128),
         "two tensors have one name",
@@ -236,41 +225,3 @@ def test_metadata_that_makes_no_model_is_refused(
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
     with pytest.raises((CheckpointError, ModelError), match=message):
         open_dense(str(path))
-
-
-def with_fields(path: Path, count: int, fields: bytes) -> Path:
-    """A tiny file with more metadata in front of its own."""
-    data = write_tiny_gguf("llama", path).read_bytes()
-    version, tensors, own = struct.unpack_from("<IQQ", data, 4)
-    path.write_bytes(
-        data[:4] + struct.pack("<IQQ", version, tensors, own + count) + fields + data[24:]
-    )
-    return path
-
-
-def field(name: str, kind: int, value: bytes) -> bytes:
-    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
-
-
-def array(of: int, count: int, nbytes: int) -> bytes:
-    return struct.pack("<IQ", of, count) + bytes(count * nbytes)
-
-
-MANY = {
-    "bools": (1, field("x.bools", 9, array(7, 2**20, 1))),
-    "strings": (1, field("x.strings", 9, array(8, 2**17, 8))),
-    "several arrays": (3, b"".join(field(f"x.{i}", 9, array(0, 40_000, 1)) for i in range(3))),
-    "tokens": (1, field("tokenizer.ggml.scores", 9, array(6, 2**19 + 1, 4))),
-    "fields": (5000, b"".join(field(f"x.{i}", 0, b"\1") for i in range(5000))),
-}
-
-
-@pytest.mark.parametrize(("count", "fields"), MANY.values(), ids=MANY)
-def test_more_metadata_than_models_have_is_refused_at_once(
-    count: int, fields: bytes, tmp_path: Path
-) -> None:
-    path = with_fields(tmp_path / "tiny.gguf", count, fields)
-    started = time.process_time()
-    with pytest.raises(CheckpointError, match=r"expected at most [\d,]+, got [\d,]+"):
-        read_header(path)
-    assert time.process_time() - started < 1

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
+from modulora_convert.convert import convert
 from modulora_gguf import FORMATS, reference
 from modulora_gguf.file.merging import LlamaCppWriter
 from modulora_gguf.file.rows import places
@@ -20,7 +21,6 @@ from transformers.integrations.gguf.gguf_conversion_mapping import (
     TiledToGroupedInputs,
 )
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_model, open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import CheckpointError, ModelError

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from modulora_gguf.file.model_header import read_header
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from modulora_merge import merging
 from modulora_merge.copying import _OfForeign
 from modulora_merge.merging import PackedMerge, merge_packed
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.written.outputs import check_digests

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from modulora_conformance.tiny_model import tiny_model
+from modulora_convert.convert import convert
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ
 from safetensors.torch import load_file, save_file
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError, ShapeError
 from modulora_core.hf.load_model import load_model

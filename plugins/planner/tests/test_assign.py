@@ -12,7 +12,7 @@ import pytest
 import torch
 from modulora_planner.budget.allocation import Offer, allocate
 from modulora_planner.budget.assign import Assigned, assign
-from modulora_planner.budget.errors import _Measuring
+from modulora_planner.budget.layer_errors import _Measuring
 from modulora_planner.budget.search import Budget
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Captured = pytest.CaptureFixture[str]
 
 CALIBRATION = ["--calibration", "pydoc[:10%]", "--samples", "4", "--seq-len", "32"]
-CHOICES = ["--choices", "plain:bits=2", "heeding:bits=4", "plain:bits=8"]
+CHOICES = [
+    "--choices", "plain:bits=2", "--choices", "heeding:bits=4", "--choices", "plain:bits=8"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +80,8 @@ def table_of_blocks(printed: str) -> dict[str, str]:
 
 
 def test_a_large_budget_is_reported(source: str, tmp_path: Path, capsys: Captured) -> None:
-    words = ["--budget", "1GiB", "--choices", "plain:bits=2", "plain:bits=4", *CALIBRATION]
+    words = ["--budget", "1GiB", "--choices", "plain:bits=2", "--choices", "plain:bits=4"]
+    words += CALIBRATION
     file = str(tmp_path / "a.yaml")
     assert main(["assign", source, file, *words]) == 0
     printed = capsys.readouterr().out

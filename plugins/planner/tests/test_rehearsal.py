@@ -69,7 +69,7 @@ def trained_bytes(folder: Path, *, checkpointing: bool) -> int:
 def test_a_rehearsed_step_takes_the_bytes_of_a_real_one(
     architecture: str, checkpointing: bool, pack: Pack
 ) -> None:
-    """If this fails, a fake number makes the model go another way than a real one (ledger.py)."""
+    """If this fails, a fake number makes the model go another way than a real one."""
     _, folder = pack(architecture, "verbatim")
     packed, request = opened(folder, gradient_checkpointing=checkpointing)
     _, peak = rehearse_training(packed, request).peak()

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from modulora_vllm.export import export_for_vllm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +27,6 @@ from vllm_processes import PROMPTS, largest_difference, log_probabilities, need_
 
 from modulora_core import load_model
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.convert import convert
 from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.assignment import Assignment
@@ -227,7 +227,12 @@ def test_the_command_answers_and_leaves_no_process(tmp_path: Path, engine: str) 
         for name, model in models.items():
             text = completion(address, name, "the first", 5)
             new = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
-            assert text == tokenizer.decode(new, skip_special_tokens=True), name
+            expected = tokenizer.decode(new, skip_special_tokens=True)
+            assert text.rstrip(CUT) == expected.rstrip(CUT), name
+
+
+CUT = "\ufffd"
+"""The sign for a character whose bytes aren't complete; vLLM leaves it out at the end."""
 
 
 @contextmanager

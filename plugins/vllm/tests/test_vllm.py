@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from modulora_vllm.export import export_for_vllm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from modulora_core import registry
-from modulora_core.checkpoints.convert import convert
 from modulora_core.cli import main
 from modulora_core.errors import AdapterError, OptionError
 from modulora_core.hf.load_model import load_model

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 from modulora_core.cli.arguments import Device, Quantizer, QuantizerOptions, option
 from modulora_core.cli.terminal import Report, terminal
+
+
+class Dtype(StrEnum):
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
 
 Shape = Annotated[
     str | None,
@@ -21,14 +29,16 @@ Rows = Annotated[
     ),
 ]
 Dtypes = Annotated[
-    list[str],
+    list[Dtype],
     option(
         "--dtype DTYPE",
         "float32, bfloat16 or float16, of inputs and tiles. Repeatable.",
         default="float32 and bfloat16",
     ),
 ]
-Seconds = Annotated[float, option("--seconds S", "Measure each row of the table for S seconds.")]
+Seconds = Annotated[
+    float, option("--seconds S", "Measure each row of the table for S seconds.", min=1e-9)
+]
 
 
 def command(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
+from modulora_conformance.findings import Finding, reason, report_of
 from modulora_core.cli.arguments import option
-from modulora_core.cli.doctor import Finding, reason, report_of
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.errors import OptionError, RequestError
 
@@ -34,6 +34,11 @@ def command(device: Devices = []) -> Report:
         modulora check-gpu --device cpu --json
         modulora doctor --gpu
     """
+    return report_of(list(findings(device)))
+
+
+def findings(device: list[str]) -> Iterator[Finding]:
+    """The findings on these devices, by default on a GPU."""
     import torch
 
     from modulora_core.distributed import pick_device
@@ -50,14 +55,14 @@ def command(device: Devices = []) -> Report:
             raise OptionError(f"check-gpu: expected --device cuda or cpu, got {name}")
     from modulora_conformance.gpu import bandwidth
 
-    found = [Finding(name, bandwidth(torch.device(name))) for name in devices]
+    for name in devices:
+        yield Finding(name, bandwidth(torch.device(name)))
     plugins = [entry for entry in entries() if entry.status == "ok"]
     with terminal().progress("measuring", "quantizers") as show:
         for done, entry in enumerate(plugins):
             show(f"measuring {entry.name}", done, len(plugins))
-            found += _measured(entry, devices)
+            yield from _measured(entry, devices)
             show(f"measured {entry.name}", done + 1, len(plugins))
-    return report_of(found)
 
 
 def _measured(entry: Entry[QuantizerSpec], devices: list[str]) -> Iterator[Finding]:

@@ -8,29 +8,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
-from modulora_conformance import flags
+from modulora_conformance.levels import HIGHEST
 from modulora_core.cli.arguments import argument, option
 from modulora_core.cli.terminal import Report, terminal
 
 PASSED, FAILED = 0, 1
 """pytest's exit codes of a run that took place. Others mean that it didn't."""
 
-Name = Annotated[str | None, argument(flags.QUANTIZER.words, flags.QUANTIZER.help)]
-Options = Annotated[list[str], flags.OPTIONS.for_command()]
-Level = Annotated[int, flags.LEVEL.for_command(min=0, max=flags.HIGHEST)]
+Name = Annotated[str | None, argument("NAME", "A quantizer of `modulora list-quantizers`.")]
+Options = Annotated[
+    list[str],
+    option(
+        "--option -o KEY=VALUE",
+        "Set an option of the quantizer. Repeatable. Without it: each set that its spec promises.",
+    ),
+]
+Level = Annotated[int, option("--level N", "Run the levels 0 to N.", min=0, max=HIGHEST)]
 Select = Annotated[str | None, option("-k EXPRESSION", "Run the checks whose names match.")]
 StopFirst = Annotated[bool, option("--exitfirst -x", "Stop at the first failure.")]
 Traceback = Annotated[
     Literal["no", "short", "long", "line", "native", "auto"],
     option("--tb STYLE", "Show tracebacks: no, short, long, line, native or auto."),
 ]
-ReportFolder = Annotated[Path | None, flags.REPORT.for_command(file_okay=False)]
-Certified = Annotated[bool, flags.CERTIFIED.for_command()]
+ReportFolder = Annotated[
+    Path | None,
+    option(
+        "--report DIR",
+        "Write NAME.html, .json, .xml (JUnit), .svg (a badge) and .md (a table) to DIR.",
+        file_okay=False,
+    ),
+]
+Certified = Annotated[
+    bool,
+    option("--certified", "Fail too for expected failures, and for skips other than hardware's."),
+]
 DrawSeed = Annotated[
     int | None,
     option("--seed N", "Seed of random shapes and values.", min=0, default="a new one, printed"),
 ]
-Golden = Annotated[Path | None, flags.GOLDEN.for_command(exists=True, file_okay=False)]
+Golden = Annotated[
+    Path | None,
+    option("--golden DIR", "Compare with the golden vectors in DIR.", exists=True, file_okay=False),
+]
 Measure = Annotated[bool, option("--measure", "Run no check: print the promises to paste.")]
 ListChecks = Annotated[bool, option("--list", "Run no check: list them, and how to mend each.")]
 
@@ -40,7 +59,7 @@ PANELS = {"Information": ["measure", "list_checks"]}
 def command(
     name: Name = None,
     option: Options = [],
-    level: Level = flags.HIGHEST,
+    level: Level = HIGHEST,
     select: Select = None,
     exitfirst: StopFirst = False,
     tb: Traceback = "no",
@@ -54,8 +73,7 @@ def command(
     """Check that a quantizer keeps its promises, with the conformance kit.
 
     Without -o it checks every configuration for which the quantizer makes promises. The exit code
-    is 1 if a check failed, or if --certified isn't reached. For a plugin that was written for an
-    older protocol it says what to change.
+    is 1 if a check failed, or if --certified isn't reached.
 
     Examples:
         modulora conformance NAME
@@ -67,21 +85,20 @@ def command(
     """
     if list_checks:
         return _list()
-    left_out = {f"--level {level}": level < flags.HIGHEST, "-k": select, "-x": exitfirst}
+    left_out = {f"--level {level}": level < HIGHEST, "-k": select, "-x": exitfirst}
     name = _check_request(name, certified, left_out)
-    if (older := _older(name)) is not None:
-        return older
     _check_plugin(name, option)
     if measure:
         return _measured(name, option)
     if report is not None:
         _make(report)
-    words = [f"--tb={tb}", *flags.OPTIONS.words_of(option), *flags.LEVEL.words_of(level)]
+    words = [f"--tb={tb}", f"--conformance-level={level}"]
+    words += [f"--quantizer-option={each}" for each in option]
     words += ["-k", select] if select is not None else []
     words += ["--exitfirst"] if exitfirst else []
-    words += flags.CERTIFIED.words_of(certified) + flags.REPORT.words_of(report)
-    words += [f"--hypothesis-seed={seed}"] if seed is not None else []
-    words += flags.GOLDEN.words_of(golden)
+    words += ["--certified"] if certified else []
+    given = {"conformance-report": report, "hypothesis-seed": seed, "golden": golden}
+    words += [f"--{name}={value}" for name, value in given.items() if value is not None]
     terminal().stop_working()  # pytest prints
     from modulora_conformance.run import run
 
@@ -130,27 +147,8 @@ def _check_request(name: str | None, certified: bool, left_out: Mapping[str, obj
     return name
 
 
-def _older(name: str) -> Report | None:
-    """The report of a plugin of an older protocol; None for others."""
-    from modulora_conformance.protocols import changes_since
-    from modulora_core.registry import entries
-    from modulora_core.spec import PROTOCOL
-
-    named = [each for each in entries() if each.name == name and each.status == "incompatible"]
-    for entry in named:
-        assert entry.spec is not None  # its protocol is known
-        if changes := changes_since(entry.spec.protocol):
-            found = {"quantizer": name, "protocol": entry.spec.protocol, "changes": changes}
-            first = f"{name} of {entry.origin} is written for protocol {entry.spec.protocol}."
-            lines = [f"* {change}" for change in changes]
-            text = "\n".join([f"{first} For protocol {PROTOCOL}:", *lines])
-            return Report(found, text, exit_code=FAILED)
-    return None
-
-
 def _check_plugin(name: str, option: list[str]) -> None:
     """Refuse a plugin that can't be used, and wrong options of it."""
-    from modulora_conformance.protocols import advice_on
     from modulora_core.errors import BrokenPluginError, UnknownQuantizerError
     from modulora_core.options import parse_options
     from modulora_core.registry import create
@@ -160,8 +158,7 @@ def _check_plugin(name: str, option: list[str]) -> None:
     except BrokenPluginError as error:
         where = _where(error.__cause__ or _import_error(name))
         advice = "mend it, and run again; --debug shows the traceback"
-        changed = advice_on(error.fault)
-        raise BrokenPluginError(f"{error.fault}{where}", changed or advice) from error
+        raise BrokenPluginError(f"{error.fault}{where}", advice) from error
     except UnknownQuantizerError as error:
         hint = "if it is yours, run pip install -e . in its folder"
         raise UnknownQuantizerError(f"{error}; {hint}") from None

@@ -57,8 +57,8 @@ def new_plugin(name: str, out: Path) -> list[str]:
         out: a folder that is new or empty. It appears complete or not at all.
 
     Raises:
-        OptionError: the name is malformed, or a keyword or a module of Python.
-        DuplicatePluginError: a quantizer or a package of that name is installed.
+        OptionError: the name is malformed.
+        DuplicatePluginError: a quantizer or a module of that name is installed.
         OutputError: ``out`` has files, or can't be written.
     """
     from modulora_core.checkpoints.written.outputs import whole_or_nothing
@@ -100,24 +100,13 @@ def _check_name(name: str) -> None:
 
 
 def _check_free(name: str) -> None:
-    import keyword
-    import sys
-    from importlib.metadata import distributions
     from importlib.util import find_spec
 
     from modulora_core.registry import entries
 
-    word = name.replace("-", "_")
-    if keyword.iskeyword(word) or keyword.issoftkeyword(word) or word in sys.stdlib_module_names:
-        raise OptionError(
-            f"name of a quantizer: expected no keyword and no module of Python, got {name!r}"
-        )
     taken = [entry.origin for entry in entries() if entry.name == name]
-    if not taken:  # a package that is no quantizer
-        installed = {str(each.name).lower().replace("_", "-") for each in distributions()}
-        modules = [each for each in (_module(name), word) if find_spec(each) is not None]
-        packages = [each for each in (f"modulora-{name}", name) if each in installed]
-        taken = [f"the installed package {each}" for each in (*modules, *packages)]
+    if not taken and find_spec(_module(name)) is not None:
+        taken = [f"the installed package {_module(name)}"]
     if taken:
         raise DuplicatePluginError(
             f"quantizer {name!r}: expected a free name, got the name of {taken[0]}; "

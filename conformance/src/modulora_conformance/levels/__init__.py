@@ -1,1 +1,4 @@
-"""Checks a quantizer level by level: each module is one level."""
+"""The checks, by level. Nothing heavy is imported here."""
+
+HIGHEST = 7
+"""The number of the last level."""

@@ -17,7 +17,6 @@ from modulora_conformance.levels.packing import (
 from modulora_conformance.levels.tiles import NARROW
 from modulora_conformance.memo import once
 from modulora_conformance.oracle import dense, relative_error, unlikeness
-from modulora_conformance.results import Measurements
 from modulora_core.errors import WeightError
 from modulora_core.spec import PackedWeight, Quantizer
 
@@ -60,9 +59,7 @@ class Accuracy(Level):
     level, title = "L1", "packing"
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_the_error_keeps_the_promise(
-        self, quantizer: Quantizer, measurements: Measurements, kind: str
-    ) -> None:
+    def test_the_error_keeps_the_promise(self, quantizer, measurements, kind):
         """If this fails: Ŵ is further from the weight than the spec promises.
 
         Scales, zero points, the order of codes or their signs are wrong, or the promise is too
@@ -81,9 +78,7 @@ class Accuracy(Level):
             measurements.at_most(name, relative_error(W, weight), limit + MARGIN)
 
     @needs(DETERMINISTIC, PROMISED)
-    def test_weights_of_any_width_keep_the_error(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_weights_of_any_width_keep_the_error(self, quantizer, measurements):
         """If this fails: a row that blocks do not divide is packed badly, or a very narrow one.
 
         Padding goes into a scale, or the last block takes the scale of another. Compute the scale
@@ -97,9 +92,7 @@ class Accuracy(Level):
             measurements.at_most(name, relative_error(W, weight), limit, case=case)
 
     @needs(DETERMINISTIC, PROMISED, WIDTHS)
-    def test_the_ends_are_as_exact_as_the_middle(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_the_ends_are_as_exact_as_the_middle(self, quantizer, measurements):
         """If this fails: the first or the last rows or columns have a larger error than others.
 
         The mean of the whole hides it. Look for the last short block, a rest of codes that do not
@@ -120,9 +113,7 @@ class Accuracy(Level):
 
     @pytest.mark.parametrize("form", ["few rows", "few columns"])
     @needs(DETERMINISTIC, PROMISED, WIDTHS, ENDS)
-    def test_long_weights_keep_the_error(
-        self, quantizer: Quantizer, measurements: Measurements, form: str
-    ) -> None:
+    def test_long_weights_keep_the_error(self, quantizer, measurements, form):
         """If this fails: an index of rows or columns does not fit its dtype, or a sum grows.
 
         Use int64 for offsets. A calibrated weight has fewer columns: its H is a square.
@@ -139,9 +130,7 @@ class Accuracy(Level):
         measurements.at_most(f"error of the last of {form}", error, CLIPPED)
 
     @needs(DETERMINISTIC, PROMISED, WIDTHS)
-    def test_columns_of_other_magnitudes_keep_the_error(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_columns_of_other_magnitudes_keep_the_error(self, quantizer, measurements):
         """If this fails: a code is decoded with the scale of another block.
 
         Columns grow 100 times from one end to the other. Count blocks from the start of the row.
@@ -153,9 +142,7 @@ class Accuracy(Level):
 
     @pytest.mark.parametrize("magnitude", [1e-30, 1e-12, 1e-6, 1e-4, 1e4, 1e12, 1e30], ids=str)
     @needs(DETERMINISTIC, PROMISED)
-    def test_a_weight_of_any_magnitude_is_packed_or_refused(
-        self, quantizer: Quantizer, magnitude: float
-    ) -> None:
+    def test_a_weight_of_any_magnitude_is_packed_or_refused(self, quantizer, magnitude):
         """If this fails: a scale overflows its dtype, or becomes zero. Raise WeightError."""
         weight = gaussian(fit(quantizer, 32, 256), 10)
         usual = relative_error(dense(quantizer, pack(quantizer, weight)), weight)
@@ -170,7 +157,7 @@ class Accuracy(Level):
         assert error <= USUAL * usual + MARGIN, f"{expected} the usual {usual:.3g}, got {error:.3g}"
 
     @needs(DETERMINISTIC, PROMISED)
-    def test_float16_weights_give_finite_float16_tiles(self, quantizer: Quantizer) -> None:
+    def test_float16_weights_give_finite_float16_tiles(self, quantizer):
         """If this fails: Ŵ of a finite fp16 weight overflows in fp16, or is computed in it.
 
         Multiply codes, zero points and scales in fp32. Or refuse such a weight with WeightError.
@@ -188,9 +175,7 @@ class Accuracy(Level):
 
     @pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
     @needs(DETERMINISTIC, PROMISED)
-    def test_rows_of_one_sign_keep_the_error(
-        self, quantizer: Quantizer, measurements: Measurements, sign: int
-    ) -> None:
+    def test_rows_of_one_sign_keep_the_error(self, quantizer, measurements, sign):
         """If this fails: the zero point of a group without zero, or of equal weights, is wrong.
 
         A zero point that is clamped to the codes moves the whole group. Clamp the range to contain
@@ -207,9 +192,7 @@ class Accuracy(Level):
 
     @pytest.mark.parametrize("place", ["first", "last"])
     @needs(DETERMINISTIC, PROMISED, WIDTHS, ENDS)
-    def test_an_outlier_stays_alone(
-        self, quantizer: Quantizer, measurements: Measurements, place: str
-    ) -> None:
+    def test_an_outlier_stays_alone(self, quantizer, measurements, place):
         """If this fails: one large weight is clipped, or spoils the rows that it is not in.
 
         A scale of the whole weight depends on it, or it is above a clipped range.
@@ -225,7 +208,7 @@ class Accuracy(Level):
         measurements.at_most("error of the outlier", error, OUTLIER * usual + MARGIN)
 
     @needs(DETERMINISTIC, PROMISED)
-    def test_zeros_stay_zeros(self, quantizer: Quantizer) -> None:
+    def test_zeros_stay_zeros(self, quantizer):
         """If this fails: a weight of zeros gets other values, or a row of zeros spoils others.
 
         A divisor or a scale that would be zero was replaced by one.

@@ -12,7 +12,7 @@ from modulora_conformance.changes import check_same_bytes, same_packed
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.oracle import dense, relative_error
-from modulora_conformance.results import NOT_OFFERED, Measurements
+from modulora_conformance.results import NOT_OFFERED
 from modulora_core.errors import ModuLoRAError, ShapeError
 from modulora_core.spec import Calibration, Quantizer
 
@@ -29,7 +29,7 @@ class Calibrated(Level):
     level, title = "L1", "packing"
 
     @needs(DETERMINISTIC)
-    def test_calibration_is_taken_as_the_spec_says(self, quantizer: Quantizer) -> None:
+    def test_calibration_is_taken_as_the_spec_says(self, quantizer):
         """If this fails: `pack` does not treat calibration as the spec and the options say.
 
         "required" refuses to pack without. "optional" packs with and without. "none", and options
@@ -56,7 +56,7 @@ class Calibrated(Level):
 
     @pytest.mark.parametrize("case", ["singular", "dead inputs", "no samples", "zero", "misfit"])
     @needs(TAKEN)
-    def test_any_second_moment_is_survived(self, quantizer: Quantizer, case: str) -> None:
+    def test_any_second_moment_is_survived(self, quantizer, case):
         """If this fails: an H from real data breaks `pack`, or makes values that are not finite.
 
         H may be singular (fewer samples than inputs). Some inputs may always be zero. An expert may
@@ -77,7 +77,7 @@ class Calibrated(Level):
         )
 
     @needs(TAKEN)
-    def test_an_earlier_calibration_is_forgotten(self, quantizer: Quantizer) -> None:
+    def test_an_earlier_calibration_is_forgotten(self, quantizer):
         """If this fails: an H, or its factor, of an earlier weight is used for another weight.
 
         A cache's key is a shape or an address, or the instance keeps it. Keep nothing.
@@ -94,9 +94,7 @@ class Calibrated(Level):
         check_same_bytes(first, new.pack(weights[0], moments[0]), "packed by a new instance")
 
     @needs(TAKEN, REMEMBERED)
-    def test_calibration_makes_outputs_no_worse(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_calibration_makes_outputs_no_worse(self, quantizer, measurements):
         """If this fails: with the H of correlated inputs, outputs are further off than without H.
 
         The error is E‖(W − Ŵ) x‖², as a share of the error without H (required: with H = 1, which
@@ -113,9 +111,7 @@ class Calibrated(Level):
         measurements.at_most(name, with_it / max(without, 1e-300), NOISE)
 
     @needs(TAKEN, "test_calibration_makes_outputs_no_worse")
-    def test_gradients_of_outputs_are_used_as_the_spec_says(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_gradients_of_outputs_are_used_as_the_spec_says(self, quantizer, measurements):
         """If this fails: `pack` does not treat the calibration's `output_hessian` as the spec says.
 
         Without `spec.output_hessian` it changes no byte. With it, tr(H_O E H Eᵀ) is no larger than

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import modulora_kernels as kernels
 import pytest
 import torch
+from modulora_kernels import compiled
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -16,15 +22,24 @@ from modulora_conformance.cases import (
     both_ways,
     fit,
     gaussian,
+    identity,
     inputs,
     pack,
     packed,
     tile,
 )
 from modulora_conformance.checks import Level, needs
-from modulora_conformance.elsewhere import elsewhere, name_of, request, results
+from modulora_conformance.elsewhere import (
+    elsewhere,
+    name_of,
+    request,
+    results,
+    without_numba_results,
+)
+from modulora_conformance.fake_device import OnCuda, fake_cuda, moved
 from modulora_conformance.levels.accuracy import END, MARGIN, WIDTHS, usual_error
 from modulora_conformance.levels.gradients import GRADIENTS, check_layer
+from modulora_conformance.levels.lookups import LOOKUP
 from modulora_conformance.levels.packing import DETERMINISTIC
 from modulora_conformance.levels.persistence import REGISTERED
 from modulora_conformance.levels.processes import READS
@@ -32,16 +47,21 @@ from modulora_conformance.levels.products import FORWARD, TRANSPOSED
 from modulora_conformance.levels.tiles import OWNED
 from modulora_conformance.oracle import dense, product_error, relative_error, tile_error
 from modulora_conformance.problems import SCALE, output, problem
-from modulora_conformance.results import HARDWARE, NOT_OFFERED, Measurements
+from modulora_conformance.results import HARDWARE, NOT_OFFERED
 from modulora_conformance.tolerances import GRADIENT, PRODUCT, ROUNDING
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.packed_parameters import PackedParameter
-from modulora_core.spec import PackedWeight, Quantizer
+from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
 RAGGED = (37, 52)
 """Before it is made to fit: no multiple of a block of threads."""
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+META = "test_the_meta_device_gives_shapes_and_dtypes"
+VALUES = "test_a_device_without_kernels_gives_the_values_of_the_cpu"
+
+SHAPE = (43, 116)
 
 
 class Devices(Level):
@@ -52,9 +72,7 @@ class Devices(Level):
 
     level, title = "L7", "devices"
 
-    def test_cuda_gives_the_tiles_of_the_cpu(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_cuda_gives_the_tiles_of_the_cpu(self, quantizer, measurements):
         """If this fails: the GPU decodes other values, so that it trains another model."""
         _require_cuda()
         weight = packed(quantizer, RAGGED)
@@ -72,8 +90,8 @@ class Devices(Level):
             )
 
     def test_cuda_gives_the_products_and_gradients_of_the_dense_layer(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+        self, quantizer, measurements
+    ):
         """If this fails, though levels 3 and 4 pass: the GPU's kernel is wrong.
 
         Or a tensor stays on the CPU.
@@ -92,7 +110,7 @@ class Devices(Level):
             check_layer(quantizer, weight, given, W, measurements, f"{rows} rows; ", "cuda")
 
     @needs(FORWARD, TRANSPOSED, OWNED, WIDTHS)
-    def test_the_meta_device_gives_shapes_and_dtypes(self, quantizer: Quantizer) -> None:
+    def test_the_meta_device_gives_shapes_and_dtypes(self, quantizer):
         """If this fails: reading needs a tensor that stays on the CPU, or the value of one.
 
         On a GPU such a table raises an error, or is copied for each product. Move tables to
@@ -119,7 +137,7 @@ class Devices(Level):
         )
 
     @needs(DETERMINISTIC)
-    def test_a_weight_without_values_is_refused(self, quantizer: Quantizer) -> None:
+    def test_a_weight_without_values_is_refused(self, quantizer):
         """If this fails: a weight on the meta device is packed, though it has no values.
 
         A skeleton that was not filled would become a model. Reading a value raises an error:
@@ -130,7 +148,7 @@ class Devices(Level):
             pack(quantizer, torch.empty(shape, device="meta"))
 
     @needs(GRADIENTS)
-    def test_a_layer_runs_on_fake_tensors(self, quantizer: Quantizer) -> None:
+    def test_a_layer_runs_on_fake_tensors(self, quantizer):
         """If this fails: the layer cannot be traced: it reads values or addresses of tensors.
 
         `torch.compile` and `torch.export` run it on fake tensors first, which have shapes alone.
@@ -148,9 +166,7 @@ class Devices(Level):
             assert leaf.grad.shape == leaf.shape, f"d{name}: expected {leaf.shape}, got another"
 
     @needs(GRADIENTS)
-    def test_a_compiled_layer_gives_the_eager_results(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_a_compiled_layer_gives_the_eager_results(self, quantizer, measurements):
         """If this fails: under ``torch.compile`` the layer computes something else, or breaks the
         graph.
 
@@ -182,9 +198,7 @@ class Devices(Level):
             measurements.at_most(f"compiled {name}", error, GRADIENT[torch.float32].value)
 
     @needs(REGISTERED, READS)
-    def test_interpreted_triton_kernels_give_the_dense_products(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_interpreted_triton_kernels_give_the_dense_products(self, quantizer, measurements):
         """If this fails: a Triton kernel computes something else than the reference.
 
         With ``TRITON_INTERPRET=1`` in the environment, a quantizer that names ``"cuda"`` in its
@@ -208,6 +222,78 @@ class Devices(Level):
                 name, limit = f"interpreted {product} in {dtype}", PRODUCT[dtype].value
                 measurements.at_most(name, error, limit)
 
+    @needs(META, FORWARD, TRANSPOSED, LOOKUP, OWNED, WIDTHS)
+    def test_a_device_without_kernels_gives_the_values_of_the_cpu(
+        self, quantizer, measurements, monkeypatch
+    ):
+        """If this fails: on a device that says it is CUDA, plain torch gives other values, or
+        mixes devices.
+
+        The device is a fake whose values are in the CPU's memory; kernels of the toolkit are off.
+        Make each new tensor on ``packed.device`` or ``weight.device``.
+        """
+        _without_kernels(monkeypatch)
+        weight = packed(quantizer, SHAPE)
+        W, whole, ids = dense(quantizer, weight), tile(quantizer, weight), torch.tensor([[9, 0, 3]])
+        with _on_fake_cuda(quantizer):
+            on_cuda = weight.layout.fill({n: moved(t) for n, t in weight.tensors.items()})
+            for dtype in DTYPES:
+                found = _values(tile(quantizer, on_cuda, dtype, 1), f"a tile in {dtype}")
+                limit = ROUNDING[dtype].value + PRODUCT[torch.float32].value
+                error = tile_error(found, whole[1:])
+                measurements.at_most(f"tile on another device in {dtype}", error, limit)
+            rows = _values(quantizer.lookup(moved(ids), on_cuda, torch.float32), "a lookup")
+            error, limit = tile_error(rows, whole[ids]), PRODUCT[torch.float32].value
+            measurements.at_most("rows looked up on another device", error, limit)
+            for n in (1, 3, 40):
+                for transpose, x in both_ways(weight, n, seed=91):
+                    case = f"a product of {n} rows, {transpose=}"
+                    y = _values(quantizer.matmul(moved(x), on_cuda, transpose), case)
+                    error = product_error(y, x, W, transpose)
+                    measurements.at_most("product on another device", error, limit, case=case)
+        assert torch.equal(tile(quantizer, weight), whole), (
+            "after reading on another device: expected the same Ŵ on the CPU, got another"
+        )
+
+    @needs(VALUES, DETERMINISTIC)
+    def test_a_weight_on_another_device_is_packed_there(self, quantizer, measurements, monkeypatch):
+        """If this fails: a weight on a device that says it is CUDA is not packed on it, or packed
+        badly.
+
+        Packed tensors must be on ``weight.device``, and so must tables and H.
+        """
+        _without_kernels(monkeypatch)
+        weight = gaussian(fit(quantizer, 20, 48), 92)  # plain torch is slow
+        required = quantizer.spec.calibration == "required"
+        with _on_fake_cuda(quantizer):
+            H = Calibration(moved(identity(weight.shape[1]).hessian), 1) if required else None
+            found = quantizer.pack(moved(weight), H)
+            here = {n: _values(t, f"packed tensor {n}") for n, t in found.tensors.items()}
+        error = relative_error(tile(quantizer, found.layout.fill(here)), weight)
+        limit = END * usual_error(quantizer) + MARGIN
+        measurements.at_most("error of a weight packed on another device", error, limit)
+
+    @needs(READS, DETERMINISTIC)
+    def test_without_numba_the_values_are_the_same(self, quantizer, measurements):
+        """If this fails: where numba is absent, the quantizer gives other values or none.
+
+        Load kernels by :mod:`modulora_kernels`, which gives None there, and then run plain
+        torch.
+        """
+        weight = packed(quantizer, SHAPE)
+        asked = request(quantizer, weight, torch.float32)
+        (found,) = elsewhere(without_numba_results, [asked])
+        W, limit = dense(quantizer, weight), PRODUCT[torch.float32].value
+        error = tile_error(found["tile.float32"], tile(quantizer, weight))
+        measurements.at_most("tile without numba", error, limit)
+        for name, x in asked.inputs.items():
+            transpose = name.startswith("dY")
+            y = found[f"{'transposed' if transpose else 'product'}.float32"]
+            measurements.at_most("product without numba", product_error(y, x, W, transpose), limit)
+        error = relative_error(found["own"], gaussian(weight.shape, 0))
+        most = END * usual_error(quantizer) + MARGIN
+        measurements.at_most("error of a weight packed without numba", error, most)
+
 
 class _Block(nn.Module):
     """An adapted layer between operations that the compiler compiles."""
@@ -229,3 +315,34 @@ class _Block(nn.Module):
 def _require_cuda() -> None:
     if not torch.cuda.is_available():
         pytest.skip(f"{HARDWARE}no CUDA device")
+
+
+def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the toolkit find no kernels: none runs on the fake device."""
+    for module, name in itertools.product((kernels, compiled), ("load", "load_triton")):
+        monkeypatch.setattr(module, name, lambda module, device: None)  # noqa: ARG005
+
+
+@contextmanager
+def _on_fake_cuda(quantizer: Quantizer) -> Iterator[None]:
+    """Enter the fake device. Skip a check if a quantizer's own GPU kernels want a real one."""
+    try:
+        with fake_cuda():
+            yield
+    except Exception as error:
+        if "cuda" in quantizer.spec.devices and _wants_a_gpu(error):
+            pytest.skip(f"{HARDWARE}no CUDA device for kernels that the toolkit does not load")
+        raise
+
+
+def _wants_a_gpu(error: Exception) -> bool:
+    """Whether torch missed a GPU, or Triton launched a kernel."""
+    frames = (frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__))
+    triton = any(name.partition(".")[0] == "triton" for name in frames)
+    return triton or re.search("CUDA|NVIDIA", str(error)) is not None
+
+
+def _values(found: Tensor, case: str) -> Tensor:
+    """The values of a tensor that must be on the fake device."""
+    assert isinstance(found, OnCuda), f"{case}: expected it on cuda, got it on {found.device}"
+    return found.on_cpu

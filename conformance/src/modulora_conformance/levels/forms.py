@@ -15,11 +15,8 @@ from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.lookups import LOOKUP
 from modulora_conformance.levels.products import FORWARD, LEADING, TRANSPOSED
 from modulora_conformance.oracle import dense, product_error
-from modulora_conformance.results import Measurements
 from modulora_conformance.tolerances import PRODUCT
-from modulora_core.spec import PackedWeight, Quantizer
-
-STRIDES = "test_strides_of_the_input_do_not_matter"
+from modulora_core.spec import PackedWeight
 
 SHAPE = (41, 136)
 
@@ -27,10 +24,13 @@ EVEN = (64, 192)
 """A multiple of 32. With AMX, oneDNN pads bf16 features with the next row's, times 0: a NaN
 spreads."""
 
-LEADINGS = ((2, 3), (3, 1, 5), (2, 3, 4), (2, 2, 3, 2), (5, 1, 2, 1, 2), (1, 40), (40, 1))
-"""Three to six dimensions of x, also without a leading 1."""
+LEADINGS = (
+    (), (1,), (1, 1), (2, 3), (3, 1, 5), (2, 3, 4), (2, 1, 2, 2), (2, 2, 3, 2), (5, 1, 2, 1, 2),
+    (1, 40), (40, 1),
+)  # fmt: skip
+"""The dimensions of x before its features: none to five."""
 
-EMPTY = ((0,), (0, 1), (3, 0), (0, 3, 2), (2, 0, 2, 2))
+EMPTY = ((0,), (0, 1), (2, 0), (0, 3, 2), (2, 0, 2, 2))
 
 EXPERTS = 4
 """Packed weights in one buffer."""
@@ -41,47 +41,35 @@ class Forms(Level):
 
     level, title = "L3", "products"
 
-    @needs(STRIDES)
-    def test_products_of_views_equal_the_dense_ones(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
-        """If this fails: an x that is a view is read as if it began at its storage's start.
+    @needs(FORWARD, TRANSPOSED)
+    def test_leading_dimensions_are_kept(self, quantizer, measurements):
+        """If this fails: `matmul` refuses or changes leading dimensions, or x's dtype.
 
-        Or its strides are taken for a contiguous one's. Call `x.contiguous()` before a kernel.
-        """
-        found = packed(quantizer, SHAPE)
-        W = dense(quantizer, found)
-        for rows in (1, 2, 17, 70):
-            for transpose, x in both_ways(found, rows, seed=61):
-                for form, view in _views(x):
-                    error = product_error(quantizer.matmul(view, found, transpose), x, W, transpose)
-                    case, limit = f"{form}, {rows} rows, {transpose=}", PRODUCT[x.dtype].value
-                    measurements.at_most("product of a view", error, limit, case=case)
-
-    @needs(STRIDES, LEADING)
-    def test_products_of_many_dimensions_equal_the_dense_ones(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
-        """If this fails: x with three to six dimensions is multiplied wrongly.
-
-        Rows are all dimensions but the last: `x.reshape(-1, features)`, and back at the end.
+        It takes `[features]`, `[batch, tokens, features]` and more. Rows are all dimensions but the
+        last: `x.reshape(-1, features)`, and back at the end. The result is contiguous: models call
+        `.view`, and `torch.compile` relies on it.
         """
         found = packed(quantizer, SHAPE)
         W = dense(quantizer, found)
         for leading in LEADINGS:
             for transpose, x in both_ways(found, *leading, seed=62):
-                for view in (x, x.transpose(0, 1)):
+                for view in (x, x.transpose(0, 1)) if len(leading) > 1 else (x,):
                     y = quantizer.matmul(view, found, transpose)
                     expected = (*view.shape[:-1], W.shape[1 if transpose else 0])
+                    case = f"x {list(view.shape)}"
                     assert tuple(y.shape) == expected, (
-                        f"x {list(view.shape)}: expected {expected}, got {list(y.shape)}"
+                        f"{case}: expected {expected}, got {list(y.shape)}"
+                    )
+                    assert y.dtype == x.dtype, f"{case}: expected {x.dtype}, got {y.dtype}"
+                    assert y.is_contiguous(), (
+                        f"{case}: expected a contiguous result, got strides {y.stride()}"
                     )
                     error, limit = product_error(y, view, W, transpose), PRODUCT[x.dtype].value
                     measurements.at_most("product", error, limit, case=list(view.shape))
 
-    @needs("test_zero_rows_give_zero_rows")
-    def test_empty_inputs_of_any_dimensions_give_empty_products(self, quantizer: Quantizer) -> None:
-        """If this fails: an x without rows raises an error, or changes its dimensions or dtype."""
+    @needs(FORWARD, TRANSPOSED, LEADING)
+    def test_zero_rows_give_zero_rows(self, quantizer):
+        """If this fails: an x without rows, as of an idle expert, gives an error or rows."""
         found = packed(quantizer, SHAPE)
         for leading in EMPTY:
             for dtype in DTYPES:
@@ -91,10 +79,30 @@ class Forms(Level):
                     got = (tuple(y.shape), y.dtype)
                     assert got == expected, f"x {list(x.shape)}: expected {expected}, got {got}"
 
+    @needs(FORWARD, TRANSPOSED, LEADING)
+    def test_strides_of_the_input_do_not_matter(self, quantizer, measurements):
+        """If this fails: an x that is not contiguous is read in memory order.
+
+        Or a view is read as if it began at its storage's start. Call `x.contiguous()` before a
+        kernel.
+        """
+        found = packed(quantizer, SHAPE)
+        W = dense(quantizer, found)
+        for rows in (1, 2, 17, 70):
+            for transpose, x in both_ways(found, rows, seed=61):
+                for form, view in _views(x):
+                    error = product_error(quantizer.matmul(view, found, transpose), x, W, transpose)
+                    case, limit = f"{form}, {rows} rows, {transpose=}", PRODUCT[x.dtype].value
+                    measurements.at_most("product of a view", error, limit, case=case)
+        for transpose, x in both_ways(found, 6, 5, seed=9):
+            turned = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+            for view in (x.transpose(0, 1), x[::2], turned, x[:1].expand_as(x)):
+                error = product_error(quantizer.matmul(view, found, transpose), view, W, transpose)
+                limit = PRODUCT[x.dtype].value
+                measurements.at_most("product of a view", error, limit, case=view.stride())
+
     @needs(FORWARD, TRANSPOSED, LOOKUP)
-    def test_packed_tensors_may_be_slices(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_packed_tensors_may_be_slices(self, quantizer, measurements):
         """If this fails: packed tensors that are slices of a larger buffer are read elsewhere.
 
         A stack of experts is one buffer. A kernel takes the address of the storage, and not of the
@@ -116,9 +124,7 @@ class Forms(Level):
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
     @needs(FORWARD, TRANSPOSED)
-    def test_nan_and_inf_in_x_come_out(
-        self, quantizer: Quantizer, measurements: Measurements, bad: float
-    ) -> None:
+    def test_nan_and_inf_in_x_come_out(self, quantizer, measurements, bad):
         """If this fails: a NaN or Inf in x disappears in `matmul`, or reaches other rows.
 
         A gradient scaler and a user find a diverged run by it. Do not clamp x, and do not skip

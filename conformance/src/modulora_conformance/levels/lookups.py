@@ -1,4 +1,4 @@
-"""L2: rows looked up by number, and rows that are gathered or joined while they are packed."""
+"""L2: rows looked up by number, rows joined while they are packed, and channel scales."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from modulora_conformance.allocations import Allocations
-from modulora_conformance.cases import DTYPES, packed, tile
-from modulora_conformance.changes import same_bits
+from modulora_conformance.cases import DTYPES, generator, packed, tile
+from modulora_conformance.changes import check_same_bytes, clone, same_bits
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.tiles import (
     BUDGET,
@@ -22,8 +22,10 @@ from modulora_conformance.levels.tiles import (
     TALL,
     check_form,
 )
-from modulora_conformance.results import NOT_OFFERED, Measurements
-from modulora_core.spec import Quantizer
+from modulora_conformance.oracle import relative_error
+from modulora_conformance.results import NOT_OFFERED
+from modulora_conformance.tolerances import ROUNDING
+from modulora_core.errors import PluginError
 from modulora_core.tiles import tile_budget
 
 LOOKUP = "test_rows_looked_up_are_those_of_the_tile"
@@ -45,7 +47,7 @@ class Lookups(Level):
     }
 
     @needs(RANGES, "test_an_empty_range_is_an_empty_tile")
-    def test_rows_looked_up_are_those_of_the_tile(self, quantizer: Quantizer) -> None:
+    def test_rows_looked_up_are_those_of_the_tile(self, quantizer):
         """If this fails: `lookup` gives other values, shapes or dtypes than `dequantize_tile`.
 
         An embedding and a head that share a packed table then disagree. The bits must be the same,
@@ -60,7 +62,7 @@ class Lookups(Level):
                 assert same_bits(rows, whole[ids.long()]), f"{case}: not the bits of the tile"
 
     @pytest.mark.parametrize("where", ["before the first", "after the last"])
-    def test_ids_outside_are_refused(self, quantizer: Quantizer, where: str) -> None:
+    def test_ids_outside_are_refused(self, quantizer, where):
         """If this fails: an id without a row gives another row, or ends the process on a GPU.
 
         Compare the smallest and the largest id with the table first, and raise IndexError.
@@ -71,7 +73,7 @@ class Lookups(Level):
             quantizer.lookup(torch.tensor([[3, row]]), found, torch.float32)
 
     @needs(LOOKUP, OWNED)
-    def test_rows_looked_up_are_the_callers(self, quantizer: Quantizer) -> None:
+    def test_rows_looked_up_are_the_callers(self, quantizer):
         """If this fails: looked up rows have a graph, though the table is frozen.
 
         Or they are a view of memory that the plugin keeps.
@@ -86,9 +88,7 @@ class Lookups(Level):
         )
 
     @needs(LOOKUP, LITTLE)
-    def test_a_lookup_takes_the_memory_of_its_rows(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_a_lookup_takes_the_memory_of_its_rows(self, quantizer, measurements):
         """If this fails: `lookup` decodes the whole table, or much of it, for a few rows.
 
         A vocabulary is often the largest matrix of a model.
@@ -103,7 +103,7 @@ class Lookups(Level):
 
     @pytest.mark.parametrize("rows", ["the first", "the last", "every third, twice"])
     @needs(RANGES, LOOKUP)
-    def test_packed_rows_are_joined_by_row_tensors(self, quantizer: Quantizer, rows: str) -> None:
+    def test_packed_rows_are_joined_by_row_tensors(self, quantizer, rows):
         """If this fails: `row_tensors` lacks a tensor with a row for each row of Ŵ, or has another.
 
         Experts that a checkpoint has as layers of their own are joined to one weight by them. Name
@@ -131,3 +131,29 @@ class Lookups(Level):
         assert same_bits(found, tile(quantizer, whole)[ids]), (
             f"{rows} of {n} packed rows: expected these rows of Ŵ, got others"
         )
+
+    @needs(RANGES)
+    def test_a_rescaled_weight_is_scaled_on_both_sides(self, quantizer, measurements):
+        """If this fails: `rescaled` gives another weight than diag(v) Ŵ diag(u), or changes Ŵ.
+
+        Multiply u [in] and v [out] into copies of the vectors. Tuning calls it again on the result.
+        Without `rescales=True` in the spec, inherit it.
+        """
+        weight = packed(quantizer, (40, 96))
+        draw = generator(50)
+        v, u = (1 + 0.2 * torch.rand(n, generator=draw) for n in weight.shape)
+        if not quantizer.spec.rescales:
+            with pytest.raises(PluginError):
+                quantizer.rescaled(weight, u, v)
+            pytest.skip(f"{NOT_OFFERED}spec.rescales is false")
+        before, W = clone(weight), tile(quantizer, weight)
+        once = quantizer.rescaled(weight, u, v)
+        twice = quantizer.rescaled(once, 1 / u, 1 / v)
+        check_same_bytes(before, weight, "the packed weight after rescaling it")
+        limit = 4 * ROUNDING[torch.float16].value  # two vectors in fp16, twice
+        for name, found, exact in (("once", once, v[:, None] * W * u), ("and back", twice, W)):
+            assert found.layout == weight.layout, (
+                f"rescaled {name}: expected the layout {weight.layout}, got {found.layout}"
+            )
+            error = relative_error(tile(quantizer, found), exact)
+            measurements.at_most(f"a weight rescaled {name}", error, limit)

@@ -27,7 +27,6 @@ from modulora_conformance.levels.lookups import LOOKUP
 from modulora_conformance.levels.products import FORWARD, LEADING, TRANSPOSED
 from modulora_conformance.levels.state import NEW
 from modulora_conformance.oracle import dense, product_error
-from modulora_conformance.results import Measurements
 from modulora_conformance.tolerances import PRODUCT
 from modulora_core.spec import PackedWeight, Quantizer
 
@@ -74,9 +73,7 @@ class Modes(Level):
 
     @pytest.mark.parametrize("mode", MODES)
     @needs(FORWARD, TRANSPOSED, LEADING, LOOKUP, NEW, "test_the_default_dtype_does_not_matter")
-    def test_a_mode_of_torch_changes_nothing(
-        self, quantizer: Quantizer, measurements: Measurements, mode: str
-    ) -> None:
+    def test_a_mode_of_torch_changes_nothing(self, quantizer, measurements, mode):
         """If this fails: within a mode of torch, packing, a tile, a lookup or a product differs.
 
         Name the dtype and the device of each new tensor. Turn autocast off inside of `matmul` by
@@ -114,9 +111,7 @@ class Modes(Level):
 
     @pytest.mark.parametrize("threads", [1, 3, 8, 16], ids=lambda n: f"{n} threads")
     @needs(FORWARD, TRANSPOSED, LOOKUP, "test_reading_leaves_global_state_alone")
-    def test_any_number_of_threads_gives_the_same(
-        self, quantizer: Quantizer, measurements: Measurements, threads: int
-    ) -> None:
+    def test_any_number_of_threads_gives_the_same(self, quantizer, measurements, threads):
         """If this fails: a part of the work is lost or done twice with some number of threads.
 
         Parts are cut by the number of threads, which does not divide them. Cut them by rows.
@@ -141,9 +136,7 @@ class Modes(Level):
 
     @pytest.mark.threads
     @needs(FORWARD, TRANSPOSED, "test_two_threads_get_what_one_gets")
-    def test_two_threads_multiply_many_rows(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_two_threads_multiply_many_rows(self, quantizer, measurements):
         """If this fails: two threads that multiply many rows at once disturb each other.
 
         A path for many rows keeps scratch memory in the instance or the module. Use local

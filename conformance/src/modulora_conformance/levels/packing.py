@@ -22,7 +22,6 @@ from modulora_conformance.cases import (
 )
 from modulora_conformance.changes import check_same_bytes, clone, unchanged_globals
 from modulora_conformance.checks import Level, needs
-from modulora_conformance.results import Measurements
 from modulora_core.errors import WeightError
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import Promise, Quantizer
@@ -45,7 +44,7 @@ class Packing(Level):
     @needs()
     @SETTINGS
     @given(data=st.data())
-    def test_the_shape_is_kept(self, quantizer: Quantizer, data: st.DataObject) -> None:
+    def test_the_shape_is_kept(self, quantizer, data):
         """If this fails: a packed weight has a wrong shape, quantizer or format.
 
         Or `pack` refuses a shape that `check_shape` accepts. No check of a higher level runs then.
@@ -65,7 +64,7 @@ class Packing(Level):
                 f"packed.{name}: expected {value}, got {getattr(found, name)}"
             )
 
-    def test_packing_is_deterministic(self, quantizer: Quantizer) -> None:
+    def test_packing_is_deterministic(self, quantizer):
         """If this fails: the bytes depend on torch's random state, the instance or the threads.
 
         Draw from a torch.Generator whose seed is an option.
@@ -85,7 +84,7 @@ class Packing(Level):
             torch.set_num_threads(threads)
 
     @needs(DETERMINISTIC)
-    def test_packing_leaves_global_state_alone(self, quantizer: Quantizer) -> None:
+    def test_packing_leaves_global_state_alone(self, quantizer):
         """If this fails: `pack` uses the global random state, changes a setting of torch or
         Python, prints, or leaves a file.
 
@@ -97,7 +96,7 @@ class Packing(Level):
             with unchanged_globals("pack"):
                 pack(quantizer, weight)
 
-    def test_the_input_is_unchanged(self, quantizer: Quantizer) -> None:
+    def test_the_input_is_unchanged(self, quantizer):
         """If this fails: `pack` writes to the weight or to H, which the caller may still use."""
         weight = gaussian(fit(quantizer, 33, 64), 2)
         calibration = correlated(weight.shape[1])
@@ -111,7 +110,7 @@ class Packing(Level):
         )
 
     @needs(DETERMINISTIC)
-    def test_the_input_is_not_kept(self, quantizer: Quantizer) -> None:
+    def test_the_input_is_not_kept(self, quantizer):
         """If this fails: a packed tensor shares memory with the dense weight, and keeps it
         alive."""
         weight = gaussian(fit(quantizer, 33, 64), 3)  # fp32: no conversion copies it
@@ -123,9 +122,7 @@ class Packing(Level):
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
     @needs(DETERMINISTIC)
-    def test_a_weight_of_any_float_dtype_packs_as_in_float32(
-        self, quantizer: Quantizer, dtype: torch.dtype
-    ) -> None:
+    def test_a_weight_of_any_float_dtype_packs_as_in_float32(self, quantizer, dtype):
         """If this fails: the same values in another dtype give other bytes than in float32.
 
         Convert the weight to float32 first.
@@ -135,7 +132,7 @@ class Packing(Level):
         check_same_bytes(expected, pack(quantizer, exact_in_all.to(dtype)), f"packed from {dtype}")
 
     @needs(DETERMINISTIC)
-    def test_strides_do_not_matter(self, quantizer: Quantizer) -> None:
+    def test_strides_do_not_matter(self, quantizer):
         """If this fails: a view, such as a transposed or sliced weight, is read in memory order.
 
         Call `.contiguous()`. A fused projection is packed from slices of one tensor.
@@ -155,9 +152,7 @@ class Packing(Level):
             check_same_bytes(expected, pack(quantizer, view), f"packed from a {form} weight")
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-    def test_weights_that_are_not_finite_are_refused(
-        self, quantizer: Quantizer, bad: float
-    ) -> None:
+    def test_weights_that_are_not_finite_are_refused(self, quantizer, bad):
         """If this fails: NaN or Inf is packed silently, and the model is broken. Raise
         WeightError."""
         shape = fit(quantizer, 16, 80)
@@ -170,9 +165,7 @@ class Packing(Level):
     @needs()
     @SETTINGS
     @given(data=st.data())
-    def test_layout_foretells_the_packed_weight(
-        self, quantizer: Quantizer, data: st.DataObject
-    ) -> None:
+    def test_layout_foretells_the_packed_weight(self, quantizer, data):
         """If this fails: `layout(shape)` differs from the result of `pack`.
 
         Plans and disk-space checks are then wrong. Or the layout depends on the values, so that
@@ -183,7 +176,7 @@ class Packing(Level):
         told = quantizer.layout(shape)
         assert told == made, f"layout({shape}) and pack: {told.differences(made)}"
 
-    def test_metadata_goes_through_json(self, quantizer: Quantizer) -> None:
+    def test_metadata_goes_through_json(self, quantizer):
         """If this fails: config.json cannot hold the metadata, or changes it (a tuple to a
         list)."""
         layout = packed(quantizer, (24, 64)).layout
@@ -191,7 +184,7 @@ class Packing(Level):
         assert again == layout, f"layout after JSON: {layout.differences(again)}"
 
     @needs("test_the_input_is_not_kept")
-    def test_bits_per_weight_are_those_of_the_bytes(self, quantizer: Quantizer) -> None:
+    def test_bits_per_weight_are_those_of_the_bytes(self, quantizer):
         """If this fails: the packed weight reports another size than its tensors have.
 
         Or it holds memory that it does not count.
@@ -212,16 +205,14 @@ class Packing(Level):
             )
 
     @needs(LAYOUT)
-    def test_bits_per_weight_keep_the_promise(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_bits_per_weight_keep_the_promise(self, quantizer, measurements):
         """If this fails: weights take more bytes than the spec promises, scales included."""
         promise = promise_of(quantizer) or pytest.skip(no_promise(quantizer))
         bits = quantizer.layout(fit(quantizer, *SIZE_SHAPE)).bits_per_weight
         measurements.at_most("bits per weight", bits, promise.bits_per_weight, unit="bits")
 
     @needs(LAYOUT, "test_bits_per_weight_keep_the_promise")
-    def test_codes_have_a_width_of_the_spec(self, quantizer: Quantizer) -> None:
+    def test_codes_have_a_width_of_the_spec(self, quantizer):
         """If this fails: spec.bits is not the width of the codes.
 
         Users of `modulora list-quantizers` rely on it. A packed tensor has a bit more for each

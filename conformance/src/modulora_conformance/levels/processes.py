@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -21,12 +22,20 @@ from modulora_conformance.cases import (
 from modulora_conformance.changes import check_same_bytes, clone, same_bits, same_packed
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.crafted import ALL_BITS, OTHER_BYTES, TOO_MANY, crafted, outcomes
-from modulora_conformance.elsewhere import Answer, answered, elsewhere, first_results, request
+from modulora_conformance.elsewhere import (
+    Answer,
+    answered,
+    elsewhere,
+    first_results,
+    read_protected,
+    request,
+)
 from modulora_conformance.levels.accuracy import END, MARGIN, steeper
 from modulora_conformance.levels.packing import DETERMINISTIC, GLOBALS
 from modulora_conformance.levels.persistence import REGISTERED, ROUND_TRIP, SHAPE
 from modulora_conformance.oracle import dense, product_error, relative_error
-from modulora_conformance.results import NOT_OFFERED, Measurements
+from modulora_conformance.pages import Place
+from modulora_conformance.results import HARDWARE, NOT_OFFERED
 from modulora_conformance.tolerances import PRODUCT
 from modulora_core.spec import Quantizer, titled
 
@@ -37,6 +46,14 @@ OPTIONS = "test_options_keep_apart"
 RESERVED = 0.1
 """The most of the weights that random bytes may make NaN or Inf: a format's reserved codes."""
 
+SHAPES = ((1, 1), (5, 131), (9, 576), (40, 258))
+"""Before they fit: rows that end anywhere in a byte, a word and a vector."""
+
+ROWS = 35
+"""Rows of x beside 1 and 2: more than a block of 32."""
+
+ONLY_READ = "test_packed_tensors_are_only_read"
+
 
 class Processes(Level):
     """Another process, with other options used before, reads and packs the same."""
@@ -44,7 +61,7 @@ class Processes(Level):
     level, title = "L6", "persistence"
 
     @needs(REGISTERED, "test_a_checkpoint_records_the_options", ROUND_TRIP)
-    def test_another_process_reads_the_same_weight(self, quantizer: Quantizer) -> None:
+    def test_another_process_reads_the_same_weight(self, quantizer):
         """If this fails: Ŵ depends on this process: a table, a random number, the hash of a
         string."""
         expected = tile(quantizer, packed(quantizer, SHAPE))
@@ -55,7 +72,7 @@ class Processes(Level):
         )
 
     @needs(REGISTERED, ROUND_TRIP, DETERMINISTIC, READS)
-    def test_another_process_packs_the_same_bytes(self, quantizer: Quantizer) -> None:
+    def test_another_process_packs_the_same_bytes(self, quantizer):
         """If this fails: the bytes depend on the process: its id, the time, a random number.
 
         Python also draws the hash of a string for each process. Draw from a torch.Generator whose
@@ -66,7 +83,7 @@ class Processes(Level):
         check_same_bytes(here, there, "packed by another process")
 
     @needs(READS, PACKS)
-    def test_options_keep_apart(self, quantizer: Quantizer) -> None:
+    def test_options_keep_apart(self, quantizer):
         """If this fails: other options, used before in the same process, change the result.
 
         The key of a cache lacks an option. A model may have layers with several sets of options.
@@ -82,7 +99,7 @@ class Processes(Level):
         check_same_bytes(expected, answer.packed, f"packed {when}")
 
     @needs(READS)
-    def test_two_threads_may_be_the_first_to_read(self, quantizer: Quantizer) -> None:
+    def test_two_threads_may_be_the_first_to_read(self, quantizer):
         """If this fails: two threads that read first see a table before it is filled.
 
         Fill a table completely, and then put it into the cache.
@@ -101,7 +118,7 @@ class Processes(Level):
                 assert error <= PRODUCT[torch.float32].value, f"{name}: wrong by {error:.3g}"
 
     @needs(READS, PACKS, GLOBALS, "test_reading_leaves_global_state_alone")
-    def test_its_module_changes_no_settings(self, quantizer: Quantizer) -> None:
+    def test_its_module_changes_no_settings(self, quantizer):
         """If this fails: importing the plugin, or its first use, changes a setting of the process.
 
         The number of threads, the default dtype and the gradient mode are the user's. Set them in
@@ -114,7 +131,7 @@ class Processes(Level):
         )
 
     @needs(READS)
-    def test_crafted_tensors_are_refused_or_read_in_bounds(self, quantizer: Quantizer) -> None:
+    def test_crafted_tensors_are_refused_or_read_in_bounds(self, quantizer):
         """If this fails: a packed value is an index that nobody checks, or a size is not checked.
 
         Files come from strangers. Refuse in ``check_format`` each layout that the metadata does
@@ -137,9 +154,7 @@ class Processes(Level):
                 assert same_bits(value, own[name]), f"{title}: expected an error or the same Ŵ"
 
     @needs(OPTIONS, "test_columns_of_other_magnitudes_keep_the_error")
-    def test_other_options_are_read_as_they_were_packed(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_other_options_are_read_as_they_were_packed(self, quantizer, measurements):
         """If this fails: with one option changed, the weight is not read as it was packed.
 
         The size of a block is a constant of the module somewhere. Read it from the metadata.
@@ -159,9 +174,7 @@ class Processes(Level):
             measurements.at_most(name, error, limit, case=titled(changed))
 
     @needs("test_other_options_are_read_as_they_were_packed", "test_a_new_instance_gives_the_same")
-    def test_an_instance_with_other_options_reads_the_same(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_an_instance_with_other_options_reads_the_same(self, quantizer, measurements):
         """If this fails: reading uses the options of the instance, and not the packed weight's.
 
         Layers of a model are packed with several options. Read the metadata alone. Each option is
@@ -185,6 +198,24 @@ class Processes(Level):
                         name, limit = "product with an option changed", PRODUCT[x.dtype].value
                         measurements.at_most(name, error, limit, case=f"{case}, by {who}")
 
+    @needs(READS)
+    def test_packed_tensors_are_only_read(self, quantizer):
+        """If this fails: reading or a product writes to packed tensors or x, if only the same
+        value.
+
+        They may be mapped from a file that nobody may write. Work in your own memory.
+        """
+        _read_in_protected_memory(quantizer, None, "a write to packed tensors or x")
+
+    @pytest.mark.parametrize("place", Place, ids=lambda place: place.value)
+    @needs(READS, ONLY_READ)
+    def test_nothing_beside_the_tensors_is_read(self, quantizer, place):
+        """If this fails: a kernel reads or writes beyond an end of a packed tensor or of x.
+
+        It reads a whole vector where fewer bytes are left. Bound the last block.
+        """
+        _read_in_protected_memory(quantizer, place, "a read beyond packed tensors or x")
+
 
 def _check_finite(title: str, W: Tensor) -> None:
     """A format may have codes for NaN: E8M0 has 255, and its largest powers overflow fp32."""
@@ -206,3 +237,19 @@ def _elsewhere(quantizer: Quantizer, expected: Callable[[Answer], bool]) -> Answ
     except pytest.fail.Exception:
         found = None
     return found if found and expected(found) else answered(quantizer, SHAPE, [])
+
+
+def _read_in_protected_memory(quantizer: Quantizer, place: Place | None, fault: str) -> None:
+    if sys.platform != "linux":
+        pytest.skip(f"{HARDWARE}pages are protected on Linux alone")
+    weights = [packed(quantizer, shape) for shape in SHAPES]
+    dtypes = (torch.float32, torch.bfloat16)
+    asked = [request(quantizer, weight, *dtypes, rows=ROWS) for weight in weights]
+    try:
+        elsewhere(read_protected, asked, place)
+    except pytest.fail.Exception as failure:
+        cause = fault if "exit code" in str(failure.msg) else "an error"
+        pytest.fail(
+            f"packed tensors in protected memory: expected no fault, got {cause}: {failure.msg}",
+            pytrace=False,
+        )

@@ -61,7 +61,7 @@ class Products(Level):
     level, title = "L3", "products"
 
     @needs(RANGES)
-    def test_the_input_of_a_product_is_unchanged(self, quantizer: Quantizer) -> None:
+    def test_the_input_of_a_product_is_unchanged(self, quantizer):
         """If this fails: `matmul` writes to x, which autograd saved for the gradient of A."""
         found = packed(quantizer, SHAPE)
         for rows in ROWS:
@@ -71,7 +71,7 @@ class Products(Level):
                 assert torch.equal(x, before), f"x was changed ({rows} rows, {transpose=})"
 
     @needs(RANGES)
-    def test_a_product_leaves_the_packed_tensors_alone(self, quantizer: Quantizer) -> None:
+    def test_a_product_leaves_the_packed_tensors_alone(self, quantizer):
         """If this fails: `matmul` or `lookup` writes to packed tensors.
 
         Threads and copies of a model share them, and a file may back them. Work in your own memory.
@@ -87,7 +87,7 @@ class Products(Level):
         check_same_bytes(before, found, "packed tensors after lookup")
 
     @needs(RANGES)
-    def test_the_product_is_the_callers(self, quantizer: Quantizer) -> None:
+    def test_the_product_is_the_callers(self, quantizer):
         """If this fails: `matmul` returns memory that it uses again.
 
         The next product overwrites the result, which the graph may still need.
@@ -104,9 +104,7 @@ class Products(Level):
 
     @pytest.mark.parametrize("rows", ROWS, ids=lambda n: f"{n} rows")
     @needs(RANGES)
-    def test_a_product_is_not_that_of_an_earlier_weight(
-        self, quantizer: Quantizer, rows: int
-    ) -> None:
+    def test_a_product_is_not_that_of_an_earlier_weight(self, quantizer, rows):
         """If this fails: a cache for one weight is used for another weight of the same shape.
 
         Its key is a shape, an id, or an address that was used again. An instance serves all layers,
@@ -129,7 +127,7 @@ class Products(Level):
             earlier.append(W)
 
     @needs(RANGES, *ALONE, LOOKUP)
-    def test_reading_leaves_global_state_alone(self, quantizer: Quantizer) -> None:
+    def test_reading_leaves_global_state_alone(self, quantizer):
         """If this fails: reading uses the global random state, changes a setting of torch or
         Python, prints, or leaves a file.
 
@@ -149,9 +147,7 @@ class Products(Level):
     @needs(RANGES, *ALONE)
     @SETTINGS
     @given(data=st.data())
-    def test_the_product_equals_the_dense_one(
-        self, quantizer: Quantizer, measurements: Measurements, data: st.DataObject
-    ) -> None:
+    def test_the_product_equals_the_dense_one(self, quantizer, measurements, data):
         """If this fails: `matmul(x, packed)` is not x Ŵᵀ for the Ŵ of `dequantize_tile`.
 
         The message names the number of rows, the shape and the dtype. In a rotated basis, rotate
@@ -162,9 +158,7 @@ class Products(Level):
     @needs(RANGES, *ALONE)
     @SETTINGS
     @given(data=st.data())
-    def test_the_transposed_product_equals_the_dense_one(
-        self, quantizer: Quantizer, measurements: Measurements, data: st.DataObject
-    ) -> None:
+    def test_the_transposed_product_equals_the_dense_one(self, quantizer, measurements, data):
         """If this fails: `matmul(x, packed, transpose=True)` is not x Ŵ for the same Ŵ.
 
         Gradients go through it: training would follow another model than evaluation.
@@ -172,9 +166,7 @@ class Products(Level):
         _check_product(quantizer, measurements, data, transpose=True)
 
     @needs(FORWARD, TRANSPOSED)
-    def test_products_of_ragged_weights_equal_the_dense_ones(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_products_of_ragged_weights_equal_the_dense_ones(self, quantizer, measurements):
         """If this fails: a product omits or repeats the end of a weight that no block divides.
 
         One row or column more than a block, and one row of x more, are the usual cases.
@@ -195,8 +187,8 @@ class Products(Level):
     @pytest.mark.parametrize("rows", [1, 3, 130], ids=lambda n: f"{n} rows")
     @needs(FORWARD, TRANSPOSED)
     def test_products_of_a_large_weight_equal_the_dense_ones(
-        self, quantizer: Quantizer, measurements: Measurements, rows: int, form: str
-    ) -> None:
+        self, quantizer, measurements, rows, form
+    ):
         """If this fails: as the checks before, for a weight of many blocks with a short last
         one."""
         found = packed(quantizer, LARGE[form])
@@ -212,9 +204,7 @@ class Products(Level):
 
     @pytest.mark.parametrize("rows", [2, 48], ids=lambda n: f"{n} rows")
     @needs(FORWARD, TRANSPOSED)
-    def test_the_two_directions_are_adjoint(
-        self, quantizer: Quantizer, measurements: Measurements, rows: int
-    ) -> None:
+    def test_the_two_directions_are_adjoint(self, quantizer, measurements, rows):
         """If this fails: ⟨x Ŵᵀ, y⟩ and ⟨x, y Ŵ⟩ differ by more than rounding.
 
         The two directions multiply by different weights. This check uses no tiles.
@@ -227,65 +217,12 @@ class Products(Level):
         error = float(((forward * y).sum() - (x * backward).sum()).abs() / scale)
         measurements.at_most("difference of the directions", error, PRODUCT[torch.float64].value)
 
-    @needs(FORWARD, TRANSPOSED)
-    def test_leading_dimensions_are_kept(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
-        """If this fails: `matmul` refuses or changes leading dimensions, or x's dtype.
-
-        It takes `[features]`, `[batch, tokens, features]` and more. The result is contiguous:
-        models call `.view`, and `torch.compile` relies on it.
-        """
-        found = packed(quantizer, SHAPE)
-        W = dense(quantizer, found)
-        for leading in ((), (1,), (1, 1), (2, 3), (2, 1, 2, 2)):
-            for transpose, x in both_ways(found, *leading, seed=8):
-                y = quantizer.matmul(x, found, transpose)
-                expected = (*leading, found.shape[1 if transpose else 0])
-                assert tuple(y.shape) == expected, (
-                    f"x {list(x.shape)}: expected {expected}, got {list(y.shape)}"
-                )
-                assert y.dtype == x.dtype, f"expected {x.dtype}, got {y.dtype}"
-                assert y.is_contiguous(), (
-                    f"x {list(x.shape)}: expected a contiguous result, got strides {y.stride()}"
-                )
-                error, limit = product_error(y, x, W, transpose), PRODUCT[x.dtype].value
-                measurements.at_most("product", error, limit, case=leading)
-
-    @needs(FORWARD, TRANSPOSED, LEADING)
-    def test_zero_rows_give_zero_rows(self, quantizer: Quantizer) -> None:
-        """If this fails: an input without rows, as of an idle expert, gives an output with rows."""
-        found = packed(quantizer, SHAPE)
-        cases = itertools.product(((0,), (2, 0), (0, 3)), (torch.float32, torch.bfloat16))
-        for leading, dtype in cases:
-            for transpose, x in both_ways(found, *leading, dtype=dtype):
-                y = quantizer.matmul(x, found, transpose)
-                expected = (*leading, found.shape[1 if transpose else 0])
-                assert tuple(y.shape) == expected, f"expected {expected}, got {list(y.shape)}"
-                assert y.dtype == dtype, f"expected {dtype}, got {y.dtype}"
-
-    @needs(FORWARD, TRANSPOSED, LEADING)
-    def test_strides_of_the_input_do_not_matter(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
-        """If this fails: an input that is not contiguous is read in memory order."""
-        found = packed(quantizer, SHAPE)
-        W = dense(quantizer, found)
-        for transpose, x in both_ways(found, 6, 5, seed=9):
-            wide = torch.full((6, 5, 2 * x.shape[-1]), torch.nan)
-            wide[..., ::2] = x
-            turned = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-            for strided in (x.transpose(0, 1), wide[..., ::2], x[::2], turned, x[:1].expand_as(x)):
-                y = quantizer.matmul(strided, found, transpose)
-                error, limit = product_error(y, strided, W, transpose), PRODUCT[x.dtype].value
-                measurements.at_most("product", error, limit, case=strided.stride())
-
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("magnitude", [1e-6, 1e6], ids=str)
     @needs(FORWARD, TRANSPOSED)
     def test_tiny_and_large_inputs_keep_their_precision(
-        self, quantizer: Quantizer, measurements: Measurements, dtype: torch.dtype, magnitude: float
-    ) -> None:
+        self, quantizer, measurements, dtype, magnitude
+    ):
         """If this fails: inside `matmul`, small inputs vanish or large inputs overflow.
 
         Activations reach 1e4, and gradients 1e-6 or, scaled, 1e6. Sum, scale and rotate in fp32.
@@ -301,7 +238,7 @@ class Products(Level):
             measurements.at_most(name, error, PRODUCT[dtype].value, case=case)
 
     @needs(FORWARD, TRANSPOSED)
-    def test_a_misfit_input_is_refused(self, quantizer: Quantizer) -> None:
+    def test_a_misfit_input_is_refused(self, quantizer):
         """If this fails: an x with a wrong last dimension, or with none, is multiplied.
 
         Raise ShapeError, or call `super().matmul`, which raises it.

@@ -38,9 +38,7 @@ class RealWeights(Level):
     level, title = "L2", "tiles"
 
     @needs("test_bits_per_weight_keep_the_promise", LAYOUT)
-    def test_bits_per_weight_keep_the_promise_at_other_widths(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_bits_per_weight_keep_the_promise_at_other_widths(self, quantizer, measurements):
         """If this fails: layers of other widths take more bytes than the spec promises.
 
         Rows are padded to a large multiple, or a scale is stored more often. The codes must take
@@ -55,9 +53,7 @@ class RealWeights(Level):
             measurements.at_most(name, bits, limit, unit="bits", case=f"{shape[1]} columns")
 
     @needs(*BEFORE)
-    def test_a_real_layer_keeps_the_error_in_every_piece(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_a_real_layer_keeps_the_error_in_every_piece(self, quantizer, measurements):
         """If this fails: in a weight of 17 million elements, a row, column or piece is wrong.
 
         An index is a float or a byte, or blocks of megabytes are swapped or left out. Each row has
@@ -69,9 +65,7 @@ class RealWeights(Level):
         _check_pieces(quantizer, found, measurements)
 
     @needs(*BEFORE)
-    def test_layers_with_common_sides_keep_the_error_in_every_piece(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_layers_with_common_sides_keep_the_error_in_every_piece(self, quantizer, measurements):
         """If this fails: a side of 256, 896, 1024 or 4095 rows or columns is packed or read
         wrongly.
 
@@ -81,7 +75,7 @@ class RealWeights(Level):
             _check_pieces(quantizer, found, measurements)
 
     @needs(REAL, COMMON)
-    def test_tiles_of_a_real_layer_equal_the_whole(self, quantizer: Quantizer) -> None:
+    def test_tiles_of_a_real_layer_equal_the_whole(self, quantizer):
         """If this fails: a tile of many megabytes differs from the same rows in a small tile.
 
         Blocks of a large tile are decoded in another order, or an offset does not fit its dtype.
@@ -90,7 +84,7 @@ class RealWeights(Level):
             assert real.RANGES not in found.faults, found.faults[real.RANGES][0]
 
     @needs(LOOKUP, "test_long_weights_keep_the_error")
-    def test_hundreds_of_distant_ids_give_the_rows_of_the_tile(self, quantizer: Quantizer) -> None:
+    def test_hundreds_of_distant_ids_give_the_rows_of_the_tile(self, quantizer):
         """If this fails: `lookup` of many ids, unsorted and repeated, gives other rows.
 
         Vocabularies have more rows than 16 bits count: use int64 for offsets.

@@ -38,7 +38,7 @@ class State(Level):
     level, title = "L2", "tiles"
 
     @needs(RANGES, ANOTHER, PROMISED, WIDTHS)
-    def test_weights_of_other_shapes_keep_apart(self, quantizer: Quantizer) -> None:
+    def test_weights_of_other_shapes_keep_apart(self, quantizer):
         """If this fails: reading a weight uses a shape or a table of the weight before.
 
         A shape is kept in the instance, or a cache's key lacks it. Store what reading needs in the
@@ -65,7 +65,7 @@ class State(Level):
             )
 
     @needs(APART)
-    def test_a_new_instance_gives_the_same(self, quantizer: Quantizer) -> None:
+    def test_a_new_instance_gives_the_same(self, quantizer):
         """If this fails: an instance that packed nothing reads another Ŵ, or changes another one.
 
         A checkpoint constructs an instance from the options alone. Set nothing in `pack`, and
@@ -81,9 +81,7 @@ class State(Level):
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
     @needs(APART)
-    def test_the_default_dtype_does_not_matter(
-        self, quantizer: Quantizer, dtype: torch.dtype
-    ) -> None:
+    def test_the_default_dtype_does_not_matter(self, quantizer, dtype):
         """If this fails: packing or reading uses torch's default dtype, which users change.
 
         transformers sets it to bfloat16 while it loads a model. Name the dtype of each new tensor.
@@ -101,7 +99,7 @@ class State(Level):
 
     @pytest.mark.threads
     @needs(APART, GLOBALS)
-    def test_two_threads_get_what_one_gets(self, quantizer: Quantizer) -> None:
+    def test_two_threads_get_what_one_gets(self, quantizer):
         """If this fails: two threads that use an instance at once disturb each other.
 
         A data loader, a server and autograd have threads of their own. Keep scratch memory in local

@@ -23,7 +23,6 @@ from modulora_conformance.cases import (
 from modulora_conformance.changes import check_same_bytes, clone, same_bits
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.oracle import tile_error
-from modulora_conformance.results import Measurements
 from modulora_conformance.tolerances import ROUNDING
 from modulora_core.errors import ShapeError
 from modulora_core.spec import PackedWeight, Quantizer
@@ -54,7 +53,7 @@ class Tiles(Level):
 
     level, title = "L2", "tiles"
 
-    def test_a_tile_leaves_the_packed_tensors_alone(self, quantizer: Quantizer) -> None:
+    def test_a_tile_leaves_the_packed_tensors_alone(self, quantizer):
         """If this fails: `dequantize_tile` writes to packed tensors.
 
         Threads and copies of a model share them, and a file may back them. Work in your own memory.
@@ -70,9 +69,7 @@ class Tiles(Level):
     @needs("test_a_tile_leaves_the_packed_tensors_alone")
     @SETTINGS
     @given(data=st.data())
-    def test_any_range_equals_the_rows_of_the_whole(
-        self, quantizer: Quantizer, data: st.DataObject
-    ) -> None:
+    def test_any_range_equals_the_rows_of_the_whole(self, quantizer, data):
         """If this fails: rows depend on the range, as at an odd start or in a short last block.
 
         Forward and backward may then use different weights. The bits must be the same. A matrix
@@ -86,9 +83,7 @@ class Tiles(Level):
 
     @pytest.mark.threads
     @needs(RANGES)
-    def test_every_block_of_rows_of_a_large_weight_equals_the_whole(
-        self, quantizer: Quantizer
-    ) -> None:
+    def test_every_block_of_rows_of_a_large_weight_equals_the_whole(self, quantizer):
         """If this fails: as the check before, for a weight of many blocks with a short last one."""
         found = packed(quantizer, (300, 288))
         rows = found.shape[0]
@@ -102,7 +97,7 @@ class Tiles(Level):
         _check_rows(quantizer, found, torch.float32, *ends, (0, 512), (500, 1030))
 
     @needs(RANGES)
-    def test_rows_of_a_ragged_weight_equal_the_whole(self, quantizer: Quantizer) -> None:
+    def test_rows_of_a_ragged_weight_equal_the_whole(self, quantizer):
         """If this fails: as the check before, for a few rows of a width that blocks do not divide.
 
         The first code of a row is then inside of a byte, a word or a block of the row before.
@@ -117,7 +112,7 @@ class Tiles(Level):
     @pytest.mark.parametrize(
         "where", ["before the first", "after the last", "backwards", "far away"]
     )
-    def test_rows_outside_are_refused(self, quantizer: Quantizer, where: str) -> None:
+    def test_rows_outside_are_refused(self, quantizer, where):
         """If this fails: a range outside of the weight causes an out-of-bounds read, or is cut.
 
         Call `check_rows(packed, rows)` first. It raises ShapeError.
@@ -128,7 +123,7 @@ class Tiles(Level):
         with pytest.raises(ShapeError):
             tile(quantizer, found, torch.float32, *ranges.get(where, (n + 5, n + 9)))
 
-    def test_an_empty_range_is_an_empty_tile(self, quantizer: Quantizer) -> None:
+    def test_an_empty_range_is_an_empty_tile(self, quantizer):
         """If this fails: rows [k, k) do not give an empty tile, `[0, in]`, in the dtype asked for.
 
         A reshape to -1 cannot infer a size without elements. Name the size.
@@ -144,9 +139,7 @@ class Tiles(Level):
                 )
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-    def test_every_dtype_is_the_float32_tile_rounded(
-        self, quantizer: Quantizer, measurements: Measurements, dtype: torch.dtype
-    ) -> None:
+    def test_every_dtype_is_the_float32_tile_rounded(self, quantizer, measurements, dtype):
         """If this fails: a tile in another dtype differs by more than one rounding.
 
         It was computed in 16 bits, or cast twice. Compute in fp32 and round once.
@@ -159,9 +152,7 @@ class Tiles(Level):
         measurements.at_most(f"tile in {dtype}", error, limit.value, case=limit.reason)
 
     @needs(RANGES)
-    def test_a_tile_takes_the_memory_of_a_tile(
-        self, quantizer: Quantizer, measurements: Measurements
-    ) -> None:
+    def test_a_tile_takes_the_memory_of_a_tile(self, quantizer, measurements):
         """If this fails: `dequantize_tile` decodes the whole weight, or much of it, for a few
         rows."""
         found = packed(quantizer, TALL)
@@ -171,7 +162,7 @@ class Tiles(Level):
         name = "peak for 64 of 4096 rows"
         measurements.at_most(name, allocations.peak, QUARTER, unit="bytes")
 
-    def test_packing_another_weight_leaves_this_one(self, quantizer: Quantizer) -> None:
+    def test_packing_another_weight_leaves_this_one(self, quantizer):
         """If this fails: reading uses something of the weight that was packed last.
 
         One instance packs and reads all layers of a model. Keep no state in it or in the module.
@@ -185,7 +176,7 @@ class Tiles(Level):
         )
 
     @needs("test_packing_another_weight_leaves_this_one")
-    def test_the_tile_is_the_callers(self, quantizer: Quantizer) -> None:
+    def test_the_tile_is_the_callers(self, quantizer):
         """If this fails: a tile is a view of memory that the plugin keeps.
 
         A caller that writes to it changes the weight, or the next tile overwrites it.

@@ -64,7 +64,7 @@ def spec(module, cls):
     return QuantizerSpec(
         name=f"zoo{kebab}",
         summary=f"for the kit's own tests: {cls}",
-        location=f"{'zoo_heavy' if cls == 'HeavyPackage' else f'modulora_zoo.{module}'}:{cls}",
+        location=f"modulora_zoo.{module}:{cls}",
         protocol=99 if cls == "FutureProtocol" else 2,
         bits=BITS.get(cls, (8,) if module == "sound" else (4,)),
         devices=("cpu", "cuda") if module == "devices" else ("cpu",),

@@ -8,9 +8,9 @@ import torch
 
 from modulora_zoo.healthy import Healthy, changed, rows_of
 
-VIEWS = "test_products_of_views_equal_the_dense_ones"
-DIMENSIONS = "test_products_of_many_dimensions_equal_the_dense_ones"
-EMPTY = "test_empty_inputs_of_any_dimensions_give_empty_products"
+VIEWS = "test_strides_of_the_input_do_not_matter"
+DIMENSIONS = "test_leading_dimensions_are_kept"
+EMPTY = "test_zero_rows_give_zero_rows"
 SLICES = "test_packed_tensors_may_be_slices"
 BAD = "test_nan_and_inf_in_x_come_out"
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import time
-from typing import ClassVar
 
 import modulora_kernels as kernels
 import torch
@@ -44,42 +42,11 @@ class OtherOnOldProcessors(Sound):
         return tile * (1 + 1e-6) if "NUMBA_CPU_NAME" in os.environ else tile
 
 
-class WantsAlignment(Sound):
-    breaks = "test_tensors_that_are_mapped_from_a_file_are_read"
-
-    def compiled(self, packed, tile):
-        assert all(tensor.data_ptr() % 64 == 0 for tensor in packed.tensors.values())
-        return tile
-
-
-class OneBuffer(Sound):
-    breaks = "test_several_python_threads_get_what_one_gets"
-    buffer: ClassVar = {}
-
-    def compiled(self, packed, tile):
-        self.buffer["tile"] = tile
-        time.sleep(1e-2)  # without the GIL, as a kernel
-        return self.buffer["tile"]
-
-
 class SumsByThread(Sound):
     breaks = "test_products_do_not_depend_on_the_number_of_threads"
 
     def compiled(self, packed, tile):
         return tile * (1 + 1e-6 * torch.get_num_threads())
-
-
-class SilentWithoutNumba(Sound):
-    breaks = "test_without_numba_everything_works_after_one_warning"
-
-    def decode(self, packed, rows):
-        return Healthy.decode(self, packed, rows)
-
-
-class HeavyPackage(Sound):
-    """Its package imports torch."""
-
-    breaks = "test_the_hook_imports_neither_torch_nor_numba"
 
 
 class PacksInCopies(Sound):

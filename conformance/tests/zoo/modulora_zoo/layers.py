@@ -303,7 +303,7 @@ class OffByOneExpert(Healthy):
         kept = list(matrices)
         return [kept[max(0, i - 1)] for i in range(len(kept))]
 
-    patches: ClassVar = {f"{KIT}.levels.training.PackedStack": stack}
+    patches: ClassVar = {f"{KIT}.levels.gradients.PackedStack": stack}
 
 
 class HeadWithoutGradient(Healthy):
@@ -315,7 +315,7 @@ class HeadWithoutGradient(Healthy):
     def linear(x, weight, bias=None):
         return LINEAR(x.detach() if len(x) == 4 else x, weight, bias) + 0 * x.sum()
 
-    patches: ClassVar = {f"{KIT}.levels.training.linear": linear}
+    patches: ClassVar = {f"{KIT}.levels.gradients.linear": linear}
 
 
 class _Compiled(LoRALinear):

@@ -16,14 +16,14 @@ from modulora_core.packed import PackedWeight
 
 
 @jit(borrows=True)
-def _take_line(plane: Any, shift: int, mask: int, low: int, codes: Any) -> None:
+def _take_line(plane, shift, mask, low, codes):
     """Add a line of a plane to the codes, from their bit ``low`` on."""
     for k in range(codes.size):
         codes[k] |= ((plane[k] >> shift) & mask) << low
 
 
 @jit(borrows=True)
-def _unpack(packed: Any, bits: int, codes: Any) -> None:
+def _unpack(packed, bits, codes):
     """All codes of the row ``packed``, as :mod:`modulora_half_quadratic.packing` arranges them."""
     n = codes.size
     codes[:] = 0
@@ -41,13 +41,13 @@ def _unpack(packed: Any, bits: int, codes: Any) -> None:
 
 
 @jit(borrows=True)
-def _scale(codes: Any, scale: Any, offset: Any, out: Any) -> None:
+def _scale(codes, scale, offset, out):
     for k in range(out.size):
         out[k] = np.float32(codes[k]) * scale + offset
 
 
 @jit()
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def decode(weight, row, start, columns, out):
     """Columns ``start ...`` of the rows from ``row`` on: see :class:`CPUKernels`."""
     packed, scales, offsets, unit, bits, group, n = weight
     codes = np.empty(n, np.uint8)

@@ -1,4 +1,4 @@
-"""Commands of ModuLoRA that show results: ``compare``, ``demo`` and ``report``.
+"""Commands of ModuLoRA that show results: ``compare``, ``demo``, ``report`` and ``tasks``.
 
 :class:`~modulora_compare.report.callback.ReportCallback` writes the page of any Trainer. This
 module is the entry point: metadata only, no torch.
@@ -27,6 +27,7 @@ def modulora_commands() -> list[CommandSpec]:
         _command("demo", "Start", "Quantize, finetune, evaluate and question a small model."),
         _command("compare", "Quantize", "Compare quantizers on a model."),
         _command("report", "Train", "Write a page about a finished finetuning run."),
+        _command("tasks", "Use", "Measure a model on tasks of lm-evaluation-harness."),
     ]
 
 

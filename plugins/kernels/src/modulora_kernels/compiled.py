@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -128,7 +129,11 @@ def _compiler(name: str) -> ModuleType | None:
 
 
 def jit(
-    *, parallel: bool = False, fastmath: tuple[str, ...] = (), borrows: bool = False
+    *,
+    parallel: bool = False,
+    fastmath: tuple[str, ...] = (),
+    borrows: bool = False,
+    cache: bool = True,
 ) -> Callable[[Callable[..., Any]], Any]:
     """``numba.njit`` for a kernel: compiled once, cached on disk, run without the GIL.
 
@@ -141,17 +146,19 @@ def jit(
             product may use ``"reassoc"`` and ``"contract"``.
         borrows: promise that the function makes no array but views, which numba checks. Calls then
             count no references: a tenth of a decoder's time.
+        cache: whether to cache on disk.
     """
     import numba
 
-    from modulora_kernels.disk_cache import cached
-
     def decorate(function: Callable[..., Any]) -> Any:
         # the name of numba's cache file
-        function.__qualname__ += f"_{_sources(Path(function.__code__.co_filename).parent)}"
+        function.__qualname__ += f"_{_sources(Path(inspect.getfile(function)).parent)}"
         options: dict[str, Any] = {"nogil": True, "parallel": parallel, "_nrt": not borrows}
         options["fastmath"] = set(fastmath)
-        return cached(numba.njit(**options)(function), function)
+        try:
+            return numba.njit(cache=cache, **options)(function)
+        except RuntimeError:  # no folder for the cache can be written
+            return numba.njit(**options)(function)
 
     return decorate
 

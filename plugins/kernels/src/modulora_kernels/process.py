@@ -62,14 +62,9 @@ def _start_threads(numba: ModuleType) -> None:
 
 
 def _keep_teams_flat() -> None:
-    maps = Path("/proc/self/maps")
-    if not maps.exists():  # not Linux: the library has another name too
-        return
-    # proc(5): the sixth field is the path, which may hold spaces
-    lines = (line for line in maps.read_text().splitlines() if "libgomp" in line)
-    for library in {line.split(maxsplit=5)[5] for line in lines}:
-        with contextlib.suppress(OSError):  # the file was replaced meanwhile
-            ctypes.CDLL(library).omp_set_max_active_levels(1)
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # it loads torch's OpenMP
+    with contextlib.suppress(OSError, AttributeError):  # another system, or another OpenMP
+        ctypes.CDLL(str(library)).omp_set_max_active_levels(1)
 
 
 def _keep_heap() -> None:

@@ -79,7 +79,7 @@ class NF4(KernelQuantizer, ScalarGrid):
             )
         tensors = {"codes": codes, "absmax": c2}
         if self.options.double_quant:
-            q2, c1, mean = self._double_quantize(c2)
+            q2, c1, mean = reference.double_quantize(c2)
             tensors = {"codes": codes, "absmax_codes": q2, "nested_absmax": c1, "offset": mean}
         return self.layout((weight.shape[0], weight.shape[1])).fill(tensors)
 
@@ -96,14 +96,6 @@ class NF4(KernelQuantizer, ScalarGrid):
                 codes[start // 2 : (stop + 1) // 2] = packing.pack(q)
                 c2[start // B : reference.blocks(stop, B)] = constants
         return codes, c2
-
-    def _double_quantize(self, c2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q₂, c₁ and the mean of the block constants."""
-        q2 = torch.empty(c2.numel(), dtype=torch.uint8, device=c2.device)
-        c1 = c2.new_empty(reference.blocks(c2.numel(), NESTED_BLOCK_SIZE))
-        mean = reference.mean_of(c2).reshape(1)
-        done = self.run_on_cpu("double_quantize", c2, mean, q2, c1)
-        return (q2, c1, mean) if done else reference.double_quantize(c2)
 
     @staticmethod
     @cache

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from modulora_optq.formats.gptq import GPTQ
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, from_solution
 from modulora_optq.reference import Solution
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.errors import ModelError, ShapeError
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight

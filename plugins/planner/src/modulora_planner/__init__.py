@@ -3,13 +3,13 @@
 This module is the entry point: metadata only, no torch. ``plan``, ``assign`` and ``Budget`` are
 imported on first use.
 
-    request.py, model.py      the question, and its model from the config alone
-    ledger.py, rehearsal.py   a step on fake tensors, counted by item
-    memory.py, processes.py   the items of training, decoding and quantizing
-    fitting.py, remedies.py   plans, what a budget allows, and settings that save memory
-    picture.py                the bars
-    budget/                   the search for bits under a budget, which writes an assignment
-    commands/                 ``modulora plan``, ``modulora assign``
+    request.py, model.py          the question, and its model from the config alone
+    byte_counts.py, rehearsal.py  a step on fake tensors, counted by item
+    memory.py, processes.py       the items of training, decoding and quantizing
+    fitting.py, remedies.py       plans, what a budget allows, and settings that save memory
+    picture.py                    the bars
+    budget/                       the search for bits under a budget, which writes an assignment
+    commands/                     ``modulora plan``, ``modulora assign``
 """
 
 from __future__ import annotations

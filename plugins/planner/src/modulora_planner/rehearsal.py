@@ -27,7 +27,7 @@ from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.progress import quiet
 from modulora_core.training.chunked_loss import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
-from modulora_planner.ledger import Bytes, Ledger, Segment, plus
+from modulora_planner.byte_counts import ByteCounter, Bytes, Segment, plus
 from modulora_planner.model import PlannedModel
 from modulora_planner.request import PlanRequest
 
@@ -85,13 +85,13 @@ def rehearse_training(packed: PlannedModel, request: PlanRequest) -> Rehearsal:
     if config.gradient_checkpointing:
         checkpoint_activations(model, keep_products=config.keep_products)
     model.train()
-    with _running(packed, model, stage, request, config.batch_size) as (ledger, batch):
+    with _running(packed, model, stage, request, config.batch_size) as (counter, batch):
         # two chunks of logits have the peak of all
-        ledger.most_labels = 2 * max(1, chunk // (4 * vocabulary_of(model.config)))
+        counter.most_labels = 2 * max(1, chunk // (4 * vocabulary_of(model.config)))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(
-                    lambda trained: ledger.call_it(trained.grad, "gradients")
+                    lambda trained: counter.call_it(trained.grad, "gradients")
                 )
         # as with save_on_cpu, saved tensors take no memory until the backward reads them
         offloading = torch.autograd.graph.saved_tensors_hooks(
@@ -105,8 +105,8 @@ def rehearse_training(packed: PlannedModel, request: PlanRequest) -> Rehearsal:
             loss = model(**batch, labels=batch["input_ids"]).loss
         loss.backward()
         del loss
-        ledger.end()
-    return Rehearsal(ledger.segments, stage.kinds, stage.trained)
+        counter.end()
+    return Rehearsal(counter.segments, stage.kinds, stage.trained)
 
 
 def rehearse_decoding(packed: PlannedModel, request: PlanRequest) -> Rehearsal:
@@ -120,12 +120,12 @@ def rehearse_decoding(packed: PlannedModel, request: PlanRequest) -> Rehearsal:
     # generate() asks for the last token's logits alone
     last = "logits_to_keep" in inspect.signature(model.forward).parameters
     options = {"use_cache": True, **({"logits_to_keep": 1} if last else {})}
-    with _running(packed, model, stage, request, 1) as (ledger, batch):
+    with _running(packed, model, stage, request, 1) as (counter, batch):
         layers = getattr(model(**batch, **options).past_key_values, "layers", [])
-        ledger.end()
+        counter.end()
         caches = {kind: _nbytes(layer) for kind, layer in zip(stage.left, layers, strict=False)}
     cache = sum(caches.get(kind, 0) for kind in stage.kinds)
-    return Rehearsal(ledger.segments, stage.kinds, cache=cache)
+    return Rehearsal(counter.segments, stage.kinds, cache=cache)
 
 
 def _nbytes(layer: object) -> int:
@@ -192,8 +192,8 @@ def _kind(block: nn.Module) -> tuple[object, ...]:
 @contextmanager
 def _running(
     packed: PlannedModel, model: Any, stage: _Stage, request: PlanRequest, batch_size: int
-) -> Iterator[tuple[Ledger, dict[str, Tensor]]]:
-    """Run ``model`` on fake tensors in this block while the ledger counts. Yields a batch too."""
+) -> Iterator[tuple[ByteCounter, dict[str, Tensor]]]:
+    """Run ``model`` on fake tensors in this block while the counter counts. Yields a batch too."""
     _attend(model, padded=request.padded)
     names, shape = ("input_ids", "attention_mask"), (batch_size, request.config.seq_len)
     try:
@@ -202,14 +202,14 @@ def _running(
             model.tie_weights()
             batch = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
             before = [*model.parameters(), *model.buffers(), *batch.values()]
-            ledger = Ledger(before, torch.device(request.device))
-            _mark(ledger, list(model.get_submodule(packed.blocks).children()), stage)
-            _share_tokens(ledger, model)
+            counter = ByteCounter(before, torch.device(request.device))
+            _mark(counter, list(model.get_submodule(packed.blocks).children()), stage)
+            _share_tokens(counter, model)
             if stage.reached[0]:
                 _begin_with_gradient(model)
-            ledger.begin("start")
-            with ledger:
-                yield ledger, batch
+            counter.begin("start")
+            with counter:
+                yield counter, batch
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
@@ -238,8 +238,8 @@ def _attend(model: Any, *, padded: bool) -> None:
     model.set_attn_implementation(_ATTENTION)
 
 
-def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
-    """Cut the ledger's time where blocks begin and end.
+def _mark(counter: ByteCounter, blocks: list[nn.Module], stage: _Stage) -> None:
+    """Cut the counter's time where blocks begin and end.
 
     A checkpointed block runs again in the backward. That belongs to its backward.
     """
@@ -247,8 +247,8 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
 
     def backward_follows(hidden: Tensor, name: str) -> None:
         def reached(gradient: Tensor) -> None:
-            ledger.call_it(gradient, "activations")
-            ledger.begin(name)
+            counter.call_it(gradient, "activations")
+            counter.begin(name)
 
         if hidden.requires_grad:
             hidden.register_hook(reached)
@@ -262,7 +262,7 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
             args, kwargs = (
                 ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
             )
-        ledger.begin(f"forward {stage.left[position]}")
+        counter.begin(f"forward {stage.left[position]}")
         before = f"backward {stage.left[position - 1]}" if position else "end"
         backward_follows(hidden, before)
         return args, kwargs
@@ -271,7 +271,7 @@ def _mark(ledger: Ledger, blocks: list[nn.Module], stage: _Stage) -> None:
         nonlocal in_blocks
         if in_blocks:
             in_blocks = False
-            ledger.begin("loss", "loss")
+            counter.begin("loss", "loss")
             hidden = output if isinstance(output, Tensor) else output[0]
             backward_follows(hidden, f"backward {stage.left[-1]}")
 
@@ -293,11 +293,11 @@ def _begin_with_gradient(model: Any) -> None:
     )
 
 
-def _share_tokens(ledger: Ledger, model: nn.Module) -> None:
+def _share_tokens(counter: ByteCounter, model: nn.Module) -> None:
     """Give each expert of a mixture the same number of tokens."""
 
     def share(experts: int) -> Any:
-        return lambda *_: setattr(ledger, "experts", experts)
+        return lambda *_: setattr(counter, "experts", experts)
 
     for module in model.modules():
         for stack in [m for m in module.children() if isinstance(m, PackedStack)][:1]:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modulora_core.errors import OptionError
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.devices import check_device
-from modulora_core.training.optimizers import check_optimizer_name
+from modulora_core.training.devices import check_device, check_optimizer_name
 
 if TYPE_CHECKING:
     from modulora_core.registry import Choice

@@ -10,6 +10,7 @@ import pytest
 import torch
 from exl3_folders import SIZES, alike, mixed, save_exl3
 from exl3_tensors import MULTIPLIERS, weight
+from modulora_convert.convert import convert
 from modulora_qtip.formats.exl3 import EXL3
 from modulora_qtip.quantizer import QTIP
 from modulora_qtip.reference import Options
@@ -17,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.cli import main
 from modulora_core.errors import ModelError, ShapeError
 from modulora_core.hf.load_model import load_model
@@ -30,7 +30,7 @@ from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 def written(packed: PackedWeight) -> dict[str, Tensor]:
     """The tensors of a layer as the format writes them, which are as it planned them."""
-    writer = installed_formats.create_writer("exl3")
+    writer = installed_formats.create("exl3")
     assert isinstance(writer, EXL3)
     stored = StoredWeight("m", QTIP(), packed.layout, packed.tensors.__getitem__)
     made = writer.tensors(stored)

@@ -8,12 +8,12 @@ once, block by block, and stay in ``OUT/checkpoints/predictions-*`` until the ru
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from typing_extensions import override
 
@@ -28,7 +28,7 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune
 from modulora_core.training.methods import Method
 from modulora_core.training.resuming import CHECKPOINTS
-from modulora_core.training.trainer import AdapterRun, AdapterTrainer
+from modulora_core.training.trainer import AdapterRun, AdapterTrainer, TrainerParts
 from modulora_recover.config import RecoverConfig
 from modulora_recover.loss import TeacherLoss
 from modulora_recover.predictions import TEACHER, Distilled, DistilledCollator, Predictions
@@ -122,17 +122,9 @@ class Distillation(Method):
             )
 
     @override
-    def trainer(
-        self,
-        model: PreTrainedModel,
-        config: FinetuneConfig,
-        arguments: TrainingArguments,
-        data: Mapping[str, Any],
-        tokenizer: Any,
-        **common: Any,
-    ) -> AdapterRun:
-        data = {**data, "train": Distilled(self.predictions)}
-        trainer = super().trainer(model, config, arguments, data, tokenizer, **common)
+    def trainer(self, parts: TrainerParts) -> AdapterRun:
+        data = {**parts.data, "train": Distilled(self.predictions)}
+        trainer = super().trainer(replace(parts, data=data))
         assert isinstance(trainer, DistillingTrainer)
         trainer.data_collator = DistilledCollator(trainer.data_collator)
         trainer.weight = self._weight

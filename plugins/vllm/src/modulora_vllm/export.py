@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modulora_core.checkpoints.foreign.files import AdapterWriter
 from modulora_core.checkpoints.opening import open_packed
@@ -29,7 +29,6 @@ from modulora_core.hf.peft_format import (
     SavedAdapter,
     write_adapter,
 )
-from modulora_core.models.conversion import stored_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +116,18 @@ def export_for_vllm(adapter: str, out: str | Path, *, model: str) -> ExportResul
     with whole_or_nothing(Path(out)) as folder:
         write_adapter(SavedAdapter(folder, config, None, deltas), fused)
     return ExportResult(str(out), len(deltas), rank)
+
+
+def stored_parts(model: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Take a parameter apart into the tensors of the model's own checkpoint, by their names.
+
+    The last dimension of ``tensor`` may differ from the parameter's if the conversion leaves it
+    alone.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parts: dict[str, Tensor] = revert_weight_conversion(model, {name: tensor})
+    return parts
 
 
 def _stored_names(model: Any) -> dict[str, str]:

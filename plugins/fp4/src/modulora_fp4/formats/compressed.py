@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from modulora_kernels.grouped_format import ALL_LINEAR, GroupedFormat
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
@@ -26,7 +27,6 @@ from modulora_core.models.formats import (
     StoredWeight,
     check_tensors,
 )
-from modulora_core.models.grouped_format import ALL_LINEAR, GroupedFormat
 from modulora_core.spec import PackedLayout, PackedWeight, TensorLayout
 from modulora_fp4.formats.scales import check_scales, check_type, read_positive
 from modulora_fp4.quantizer import FP4, Options

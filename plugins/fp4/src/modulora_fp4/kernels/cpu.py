@@ -48,36 +48,26 @@ def operands(packed: PackedWeight) -> tuple[Any, ...]:
 
 
 @jit(borrows=True)
-def _divided(number: Any, g: Any) -> Any:
+def _divided(number, g):
     if g is not None:
         number = number / g[0] if g[0] != 0 else np.float32(0)
     return number
 
 
 @jit(borrows=True)
-def _scale(scales: Any, values: Any, g: Any, block: int) -> Any:
+def _scale(scales, values, g, block):
     """X, or X / g, of a block of one row."""
     return _divided(values[scales[block]], g)
 
 
 @jit(borrows=True)
-def _decode_one(codes: Any, k: int) -> Any:
+def _decode_one(codes, k):
     byte = np.int32(codes[k >> 1])
     return _LEVELS[byte >> 4 if k & 1 else byte & 15]
 
 
 @jit(borrows=True)
-def _decode_row(
-    codes: Any,
-    scales: Any,
-    values: Any,
-    g: Any,
-    shift: int,
-    begin: int,
-    end: int,
-    out: Any,
-    to: int,
-) -> None:
+def _decode_row(codes, scales, values, g, shift, begin, end, out, to):
     """Elements ``[begin, end)`` of one row to ``out[to:]``."""
     levels, flat, i = load(_LEVELS, 0), out.reshape(out.size), begin
     while i < end:
@@ -100,7 +90,7 @@ def _decode_row(
 
 
 @jit(borrows=True)
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def decode(weight, row, start, columns, out):
     """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
     codes, scales, values, g, shift = weight
     for r in range(len(out)):
@@ -111,7 +101,7 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _product(codes: Any, scales: Any, values: Any, shift: int, x: Any) -> Any:
+def _product(codes, scales, values, shift, x):
     """Σ X P x over one row; ``x`` is in the order of lookups."""
     levels = load(_LEVELS, 0)
     a = b = splat(np.float32(0))  # an addition waits for the one before
@@ -131,7 +121,7 @@ def _product(codes: Any, scales: Any, values: Any, shift: int, x: Any) -> Any:
 
 
 @jit(parallel=True)
-def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
+def matmul_one(weight, threads, x, y):
     """``y = x Ŵᵀ`` for one row: levels are looked up and multiplied in registers."""
     codes, scales, values, g, shift = weight
     ordered = np.empty(x.shape[1], np.float32)

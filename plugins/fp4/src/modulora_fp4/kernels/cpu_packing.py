@@ -5,8 +5,6 @@ A block is one or two vectors of sixteen. Errors are summed by halves, as there.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
@@ -37,10 +35,10 @@ _SIGN = 0x80000000
 
 
 @operation(lambda y: y(y))
-def nearest(_context: Any, builder: Any, _kinds: Any, y: Any) -> Any:
+def nearest(_context, builder, _kinds, y):
     """``(y)``: the nearest values of E2M1, as :func:`modulora_fp4.packing.rounded` finds them."""
 
-    def same(of: Any, number: float) -> Any:
+    def same(of, number):
         return ir.Constant(of, [number] * LANES)
 
     whole = ir.VectorType(ir.IntType(32), LANES)
@@ -60,7 +58,7 @@ def nearest(_context: Any, builder: Any, _kinds: Any, y: Any) -> Any:
 
 
 @jit(borrows=True)
-def _errors(x: Any, at: int, w: Any, column: int, X: Any, inverse: Any) -> Any:
+def _errors(x, at, w, column, X, inverse):
     """The weighted errors w (v - x)² of sixteen elements."""
     own = load(x, at)
     difference = nearest(own * inverse) * X - own
@@ -68,7 +66,7 @@ def _errors(x: Any, at: int, w: Any, column: int, X: Any, inverse: Any) -> Any:
 
 
 @jit(borrows=True)
-def _put_codes(x: Any, at: int, size: int, inverse: Any, codes: Any, to: int) -> None:
+def _put_codes(x, at, size, inverse, codes, to):
     """The codes of a block of scale 1 / inverse, two a byte."""
     room = _room()
     for k in range(0, size, LANES):
@@ -79,9 +77,7 @@ def _put_codes(x: Any, at: int, size: int, inverse: Any, codes: Any, to: int) ->
 
 
 @jit(parallel=True)
-def quantize(
-    x: Any, w: Any, table: Any, inverses: Any, steps: Any, most: int, codes: Any, scales: Any
-) -> None:
+def quantize(x, w, table, inverses, steps, most, codes, scales):
     """Fill ``codes``; ``scales`` has the rule's codes, and gets the ones of the smallest error.
 
     ``w``: the weight of each column's error. ``table``, ``inverses``: the scale of each code and

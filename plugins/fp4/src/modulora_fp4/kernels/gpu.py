@@ -24,7 +24,7 @@ from modulora_fp4 import reference
 
 
 @triton.jit
-def decode(  # type: ignore[no-untyped-def]
+def decode(
     weight, row, col, out_features, in_features,  # noqa: ARG001 - a row's bytes are in weight
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip

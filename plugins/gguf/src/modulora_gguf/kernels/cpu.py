@@ -60,18 +60,18 @@ def operands(packed: PackedWeight) -> tuple[Any, ...]:
 
 
 @jit(borrows=True)
-def _byte(b: Any, at: int) -> Any:
+def _byte(b, at):
     return b[np.uint64(at)]  # a signed index might be negative, which costs time
 
 
 @jit(borrows=True)
-def _half(b: Any, at: int) -> Any:
+def _half(b, at):
     number = from_half(np.int16(np.uint16(_byte(b, at)) | np.uint16(_byte(b, at + 1)) << 8))
     return number if abs(number) < np.float32(65536) else _0  # as reference.half
 
 
 @jit(borrows=True)
-def _take(codes: Any, scale: Any, minimum: Any, out: Any, x: Any, k: int, sums: Any) -> Any:
+def _take(codes, scale, minimum, out, x, k, sums):
     """Store sixteen weights in ``out[k ...]``; without it, add their products with ``x[k ...]``."""
     if out is None:
         values = multiply_add(codes, splat(scale), splat(-minimum))
@@ -81,35 +81,35 @@ def _take(codes: Any, scale: Any, minimum: Any, out: Any, x: Any, k: int, sums: 
 
 
 @jit(borrows=True)
-def _q4_0(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+def _q4_0(b, at, out, x, k, sums):
     d, qs = _half(b, at), load(b, at + 2)
     sums = _take(to_floats((qs & 15) - 8), d, _0, out, x, k, sums)
     return _take(to_floats((qs >> 4) - 8), d, _0, out, x, k + 16, sums)
 
 
 @jit(borrows=True)
-def _q4_1(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+def _q4_1(b, at, out, x, k, sums):
     d, m, qs = _half(b, at), _half(b, at + 2), load(b, at + 4)
     sums = _take(to_floats(qs & 15), d, -m, out, x, k, sums)
     return _take(to_floats(qs >> 4), d, -m, out, x, k + 16, sums)
 
 
 @jit(borrows=True)
-def _fifth_bits(b: Any, at: int) -> Any:
+def _fifth_bits(b, at):
     """Sixteen bits of two bytes, as bits of 16."""
     bits = np.int32(_byte(b, at)) | np.int32(_byte(b, at + 1)) << 8
     return (splat(bits) >> load(_LANES, 0) & 1) << 4
 
 
 @jit(borrows=True)
-def _q5_0(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+def _q5_0(b, at, out, x, k, sums):
     d, qs = _half(b, at), load(b, at + 6)
     sums = _take(to_floats(((qs & 15) | _fifth_bits(b, at + 2)) - 16), d, _0, out, x, k, sums)
     return _take(to_floats(((qs >> 4) | _fifth_bits(b, at + 4)) - 16), d, _0, out, x, k + 16, sums)
 
 
 @jit(borrows=True)
-def _q8_0(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+def _q8_0(b, at, out, x, k, sums):
     d = _half(b, at)
     for part in (0, 16):
         codes = load(b, at + 2 + part)
@@ -119,7 +119,7 @@ def _q8_0(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
 
 
 @jit(borrows=True)
-def _affine_k(b: Any, at: int, part: int) -> Any:
+def _affine_k(b, at, part):
     """The scale and the minimum of one of the eight parts of Q4_K and Q5_K, without d and dmin."""
     if part < 4:
         sc, m = _byte(b, at + 4 + part) & 63, _byte(b, at + 8 + part) & 63
@@ -131,7 +131,7 @@ def _affine_k(b: Any, at: int, part: int) -> Any:
 
 
 @jit(borrows=True)
-def _q4_or_q5_k(fifth: bool, b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+def _q4_or_q5_k(fifth, b, at, out, x, k, sums):
     """Q4_K; with ``fifth`` bits Q5_K. A byte has codes of two parts."""
     d, dmin, qs = _half(b, at), _half(b, at + 2), at + (48 if fifth else 16)
     for pair in range(4):
@@ -149,7 +149,7 @@ def _q4_or_q5_k(fifth: bool, b: Any, at: int, out: Any, x: Any, k: int, sums: An
 
 
 @jit(borrows=True)
-def _q6_k(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+def _q6_k(b, at, out, x, k, sums):
     """Sixteen bytes of high bits go with 64 weights, in four parts."""
     d = _half(b, at + 208)
     for j in (0, 16, 128, 144):  # the weight that comes first
@@ -164,7 +164,7 @@ def _q6_k(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
 
 
 @jit(borrows=True)
-def _iq4_xs(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+def _iq4_xs(b, at, out, x, k, sums):
     d, table = _half(b, at), load(_IQ4, 0)
     for part in range(8):
         low = np.int32(_byte(b, at + 4 + (part >> 1)) >> 4 * (part & 1) & 15)
@@ -176,7 +176,7 @@ def _iq4_xs(b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
 
 
 @jit(borrows=True)
-def _block(kind: int, b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> Any:
+def _block(kind, b, at, out, x, k, sums):
     """:func:`_take` all weights of the block at ``b[at]``."""
     if kind == _Q4_0:
         return _q4_0(b, at, out, x, k, sums)
@@ -196,7 +196,7 @@ def _block(kind: int, b: Any, at: int, out: Any, x: Any, k: int, sums: Any) -> A
 
 
 @jit(borrows=True)
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def decode(weight, row, start, columns, out):
     """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
     blocks, kind, size, nbytes = weight
     b, whole, stop = blocks.reshape(blocks.size), _whole(), start + columns
@@ -212,7 +212,7 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _product_of(kind: int, b: Any, at: int, size: int, nbytes: int, x: Any) -> Any:
+def _product_of(kind, b, at, size, nbytes, x):
     sums = four_sums()
     for k in range(0, x.size, size):
         prefetch(b, at + AHEAD)
@@ -222,7 +222,7 @@ def _product_of(kind: int, b: Any, at: int, size: int, nbytes: int, x: Any) -> A
 
 
 @jit(borrows=True)
-def _product(kind: int, b: Any, at: int, size: int, nbytes: int, x: Any) -> Any:
+def _product(kind, b, at, size, nbytes, x):
     """Σ Ŵ x over the row that begins at ``b[at]``. A loop for each kind has no branches in it."""
     total = _0
     for number in literal_unroll(_NUMBERS):
@@ -232,7 +232,7 @@ def _product(kind: int, b: Any, at: int, size: int, nbytes: int, x: Any) -> Any:
 
 
 @jit(parallel=True)
-def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
+def matmul_one(weight, threads, x, y):
     """``y = x Ŵᵀ`` for one row: weights are decoded and multiplied in registers."""
     blocks, kind, size, nbytes = weight
     b = blocks.reshape(blocks.size)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from modulora_kernels.triton import GPUKernels
+from modulora_kernels.triton import GPUKernels, spread
 from torch import Tensor
 
 from modulora_core.packed import PackedWeight
@@ -27,27 +27,19 @@ KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 
 
 @triton.jit
-def byte(data, at, inside) -> Any:  # type: ignore[no-untyped-def]
+def byte(data, at, inside) -> Any:
     return tl.load(data + at, mask=inside, other=0).to(tl.int32)
 
 
 @triton.jit
-def half(words, at, inside) -> Any:  # type: ignore[no-untyped-def]
+def half(words, at, inside) -> Any:
     """The fp16 number at an even byte, as fp32; NaN and infinities, of damage, as 0."""
     number = tl.load(words + (at >> 1), mask=inside, other=0.0).to(tl.float32)
     return tl.where(tl.abs(number) < 65536.0, number, 0.0)
 
 
 @triton.jit
-def spread(values, RUN: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
-    """``[rows, n]`` to ``[rows, n · RUN]``: each value RUN times."""
-    rows: tl.constexpr = values.shape[0]
-    n: tl.constexpr = values.shape[1]
-    return tl.reshape(tl.broadcast_to(values[:, :, None], rows, n, RUN), rows, n * RUN)
-
-
-@triton.jit
-def scales(  # type: ignore[no-untyped-def]
+def scales(
     data, words, start, part, inside, KIND: tl.constexpr
 ) -> Any:  # fmt: skip
     """The step and the minimum of each part of 16 or 32 weights, fp32; ``start`` is its block."""
@@ -75,7 +67,7 @@ def scales(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def codes(data, start, k, inside, KIND: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+def codes(data, start, k, inside, KIND: tl.constexpr) -> Any:
     """The code of weight k of each block, int32, shifted to its range."""
     if KIND == "Q8_0":
         q = (byte(data, start + 2 + k, inside) ^ 128) - 128
@@ -101,7 +93,7 @@ def codes(data, start, k, inside, KIND: tl.constexpr) -> Any:  # type: ignore[no
 
 
 @triton.jit
-def decode(  # type: ignore[no-untyped-def]
+def decode(
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip

@@ -54,7 +54,7 @@ def operands(packed: PackedWeight) -> tuple[Any, ...]:
 
 
 @jit(borrows=True)
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def decode(weight, row, start, columns, out):
     """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
     codes, scales, group = weight
     for r in range(len(out)):
@@ -77,7 +77,7 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _product(codes: Any, row: int, scales: Any, group: int, x: Any) -> Any:
+def _product(codes, row, scales, group, x):
     """Σ_g scale[g] Σ_k code[k] x[k], over the columns k of group g of a row."""
     total, columns = np.float32(0), codes.shape[1]
     begin = row * columns
@@ -101,7 +101,7 @@ def _product(codes: Any, row: int, scales: Any, group: int, x: Any) -> Any:
 
 
 @jit(parallel=True)
-def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
+def matmul_one(weight, threads, x, y):
     """``y = x Ŵᵀ`` for one row: codes are multiplied as they are, and the sums of groups scaled."""
     codes, scales, group = weight
     for index in prange(threads):
@@ -115,7 +115,7 @@ tile, product = kernels.tile, kernels.product
 
 
 @jit(borrows=True)
-def _through_half(x: Any) -> Any:
+def _through_half(x):
     """An fp32 number below 65520 rounded to fp16, to nearest and halves to even."""
     bits = np.float32(x).view(np.int32)
     rounded = np.int32((bits + np.int32(0xFFF) + ((bits >> 13) & 1)) & np.int32(~0x1FFF))
@@ -125,7 +125,7 @@ def _through_half(x: Any) -> Any:
 
 
 @jit(borrows=True)
-def _quantize_group(x: Any, bits: Any, codes: Any) -> Any:
+def _quantize_group(x, bits, codes):
     """Codes of the numbers ``x``, whose bits are ``bits``; returns their scale."""
     c = np.int32(largest_bits(bits)).view(np.float32)
     in_halves = _FROM <= c < _BELOW
@@ -139,7 +139,7 @@ def _quantize_group(x: Any, bits: Any, codes: Any) -> Any:
 
 
 @jit(parallel=True)
-def quantize(x: Any, group: int, codes: Any, scales: Any) -> None:
+def quantize(x, group, codes, scales):
     """Codes and scales of the fp32 weight: :func:`modulora_int8.reference.quantize`."""
     bits, columns = x.view(np.int32), x.shape[1]
     for piece in prange((len(x) + _ROWS - 1) // _ROWS):

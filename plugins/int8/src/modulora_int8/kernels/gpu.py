@@ -23,7 +23,7 @@ _INVERSE = tl.constexpr(reference.INVERSE)
 
 
 @triton.jit
-def decode(  # type: ignore[no-untyped-def]
+def decode(
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip

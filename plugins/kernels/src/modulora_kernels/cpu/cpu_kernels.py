@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -38,7 +41,7 @@ class CPUKernels:
         tile, product = kernels.tile, kernels.product
 
     The loops around ``decode`` are compiled at their first call for a type of weight, and cached on
-    disk beside the module of ``decode``. Every sum is made in one order, whatever the number of
+    disk beside this module. Every sum is made in one order, whatever the number of
     threads.
 
     Args:
@@ -63,11 +66,13 @@ class CPUKernels:
         rounds: bool = False,
     ) -> None:
         self._operands, self._one_row = operands, one_row
-        rounded = decode if rounds else _compiled(products.rounded, decode, parallel=False)
+        # a decoder of a notebook has no file, whose change would make a cached loop stale
+        compiled = partial(_compiled, cache=Path(inspect.getfile(decode.py_func)).exists())
+        rounded = decode if rounds else compiled(products.rounded, decode, parallel=False)
         decoders = {torch.float32: decode, torch.bfloat16: rounded}
-        self._fill = {dtype: _compiled(products.fill, made) for dtype, made in decoders.items()}
+        self._fill = {dtype: compiled(products.fill, made) for dtype, made in decoders.items()}
         self._products = {
-            dtype: [_compiled(loop, made) for loop in (products.forward, products.transposed)]
+            dtype: [compiled(loop, made) for loop in (products.forward, products.transposed)]
             for dtype, made in decoders.items()
         }
 
@@ -118,19 +123,18 @@ class CPUKernels:
         return sums.to(x.dtype).view(*x.shape[:-1], wanted)
 
 
-def _compiled(template: Callable[..., None], decode: Any, parallel: bool = True) -> Any:
-    """Compile ``template`` with ``decode`` in it, as if ``decode``'s own module had the code.
+def _compiled(
+    template: Callable[..., None], decode: Any, *, cache: bool, parallel: bool = True
+) -> Any:
+    """Compile ``template`` with ``decode`` as one of its globals.
 
-    numba caches compiled code by the file and the name of a function, and reads its source. A
-    decoder that was handed over as an argument would be called through a pointer.
+    A decoder that was handed over as an argument would be called through a pointer. numba caches by
+    file and name: the name has the decoder's module, name, hash of sources and line.
     """
     owner = decode.py_func
-    there = owner.__code__
-    code = template.__code__.replace(
-        co_filename=there.co_filename, co_firstlineno=there.co_firstlineno
+    function = FunctionType(
+        template.__code__, {**template.__globals__, "decode": decode}, template.__name__
     )
-    function = FunctionType(code, {**template.__globals__, "decode": decode}, template.__name__)
-    function.__module__ = owner.__module__
-    loops = template.__module__.rpartition(".")[2]
-    function.__qualname__ = f"{owner.__qualname__}_{loops}_{template.__name__}"
-    return jit(parallel=parallel)(function)
+    line = owner.__code__.co_firstlineno
+    function.__qualname__ = f"{owner.__module__}.{owner.__qualname__}_{line}_{template.__name__}"
+    return jit(parallel=parallel, cache=cache)(function)

@@ -17,7 +17,6 @@ from modulora_kernels.cpu.vectors import (
     LANES,
     Floats,
     Shorts,
-    Vector,
     Wholes,
     bf16_bits,
     call,
@@ -34,12 +33,12 @@ _FLOATS, _WHOLES, _SHORTS = (llvm(kind) for kind in (Floats, Wholes, Shorts))
 
 
 @operation(lambda table, index: Floats(table, index))
-def lookup(_context: Any, builder: Any, _kinds: Any, table: Any, index: Any) -> Any:
+def lookup(_context, builder, _kinds, table, index):
     """``(table, index)``: ``table[index & 15]``, of :data:`Floats` by :data:`Wholes`."""
     return _looked_up(builder, table, index)
 
 
-def _looked_up(builder: Any, table: Any, index: Any) -> Any:
+def _looked_up(builder, table, index):
     if has("avx512f"):
         return call(builder, "llvm.x86.avx512.permvar.sf.512", _FLOATS, [table, index])
     if has("avx2"):
@@ -54,7 +53,7 @@ def _looked_up(builder: Any, table: Any, index: Any) -> Any:
     return found
 
 
-def _looked_up_eight(builder: Any, table: Any, index: Any, first: int) -> Any:
+def _looked_up_eight(builder, table, index, first):
     """AVX2 looks up three bits: do so in both halves of the table, and choose by the fourth bit."""
     eight = chosen(builder, index, range(first, first + 8))
     of = ir.VectorType(FLOAT, 8)
@@ -75,7 +74,7 @@ byte i."""
 
 
 @operation(lambda table, pairs: types.UniTuple(Floats, 2)(table, pairs))
-def lookup_pairs(context: Any, builder: Any, _kinds: Any, table: Any, pairs: Any) -> Any:
+def lookup_pairs(context, builder, _kinds, table, pairs):
     """``(table, pairs)``: look up both halves of 16 bytes; results are in :data:`PAIR_ORDER`."""
     if _BY_BYTES:
         found = _looked_up_by_bytes(builder, table, pairs)
@@ -86,14 +85,14 @@ def lookup_pairs(context: Any, builder: Any, _kinds: Any, table: Any, pairs: Any
 
 
 @jit(borrows=True)
-def reorder(x: Any, order: Any, out: Any) -> None:
+def reorder(x, order, out):
     """``out[i + k] = x[i + order[k]]`` for each run of ``order.size`` numbers from i on."""
     for start in range(0, out.size, order.size):
         for k in range(order.size):
             out[start + k] = x[start + order[k]]
 
 
-def _looked_up_by_bytes(builder: Any, table: Any, pairs: Any) -> list[Any]:
+def _looked_up_by_bytes(builder, table, pairs):
     """AVX2 looks up bytes: look up each of a number's four bytes, and join them."""
     of_bytes, of_words = ir.VectorType(ir.IntType(8), 32), ir.VectorType(ir.IntType(64), 4)
     codes = builder.trunc(pairs, ir.VectorType(ir.IntType(8), LANES))
@@ -121,12 +120,12 @@ def _in_turn(builder: Any, a: Any, b: Any, number: ir.Type) -> list[Any]:
     return found
 
 
-def _table_of(out: Any) -> Vector:
+def _table_of(out):
     return Shorts if out.dtype is types.int16 and has("avx512bw") else Floats
 
 
 @operation(lambda out, values: _table_of(out)(out, values))
-def table_for(_context: Any, builder: Any, kinds: Any, _out: Any, values: Any) -> Any:
+def table_for(_context, builder, kinds, _out, values):
     """``(out, values)``: the table of :func:`store_lookup`, in bf16 if ``out`` is."""
     if _table_of(kinds[0]) == Floats:
         return values
@@ -135,9 +134,7 @@ def table_for(_context: Any, builder: Any, kinds: Any, _out: Any, values: Any) -
 
 
 @operation(lambda out, _at, table, index: types.void(out, types.int64, table, index))
-def store_lookup(
-    context: Any, builder: Any, kinds: Any, out: Any, at: Any, table: Any, index: Any
-) -> None:
+def store_lookup(context, builder, kinds, out, at, table, index):
     """``(out, at, table, index)``: store 32 values by the low four bits of :data:`Shorts`."""
     if kinds[2] == Shorts:
         found = call(builder, "llvm.x86.avx512.permvar.hi.512", _SHORTS, [table, index])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from numba import from_dtype, types
@@ -18,13 +16,13 @@ _LINE = 64
 
 
 @jit()
-def signed(index: Any) -> Any:
+def signed(index):
     """A signed index: numba adds unsigned and signed numbers as floats."""
     return np.int64(index)
 
 
 @jit()
-def share(index: Any, shares: int, count: int, unit: int = 1) -> Any:
+def share(index, shares, count, unit=1):
     """The rows ``[begin, stop)`` of share ``index``: whole units, except in the last share."""
     number = signed(index)
     units = (count + unit - 1) // unit
@@ -32,7 +30,7 @@ def share(index: Any, shares: int, count: int, unit: int = 1) -> Any:
 
 
 @jit()
-def scratch(rows: int, columns: int, dtype: Any) -> Any:
+def scratch(rows, columns, dtype):
     """Uninitialised ``[rows, columns]``, C-contiguous, that begins with a cache line."""
     count = rows * columns
     room = np.empty(count + _LINE, dtype)
@@ -45,7 +43,7 @@ AHEAD = 4096
 
 
 @jit(borrows=True)
-def read_ahead(array: Any, first: int, count: int) -> None:
+def read_ahead(array, first, count):
     """Prefetch the bytes :data:`AHEAD` of ``count`` elements from ``first`` on."""
     line, begin = _LINE // size_of(array), first + AHEAD // size_of(array)
     for at in range(begin, min(begin + count, array.size), line):
@@ -56,7 +54,7 @@ MOST_ON_STACK = 2**16
 """Bytes: a thread of some systems has 512 KiB of stack, or less."""
 
 
-def on_stack(count: int, dtype: Any) -> Any:
+def on_stack(count, dtype):
     """Make a function for kernels, without arguments, that gives scratch on the thread's stack.
 
     It gives an uninitialised array ``[count]`` that begins at a cache line, until the caller
@@ -78,8 +76,8 @@ def on_stack(count: int, dtype: Any) -> Any:
     array = types.Array(from_dtype(np.dtype(dtype)), 1, "C")
 
     @intrinsic
-    def room(_context: Any) -> Any:
-        def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+    def room(_context):
+        def generate(context, builder, _signature, _arguments):
             number = context.get_data_type(array.dtype)
             with (
                 builder.goto_entry_block()

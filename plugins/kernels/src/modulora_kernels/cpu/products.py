@@ -13,8 +13,6 @@ in bf16 with fp32 sums.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numba import prange
 
@@ -74,19 +72,19 @@ _columns = columns_of_two_rows(_ACROSS)
 _rows_of_four, _row_of_one = zeros(ROWS, _ACROSS), zeros(1, _ACROSS)
 
 
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def decode(weight, row, start, columns, out):
     """A placeholder: the compiled functions below call a plugin's decoder in its place."""
     raise NotImplementedError
 
 
-def fill(weight: Any, first: int, out: Any) -> None:
+def fill(weight, first, out):
     """Decode rows of Ŵ, from ``first`` on, into all rows of ``out``."""
     for piece in prange((len(out) + _PIECE - 1) // _PIECE):
         start = signed(piece) * _PIECE
         decode(weight, first + start, 0, out.shape[1], out[start : min(start + _PIECE, len(out))])
 
 
-def rounded(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def rounded(weight, row, start, columns, out):
     """Decode into fp32 scratch, and round to bf16."""
     width = max(1, min(CHUNK, columns))
     together = min(len(out), SCRATCH // width)
@@ -101,9 +99,7 @@ def rounded(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _add_four(
-    x: Any, at_x: int, w: Any, start: int, count: int, columns: int, sums: Any, at: int
-) -> None:
+def _add_four(x, at_x, w, start, count, columns, sums, at):
     """Add products of four rows of x with ``count`` rows of w, over ``columns`` from ``start``.
 
     Each block of sums is a register of ``sums``, row after row of x.
@@ -117,9 +113,7 @@ def _add_four(
 
 
 @jit(borrows=True)
-def _add_one(
-    x: Any, at_x: int, w: Any, start: int, count: int, columns: int, sums: Any, at: int
-) -> None:
+def _add_one(x, at_x, w, start, count, columns, sums, at):
     """Add products of one row of x, as :func:`_add_four` does of four."""
     for o in range(0, count, WIDTH):
         block, at_w = _sums_of_one(), o * w.shape[1] + start
@@ -130,7 +124,7 @@ def _add_one(
 
 
 @jit(borrows=True)
-def _put_sums(sums: Any, rows: int, count: int, y: Any, first: int) -> None:
+def _put_sums(sums, rows, count, y, first):
     """Write the sums of :func:`_add_four` to ``count`` columns of ``y``."""
     flat = sums.reshape(sums.size)
     for r in range(0, rows, ROWS):
@@ -141,7 +135,7 @@ def _put_sums(sums: Any, rows: int, count: int, y: Any, first: int) -> None:
                     y[r + i, first + o + k] = flat[at + i * _BESIDE + k]
 
 
-def forward(weight: Any, threads: int, columns: int, x: Any, y: Any) -> None:
+def forward(weight, threads, columns, x, y):
     """``y = x Ŵᵀ``; Ŵ has ``columns``, and ``x`` is padded to a multiple of :data:`COLUMNS`."""
     n, rows = y.shape
     padded, whole = x.shape[1], n // ROWS * ROWS
@@ -168,9 +162,7 @@ def forward(weight: Any, threads: int, columns: int, x: Any, y: Any) -> None:
 
 
 @jit(borrows=True)
-def _add_rows_of_four(
-    y: Any, at_y: int, w: Any, at_w: int, terms: int, width: int, sums: Any, at: int
-) -> None:
+def _add_rows_of_four(y, at_y, w, at_w, terms, width, sums, at):
     """Add rows of w, times numbers of four rows of y, to ``width`` columns of ``sums``."""
     length, turns = w.shape[1], terms >> 2
     for column in range(0, width, _ACROSS * WIDTH):
@@ -187,9 +179,7 @@ def _add_rows_of_four(
 
 
 @jit(borrows=True)
-def _add_rows_of_one(
-    y: Any, at_y: int, w: Any, at_w: int, terms: int, width: int, sums: Any, at: int
-) -> None:
+def _add_rows_of_one(y, at_y, w, at_w, terms, width, sums, at):
     """Add as :func:`_add_rows_of_four` does, for one row of y."""
     length = w.shape[1]
     for column in range(0, width, _ACROSS * WIDTH):
@@ -201,7 +191,7 @@ def _add_rows_of_one(
 
 
 @jit(borrows=True)
-def _add_parts(sums: Any, n: int, row: int, out: Any) -> None:
+def _add_parts(sums, n, row, out):
     """Add the sums of all parts, in order, to give one row of the result."""
     out[:] = 0
     for part in range(PARTIAL_SUMS):
@@ -209,7 +199,7 @@ def _add_parts(sums: Any, n: int, row: int, out: Any) -> None:
             out[k] += sums[part * n + row, k]
 
 
-def transposed(weight: Any, threads: int, rows: int, y: Any, x: Any) -> None:
+def transposed(weight, threads, rows, y, x):
     """``x = y Ŵ``; Ŵ has ``rows``, and ``y`` is padded to a multiple of :data:`COLUMNS`.
 
     The rows of Ŵ are cut into parts, and each part has sums of its own.

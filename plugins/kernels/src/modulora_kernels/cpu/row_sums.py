@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from modulora_kernels.compiled import jit
@@ -11,21 +9,21 @@ from modulora_kernels.cpu.vectors import multiply_add, splat, sum_of_lanes
 
 
 @jit(borrows=True)
-def four_sums() -> Any:
+def four_sums():
     """Four vectors of zeros."""
     zero = splat(np.float32(0))
     return zero, zero, zero, zero
 
 
 @jit(borrows=True)
-def add_in_turn(a: Any, b: Any, sums: Any) -> Any:
+def add_in_turn(a, b, sums):
     """Add ``a * b`` to the first of four sums, and put it last."""
     first, second, third, fourth = sums
     return second, third, fourth, multiply_add(a, b, first)
 
 
 @jit(borrows=True)
-def sum_of_four(sums: Any) -> Any:
+def sum_of_four(sums):
     """The sum of all numbers of four vectors."""
     a, b, c, d = sums
     return sum_of_lanes((a + b) + (c + d))

@@ -42,7 +42,7 @@ def zeros(rows: int, columns: int) -> Any:
     kind = types.UniTuple(types.UniTuple(Register, columns), rows)
 
     @operation(lambda: kind())
-    def made(context: Any, builder: Any, _kinds: Any) -> Any:
+    def made(context, builder, _kinds):
         return _block(context, builder, kind, [[constant(_REGISTER, 0.0)] * columns] * rows)
 
     return made
@@ -53,7 +53,7 @@ def _block(context: Any, builder: Any, kind: Any, rows: list[list[Any]]) -> Any:
     return context.make_tuple(builder, kind, packed)
 
 
-def _rows(builder: Any, block: Any) -> list[list[Any]]:
+def _rows(builder, block):
     return [cgutils.unpack_tuple(builder, row) for row in cgutils.unpack_tuple(builder, block)]
 
 
@@ -64,7 +64,7 @@ def registers(count: int) -> Any:
     """
 
     @operation(lambda array, _at, _apart: _registers_of(array, count)(array, _I64, _I64))
-    def loaded(context: Any, builder: Any, kinds: Any, array: Any, at: Any, apart: Any) -> Any:
+    def loaded(context, builder, kinds, array, at, apart):
         kind, values = _registers_of(kinds[0], count), []
         for _ in range(count):
             source = place(context, builder, kinds[0], array, at, llvm(kind.dtype))
@@ -75,7 +75,7 @@ def registers(count: int) -> Any:
     return loaded
 
 
-def _registers_of(array: Any, count: int) -> Any:
+def _registers_of(array, count):
     return types.UniTuple(Register if array.dtype is types.float32 else Pairs, count)
 
 
@@ -88,7 +88,7 @@ def columns_of_two_rows(count: int) -> Any:
     """
 
     @operation(lambda array, _at, _apart: _registers_of(array, count)(array, _I64, _I64))
-    def loaded(context: Any, builder: Any, kinds: Any, array: Any, at: Any, apart: Any) -> Any:
+    def loaded(context, builder, kinds, array, at, apart):
         kind, values = _registers_of(kinds[0], count), []
         for k in range(count):
             here = builder.add(at, INDEX(k * WIDTH))
@@ -117,7 +117,7 @@ _COLUMNS = [(k // 4 % 2) * WIDTH + k // 8 * 4 + k % 4 for k in range(2 * WIDTH)]
 
 
 @operation(lambda a, b, block: block(a, b, block))
-def add_products(context: Any, builder: Any, kinds: Any, a: Any, b: Any, block: Any) -> Any:
+def add_products(context, builder, kinds, a, b, block):
     """``(a, b, block)``: the block with ``a[i] * b[j]`` added at row i, column j, lane by lane."""
     a, b = (cgutils.unpack_tuple(builder, v) for v in (a, b))
     sums = [
@@ -128,9 +128,7 @@ def add_products(context: Any, builder: Any, kinds: Any, a: Any, b: Any, block: 
 
 
 @operation(lambda a, _at, _apart, b, block: block(a, _I64, _I64, b, block))
-def add_multiples(
-    context: Any, builder: Any, kinds: Any, a: Any, at: Any, apart: Any, b: Any, block: Any
-) -> Any:
+def add_multiples(context, builder, kinds, a, at, apart, b, block):
     """``(a, at, apart, b, block)``: add ``a[at + i * apart] * b[j]`` at row i, column j.
 
     In bf16, ``a[...]`` and the number after it form a pair.
@@ -148,9 +146,7 @@ def add_multiples(
 
 
 @operation(lambda a, sums, _at, _apart, block: types.void(a, sums, _I64, _I64, block))
-def add_block(
-    context: Any, builder: Any, kinds: Any, _a: Any, sums: Any, at: Any, apart: Any, block: Any
-) -> None:
+def add_block(context, builder, kinds, _a, sums, at, apart, block):
     """``(a, sums, at, apart, block)``: add a block's rows to ``sums[at + i * apart]`` on."""
     for row in _rows(builder, block):
         if kinds[0].dtype is not types.float32:
@@ -165,9 +161,7 @@ def add_block(
 
 
 @operation(lambda block, sums, _at: types.void(block, sums, _I64))
-def add_sums_of_lanes(
-    context: Any, builder: Any, kinds: Any, block: Any, sums: Any, at: Any
-) -> None:
+def add_sums_of_lanes(context, builder, kinds, block, sums, at):
     """``(block, sums, at)``: add the sum of each register to ``sums[at]`` on, row after row."""
     values = [value for row in _rows(builder, block) for value in row]
     _add(
@@ -180,7 +174,7 @@ def add_sums_of_lanes(
     )
 
 
-def _add(context: Any, builder: Any, kind: Any, sums: Any, at: Any, more: Any) -> None:
+def _add(context, builder, kind, sums, at, more):
     target = place(context, builder, kind, sums, at, _REGISTER)
     builder.store(builder.fadd(builder.load(target, align=4), more), target, align=4)
 
@@ -204,35 +198,7 @@ def _sums_of(builder: Any, values: list[Any]) -> Any:
     return values[0]
 
 
-def _transposed(builder: Any, values: list[Any]) -> list[Any]:
-    """Transpose a square of registers: swap halves, then quarters, and so on."""
-    half = WIDTH // 2
-    while half:
-        swapped = list(values)
-        for i in (i for i in range(WIDTH) if not i & half):
-            a, b = values[i], values[i + half]
-            swapped[i], swapped[i + half] = (
-                chosen(builder, a, lanes, b) for lanes in _halves(half)
-            )
-        values, half = swapped, half // 2
-    return values
-
-
 @operation(lambda array: _I64(array))
-def pair(_context: Any, _builder: Any, kinds: Any, _array: Any) -> Any:
+def pair(_context, _builder, kinds, _array):
     """``(array)``: the constant number of values that one lane multiplies: 2 for bf16, else 1."""
     return INDEX(1 if kinds[0].dtype is types.float32 else 2)
-
-
-@operation(lambda a, _at, _long, b, _to, _step: types.void(a, _I64, _I64, b, _I64, _I64))
-def store_transposed(
-    context: Any, builder: Any, kinds: Any, a: Any, at: Any, long: Any, b: Any, to: Any, step: Any
-) -> None:
-    """``(a, at, long, b, to, step)``: ``b[to + j * step + i] = a[at + i * long + j]``, a square."""
-    values = []
-    for _ in range(WIDTH):
-        values.append(builder.load(place(context, builder, kinds[0], a, at, _REGISTER), align=4))
-        at = builder.add(at, long)
-    for value in _transposed(builder, values):
-        builder.store(value, place(context, builder, kinds[3], b, to, _REGISTER), align=4)
-        to = builder.add(to, step)

@@ -41,7 +41,7 @@ LANES = 16
 class Vector(types.Type):
     """numba's type of a vector: ``count`` times ``number``, a numba type."""
 
-    def __init__(self, number: Any, count: int) -> None:
+    def __init__(self, number, count):
         self.number, self.count = number, count
         super().__init__(name=f"Vector({count} x {number})")
 
@@ -77,8 +77,8 @@ def operation(kinds: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def decorate(generate: Callable[..., Any]) -> Any:
-        def typed(_context: Any, *arguments: Any) -> Any:
-            def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        def typed(_context, *arguments):
+            def lower(context, builder, signature, values):
                 made = generate(context, builder, signature.args, *values)
                 return context.get_dummy_value() if made is None else made
 
@@ -146,14 +146,14 @@ def constant(of: ir.VectorType, number: float) -> Any:
 
 def _define(symbol: Any, of_floats: str, of_wholes: str) -> None:
     @type_callable(symbol)
-    def _typing(_context: Any) -> Any:
-        def typer(a: Any, b: Any) -> Any:
+    def _typing(_context):
+        def typer(a, b):
             is_number = isinstance(b, types.Integer | types.Float)
             return a if isinstance(a, Vector) and (a == b or is_number) else None
 
         return typer
 
-    def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+    def lower(context, builder, signature, values):
         (a, b), (kind, second) = values, signature.args
         if not isinstance(second, Vector):
             b = same(builder, context.cast(builder, b, second, kind.number), a.type)
@@ -173,33 +173,33 @@ for _names in (
 
 
 @operation(lambda number: (Floats if isinstance(number, types.Float) else Wholes)(number))
-def splat(context: Any, builder: Any, kinds: Any, number: Any) -> Any:
+def splat(context, builder, kinds, number):
     """``(number)``: 16 times a number."""
     kind = Floats if isinstance(kinds[0], types.Float) else Wholes
     return same(builder, context.cast(builder, number, kinds[0], kind.number), llvm(kind))
 
 
 @operation(lambda wholes: Floats(wholes))
-def to_floats(_context: Any, builder: Any, _kinds: Any, wholes: Any) -> Any:
+def to_floats(_context, builder, _kinds, wholes):
     """``(wholes)``: the same numbers in fp32."""
     return builder.sitofp(wholes, _FLOATS)
 
 
 @operation(lambda wholes: Shorts(wholes))
-def as_shorts(_context: Any, builder: Any, _kinds: Any, wholes: Any) -> Any:
+def as_shorts(_context, builder, _kinds, wholes):
     """``(wholes)``: the low 16 bits, then the high 16 bits, of each whole number."""
     return builder.bitcast(wholes, _SHORTS)
 
 
 @operation(lambda a, b, total: total(a, b, total))
-def multiply_add(_context: Any, builder: Any, _kinds: Any, a: Any, b: Any, total: Any) -> Any:
+def multiply_add(_context, builder, _kinds, a, b, total):
     """``(a, b, total)``: ``a * b + total``, rounded once if the processor can.
 
     Of :data:`Pairs`: adds the products of both numbers of each pair."""
     return multiplied(builder, a, b, total)
 
 
-def multiplied(builder: Any, a: Any, b: Any, total: Any) -> Any:
+def multiplied(builder, a, b, total):
     if a.type == total.type:
         product = builder.fmul(a, b, flags=("contract",))
         return builder.fadd(total, product, flags=("contract",))
@@ -215,7 +215,7 @@ def multiplied(builder: Any, a: Any, b: Any, total: Any) -> Any:
 
 
 @operation(lambda vector: vector.number(vector))
-def sum_of_lanes(_context: Any, builder: Any, _kinds: Any, vector: Any) -> Any:
+def sum_of_lanes(_context, builder, _kinds, vector):
     """``(vector)``: the sum of the numbers, by halves: in one order on every processor."""
     width = vector.type.count // 2
     while width:
@@ -229,7 +229,7 @@ def sum_of_lanes(_context: Any, builder: Any, _kinds: Any, vector: Any) -> Any:
 
 def _loader(kind_of: Callable[[Any], Vector], doc: str) -> Any:
     @operation(lambda array, _at: kind_of(array)(array, _I64))
-    def loaded(context: Any, builder: Any, kinds: Any, array: Any, at: Any) -> Any:
+    def loaded(context, builder, kinds, array, at):
         of, stored = llvm(kind_of(kinds[0])), context.get_data_type(kinds[0].dtype)
         source = ir.VectorType(stored, of.count)
         values = builder.load(place(context, builder, kinds[0], array, at, source), align=1)
@@ -249,15 +249,13 @@ load_shorts = _loader(lambda _: Shorts, "``(array, at)``: 32 whole numbers of at
 
 
 @operation(lambda array, _at, vector: types.void(array, _I64, vector))
-def store(context: Any, builder: Any, kinds: Any, array: Any, at: Any, vector: Any) -> None:
+def store(context, builder, kinds, array, at, vector):
     """``(array, at, vector)``: store a vector's numbers as they are."""
     put(context, builder, kinds[0], array, at, [vector])
 
 
 @operation(lambda out, _at, a, b: types.void(out, _I64, a, b))
-def store_rounded(
-    context: Any, builder: Any, kinds: Any, out: Any, at: Any, a: Any, b: Any
-) -> None:
+def store_rounded(context, builder, kinds, out, at, a, b):
     """``(out, at, a, b)``: store 32 fp32 numbers, rounded to bf16 if ``out`` is int16."""
     put_rounded(context, builder, kinds[0], out, at, [a, b])
 
@@ -276,7 +274,7 @@ def put_rounded(context: Any, builder: Any, kind: Any, out: Any, at: Any, two: l
             put(context, builder, kind, out, at, [bf16_bits(builder, values) for values in two])
 
 
-def _is_special(builder: Any, numbers: Any) -> Any:
+def _is_special(builder, numbers):
     """Whether a lane is a NaN or subnormal."""
     quiet_nan, subnormal, signalling_nan = 0x01, 0x20, 0x80
     bits, mask = ir.VectorType(ir.IntType(1), LANES), ir.IntType(16)
@@ -285,7 +283,7 @@ def _is_special(builder: Any, numbers: Any) -> Any:
     return builder.icmp_unsigned("!=", builder.bitcast(found, mask), mask(0))
 
 
-def bf16_bits(builder: Any, numbers: Any) -> Any:
+def bf16_bits(builder, numbers):
     """The bits in bf16 of fp32 numbers: to nearest, halves to even, and one NaN for all."""
     of = ir.VectorType(INT, numbers.type.count)
     bits = builder.bitcast(numbers, of)
@@ -298,7 +296,7 @@ def bf16_bits(builder: Any, numbers: Any) -> Any:
 
 
 @operation(lambda array, _at: types.void(array, _I64))
-def prefetch(context: Any, builder: Any, kinds: Any, array: Any, at: Any) -> None:
+def prefetch(context, builder, kinds, array, at):
     """``(array, at)``: load the cache line of ``array[at]``, which may lie outside of the array."""
     line = place(context, builder, kinds[0], array, at, ir.IntType(8))
     to_read, to_all_caches, data = INT(0), INT(3), INT(1)
@@ -306,6 +304,6 @@ def prefetch(context: Any, builder: Any, kinds: Any, array: Any, at: Any) -> Non
 
 
 @operation(lambda array: types.int64(array))
-def size_of(context: Any, _builder: Any, kinds: Any, _array: Any) -> Any:
+def size_of(context, _builder, kinds, _array):
     """``(array)``: bytes of an element, a constant; ``array.itemsize`` is a variable to numba."""
     return INDEX(context.get_abi_sizeof(context.get_data_type(kinds[0].dtype)))

@@ -50,7 +50,7 @@ _SIGNS = np.concatenate([1.0 - 2.0 * (_LANE & h > 0) for h in (1, 2, 4, 8)]).ast
 
 
 @jit(borrows=True)
-def _first_stages(y: Any) -> None:
+def _first_stages(y):
     """Stages h = 1, 2, 4 and 8, in registers."""
     one, two = load(_PARTNERS, 0), load(_PARTNERS, LANES)
     four, eight = load(_PARTNERS, 2 * LANES), load(_PARTNERS, 3 * LANES)
@@ -65,7 +65,7 @@ def _first_stages(y: Any) -> None:
 
 
 @jit(borrows=True)
-def _stage(y: Any, h: int) -> None:
+def _stage(y, h):
     for begin in range(0, y.size, 2 * h):
         for i in range(begin, begin + h, LANES):
             a, b = load(y, i), load(y, i + h)
@@ -74,7 +74,7 @@ def _stage(y: Any, h: int) -> None:
 
 
 @jit(borrows=True)
-def _two_stages(y: Any, h: int) -> None:
+def _two_stages(y, h):
     """Stages h and 2 h, in one pass over the row."""
     for begin in range(0, y.size, 4 * h):
         for i in range(begin, begin + h, LANES):
@@ -87,7 +87,7 @@ def _two_stages(y: Any, h: int) -> None:
 
 
 @jit(borrows=True)
-def _short_stages(y: Any, m: int) -> None:
+def _short_stages(y, m):
     """All stages of segments that are shorter than a vector."""
     h = 1
     while h < m:
@@ -99,7 +99,7 @@ def _short_stages(y: Any, m: int) -> None:
 
 
 @jit(borrows=True)
-def _sylvester(y: Any, m: int) -> None:
+def _sylvester(y, m):
     """All stages of each segment of ``m`` numbers of ``y``, in place."""
     if m < LANES:
         _short_stages(y, m)
@@ -117,14 +117,14 @@ def _sylvester(y: Any, m: int) -> None:
 
 
 @jit(borrows=True)
-def _pairs(one: Any, two: Any, three: Any, four: Any, M: Any, at: int, step: int) -> Any:
+def _pairs(one, two, three, four, M, at, step):
     """Sum M[at + i step] · line i of four lines, in pairs. M holds signs, so products are exact."""
     first = multiply_add(two, splat(M[at + step]), one * splat(M[at]))
     return first + multiply_add(four, splat(M[at + 3 * step]), three * splat(M[at + 2 * step]))
 
 
 @jit(borrows=True)
-def _multiply_signs(y: Any, t: int, m: int, M: Any, K: int, b: int, z: Any) -> None:
+def _multiply_signs(y, t, m, M, K, b, z):
     """``z[(b + i) m + t + l] = Σ_a M[a, b + i] y[a m + t + l]``, i < 4 and l < 16.
 
     M is a Hadamard matrix, flat ``[K, K]``, and 4 divides K.
@@ -145,7 +145,7 @@ def _multiply_signs(y: Any, t: int, m: int, M: Any, K: int, b: int, z: Any) -> N
 
 
 @jit(borrows=True)
-def _multiply_numbers(y: Any, t: int, m: int, M: Any, K: int, b: int, z: Any) -> None:
+def _multiply_numbers(y, t, m, M, K, b, z):
     """Multiply as :func:`_multiply_signs` does, for one row of z and any M."""
     total = splat(np.float32(0))
     for a in range(K):
@@ -154,13 +154,13 @@ def _multiply_numbers(y: Any, t: int, m: int, M: Any, K: int, b: int, z: Any) ->
 
 
 @jit(borrows=True)
-def _add_line(factor: Any, x: Any, total: Any) -> None:
+def _add_line(factor, x, total):
     for b in range(total.size):
         total[b] += factor * x[b]
 
 
 @jit(borrows=True)
-def _multiply_short(y: Any, m: int, M: Any, K: int, z: Any, line: Any, part: Any) -> None:
+def _multiply_short(y, m, M, K, z, line, part):
     """``z = Mᵀ y`` for rows that are shorter than a vector; ``line`` and ``part`` are scratch."""
     terms = _TERMS if K % 4 else K
     for t in range(m):
@@ -175,7 +175,7 @@ def _multiply_short(y: Any, m: int, M: Any, K: int, z: Any, line: Any, part: Any
 
 
 @jit(borrows=True)
-def _multiply(y: Any, m: int, M: Any, K: int, z: Any, line: Any, part: Any) -> None:
+def _multiply(y, m, M, K, z, line, part):
     """``z = Mᵀ y`` for ``y`` and ``z``, ``[K, m]``, flat."""
     if m < LANES:
         _multiply_short(y, m, M, K, z, line, part)
@@ -194,9 +194,7 @@ def _multiply(y: Any, m: int, M: Any, K: int, z: Any, line: Any, part: Any) -> N
 
 
 @jit()
-def rotate_rows(
-    x: Any, scale: Any, unit: Any, M: Any, K: int, after: bool, start: int, stop: int, out: Any
-) -> None:
+def rotate_rows(x, scale, unit, M, K, after, start, stop, out):
     """Rotate rows ``[start, stop)``: ``(x ⊙ s) H_n``, or ``(x H_n) ⊙ s`` if ``after``.
 
     Args:
@@ -231,9 +229,7 @@ def rotate_rows(
 
 
 @jit(parallel=True)
-def _rotate_in_parallel(
-    x: Any, scale: Any, unit: Any, M: Any, K: int, after: bool, threads: int, out: Any
-) -> None:
+def _rotate_in_parallel(x, scale, unit, M, K, after, threads, out):
     """:func:`rotate_rows` for all rows, on ``threads`` threads."""
     for index in prange(threads):
         start, stop = share(index, threads, len(x))

@@ -1,7 +1,7 @@
 """Tools for a plugin's Triton kernels. Importing this package imports Triton.
 
 GPUKernels                   tiles and products of few rows, around a decoder
-block, interleaved,          tools for decoders
+block, interleaved, spread,  tools for decoders
 times_group
 write_tile, few_rows,        the two kernels themselves, for a format that GPUKernels does not fit
 multiply
@@ -11,7 +11,7 @@ rounded
 
 from __future__ import annotations
 
-from modulora_kernels.triton.blocks import block, dot, interleaved, rounded, times_group
+from modulora_kernels.triton.blocks import block, dot, interleaved, rounded, spread, times_group
 from modulora_kernels.triton.gpu_kernels import GPUKernels
 from modulora_kernels.triton.launching import Config, launch
 from modulora_kernels.triton.products import few_rows, multiply
@@ -28,6 +28,7 @@ __all__ = [
     "launch",
     "multiply",
     "rounded",
+    "spread",
     "times_group",
     "write_tile",
 ]

@@ -86,6 +86,14 @@ def interleaved(even, odd) -> Any:  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def spread(values, RUN: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+    """``[rows, n]`` to ``[rows, n · RUN]``: each value RUN times."""
+    rows: tl.constexpr = values.shape[0]
+    n: tl.constexpr = values.shape[1]
+    return tl.reshape(tl.broadcast_to(values[:, :, None], rows, n, RUN), rows, n * RUN)
+
+
+@triton.jit
 def times_group(w, scale) -> Any:  # type: ignore[no-untyped-def]
     """``w`` ``[rows, groups · G]`` times ``scale`` ``[rows, groups]``, which is loaded once."""
     rows: tl.constexpr = scale.shape[0]

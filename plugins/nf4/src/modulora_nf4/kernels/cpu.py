@@ -41,13 +41,12 @@ from modulora_nf4.reference import (
     NESTED_BLOCK_SIZE,
     SMALLEST_ABSMAX,
     ZERO,
-    codes_of_points,
     dynamic_map,
 )
 
 _LEVELS = np.array(LEVELS, np.float32)
 _MIDPOINTS = tuple((_LEVELS[1:] + _LEVELS[:-1]) / np.float32(2))
-_DYNAMIC_MAP, _CODES_OF_POINTS = dynamic_map().numpy(), codes_of_points().numpy()
+_DYNAMIC_MAP = dynamic_map().numpy()
 _SMALLEST = np.float32(SMALLEST_ABSMAX)
 
 _STEP = 32  # codes of sixteen bytes
@@ -69,13 +68,13 @@ def operands(packed: PackedWeight) -> tuple[Any, ...]:
 
 
 @jit(borrows=True)
-def _scale_map(codes: Any, constant: Any, offset: Any, out: Any) -> None:
+def _scale_map(codes, constant, offset, out):
     for k in range(out.size):
         out[k] = _DYNAMIC_MAP[codes[k]] * constant + offset
 
 
 @jit(borrows=True)
-def _put_constants(q2: Any, c1: Any, mean: Any, first: int, out: Any) -> None:
+def _put_constants(q2, c1, mean, first, out):
     """The constants c₂ of blocks ``first ...`` to all of ``out``."""
     i = 0
     while i < out.size:
@@ -86,7 +85,7 @@ def _put_constants(q2: Any, c1: Any, mean: Any, first: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _decode_runs(codes: Any, byte: int, runs: int, table: Any, out: Any, to: int) -> None:
+def _decode_runs(codes, byte, runs, table, out, to):
     """``runs`` times 64 elements of one block, whose values are in ``table``."""
     for run in range(runs):
         for half in range(2):
@@ -96,9 +95,7 @@ def _decode_runs(codes: Any, byte: int, runs: int, table: Any, out: Any, to: int
 
 
 @jit(borrows=True)
-def _decode_blocks(
-    codes: Any, byte: int, absmax: Any, block: int, shift: int, blocks: int, out: Any, to: int
-) -> None:
+def _decode_blocks(codes, byte, absmax, block, shift, blocks, out, to):
     """Whole blocks of 64 elements or more: each of 16 values is computed, and rounded, once."""
     levels = load(_LEVELS, 0)
     for k in range(blocks):
@@ -108,9 +105,7 @@ def _decode_blocks(
 
 
 @jit(borrows=True)
-def _decode_rest(
-    codes: Any, absmax: Any, first: int, shift: int, start: int, stop: int, out: Any, to: int
-) -> None:
+def _decode_rest(codes, absmax, first, shift, start, stop, out, to):
     """Elements ``[start, stop)`` of any blocks; ``absmax`` begins with block ``first``."""
     i, flat, levels = start, out.reshape(out.size), load(_LEVELS, 0)
     while i < stop:
@@ -124,18 +119,7 @@ def _decode_rest(
 
 
 @jit(borrows=True)
-def _decode_row(
-    codes: Any,
-    c2: Any,
-    q2: Any,
-    c1: Any,
-    mean: Any,
-    shift: int,
-    begin: int,
-    end: int,
-    out: Any,
-    to: int,
-) -> None:
+def _decode_row(codes, c2, q2, c1, mean, shift, begin, end, out, to):
     """Elements ``[begin, end)`` to ``out[to:]``."""
     room, i = _room(), begin
     while i < end:
@@ -157,7 +141,7 @@ def _decode_row(
 
 
 @jit(borrows=True)
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def decode(weight, row, start, columns, out):
     """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
     codes, c2, q2, c1, mean, shift, in_features = weight
     for r in range(len(out)):
@@ -168,7 +152,7 @@ def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _add_run(levels: Any, codes: Any, at: int, x: Any, k: int, scale: Any, sums: Any) -> Any:
+def _add_run(levels, codes, at, x, k, scale, sums):
     """Add the products of 32 elements from ``at`` on; ``x`` is in the order of lookups."""
     a, b = lookup_pairs(levels, load(codes, at >> 1))
     products = multiply_add(b, load(x, k + 16), a * load(x, k))
@@ -176,7 +160,7 @@ def _add_run(levels: Any, codes: Any, at: int, x: Any, k: int, scale: Any, sums:
 
 
 @jit(borrows=True)
-def _product(codes: Any, absmax: Any, first: int, shift: int, x: Any, start: int) -> Any:
+def _product(codes, absmax, first, shift, x, start):
     """Σ level[code] absmax x over a row; ``absmax`` begins with block ``first``."""
     levels, scales, columns = load(_LEVELS, 0), absmax, x.size
     sums, turns = four_sums(), columns >> 7
@@ -195,19 +179,7 @@ def _product(codes: Any, absmax: Any, first: int, shift: int, x: Any, start: int
 
 
 @jit(borrows=True)
-def _products(
-    codes: Any,
-    c2: Any,
-    q2: Any,
-    c1: Any,
-    mean: Any,
-    shift: int,
-    x: Any,
-    begin: int,
-    stop: int,
-    room: Any,
-    y: Any,
-) -> None:
+def _products(codes, c2, q2, c1, mean, shift, x, begin, stop, room, y):
     """Products of ``x`` with rows ``[begin, stop)`` of Ŵ."""
     for o in range(begin, stop, _ROWS):
         last = min(o + _ROWS, stop)
@@ -222,7 +194,7 @@ def _products(
 
 
 @jit(parallel=True)
-def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
+def matmul_one(weight, threads, x, y):
     """``y = x Ŵᵀ`` for one row: levels are looked up and multiplied in registers."""
     codes, c2, q2, c1, mean, shift, columns = weight
     ordered = np.empty(columns, np.float32)
@@ -244,7 +216,7 @@ tile, product = kernels.tile, kernels.product
 
 
 @jit(borrows=True)
-def _nearest(x: Any, factor: Any, codes: Any) -> None:
+def _nearest(x, factor, codes):
     """The number of midpoints strictly below ``x * factor``: a tie takes the lower level."""
     for k in range(codes.size):
         v, code = x[k] * factor, np.int32(0)
@@ -254,13 +226,13 @@ def _nearest(x: Any, factor: Any, codes: Any) -> None:
 
 
 @jit(borrows=True)
-def _in_pairs(q: Any, codes: Any) -> None:
+def _in_pairs(q, codes):
     for k in range(codes.size):
         codes[k] = (q[2 * k] << 4) | q[2 * k + 1]
 
 
 @jit(parallel=True)
-def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
+def quantize(x, shift, codes, absmax):
     """Bytes and block constants of the flat weight: :func:`modulora_nf4.reference.quantize`."""
     block = 1 << shift
     size = max(block, _PIECE)  # even: pieces share no byte
@@ -279,23 +251,3 @@ def quantize(x: Any, shift: int, codes: Any, absmax: Any) -> None:
                 absmax[g] = largest
                 _nearest(x[a:b] / largest, np.float32(1), q[a - begin : b - begin])
         _in_pairs(q, codes[begin >> 1 : (stop + 1) >> 1])
-
-
-@jit(parallel=True)
-def double_quantize(c2: Any, mean: Any, q2: Any, c1: Any) -> None:
-    """Codes of constants, and a constant for 256 of them: ``reference.double_quantize``.
-
-    ``mean``: of all, ``[1]``.
-    """
-    one, half, points = np.float32(1), np.float32(0.5), np.float32(65535)
-    for block in prange(c1.size):
-        a, b = block * NESTED_BLOCK_SIZE, min((block + 1) * NESTED_BLOCK_SIZE, c2.size)
-        centred = c2[a:b] - mean[0]
-        largest = np.abs(centred).max()
-        c1[block] = largest
-        # infinite for the smallest numbers, and infinity times zero is NaN
-        factor = one / largest if largest else np.float32(0)
-        for k in range(centred.size):
-            value = centred[k] * factor
-            scaled = min(value, one) if largest and value > -one else -one
-            q2[a + k] = _CODES_OF_POINTS[np.int32((scaled + one) * half * points + half)]

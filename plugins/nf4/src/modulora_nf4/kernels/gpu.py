@@ -35,7 +35,7 @@ _ALIGNED = tl.constexpr(ALIGNED)
 
 
 @triton.jit
-def constants(weight, blocks, inside, DOUBLE: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+def constants(weight, blocks, inside, DOUBLE: tl.constexpr) -> Any:
     """c₂ of the blocks, fp32; 0 where not ``inside``."""
     if DOUBLE:
         _codes, _levels, _pairs, q2, c1, mean, dynamic_map = weight
@@ -48,7 +48,7 @@ def constants(weight, blocks, inside, DOUBLE: tl.constexpr) -> Any:  # type: ign
 
 
 @triton.jit
-def decode(  # type: ignore[no-untyped-def]
+def decode(
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from modulora_kernels.grouped_format import ALL_LINEAR, GroupedFormat
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ModelError, ShapeError
@@ -31,7 +32,6 @@ from modulora_core.models.formats import (
     check_tensors,
     read_finite,
 )
-from modulora_core.models.grouped_format import ALL_LINEAR, GroupedFormat
 from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_optq import SPEC
 from modulora_optq.formats import words

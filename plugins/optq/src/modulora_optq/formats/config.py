@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from modulora_core.errors import ModelError, OptionError
-from modulora_core.models.patterns import matches
+from modulora_core.models.json_files import matches
 from modulora_core.options import validate_model
 from modulora_optq.options import SMALLEST_GROUP, WHOLE_ROW
 

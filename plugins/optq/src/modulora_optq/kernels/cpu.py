@@ -55,9 +55,7 @@ def operands(packed: PackedWeight) -> tuple[Any, ...]:
 
 
 @jit(borrows=True)
-def _decode_run(
-    codes: Any, place: Any, bits: int, zero: Any, scale: Any, out: Any, to: int, k: int, stop: int
-) -> Any:
+def _decode_run(codes, place, bits, zero, scale, out, to, k, stop):
     """Write 32 values at a time of one run to ``out[to + k]`` on, up to ``stop`` or a few more.
 
     ``place``: codes are at ``codes[low + k]``, from bit ``shift`` on, and third bits likewise.
@@ -84,7 +82,7 @@ def _decode_run(
 
 
 @jit(borrows=True)
-def _decode_runs(work: Any, at: Any, end: int, last: int, bits: int) -> Any:
+def _decode_runs(work, at, end, last, bits):
     """Runs of a part from ``at`` on: the column, its group, and where the group ends.
 
     Returns the same of the column where it stopped: ``end``, or from ``last`` on, inside a run.
@@ -102,7 +100,7 @@ def _decode_runs(work: Any, at: Any, end: int, last: int, bits: int) -> Any:
 
 
 @jit(borrows=True)
-def _decode_piece(weight: Any, o: int, i: int, size: int, out: Any, to: int) -> None:
+def _decode_piece(weight, o, i, size, out, to):
     """Columns ``[i, i + size)`` of row o to ``out[to]`` on, which is flat."""
     codes, scales, zeros, bits, group, n, chunks, _ = weight
     width, third_width = (2, 1) if bits == 3 else (bits, bits)
@@ -146,7 +144,7 @@ def _decode_piece(weight: Any, o: int, i: int, size: int, out: Any, to: int) -> 
 
 
 @jit(borrows=True)
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def decode(weight, row, start, columns, out):
     """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
     codes, n = weight[0], weight[5]
     flat, row_bytes = out.reshape(out.size), codes.shape[1]

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from modulora_kernels.triton import GPUKernels
+from modulora_kernels.triton import GPUKernels, spread
 from torch import Tensor
 
 from modulora_core.packed import PackedWeight
@@ -90,7 +90,7 @@ def operands(packed: PackedWeight) -> tuple[Tensor | int, ...]:
 
 
 @triton.jit
-def plane(  # type: ignore[no-untyped-def]
+def plane(
     data, start, part, i, length, n, inside,
     WIDTH: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
 ) -> Any:  # fmt: skip
@@ -111,7 +111,7 @@ def plane(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def codes_at(  # type: ignore[no-untyped-def]
+def codes_at(
     data, start, part, i, length, n, inside,
     BITS: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
 ) -> Any:  # fmt: skip
@@ -126,7 +126,7 @@ def codes_at(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def held(  # type: ignore[no-untyped-def]
+def held(
     row, part, columns, length, out_features, in_features,
     BLOCK_OUT: tl.constexpr, EVEN: tl.constexpr,
 ) -> Any:  # fmt: skip
@@ -136,15 +136,7 @@ def held(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def spread(values, RUN: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
-    """``[rows, n]`` to ``[rows, n · RUN]``: each value RUN times."""
-    rows: tl.constexpr = values.shape[0]
-    n: tl.constexpr = values.shape[1]
-    return tl.reshape(tl.broadcast_to(values[:, :, None], rows, n, RUN), rows, n * RUN)
-
-
-@triton.jit
-def decode(  # type: ignore[no-untyped-def]
+def decode(
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
 ) -> Any:  # fmt: skip

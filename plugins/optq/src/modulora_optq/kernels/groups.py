@@ -8,7 +8,6 @@ bytes once, and a table names the byte of each group and the first bit of its ze
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 from modulora_kernels.cpu import (
@@ -59,19 +58,19 @@ def chunks_of(groups: int, bits: int) -> NDArray[np.int32]:
 
 
 @operation(lambda wholes, floats: floats(wholes, floats))
-def _as_floats(_context: Any, builder: Any, _kinds: Any, wholes: Any, floats: Any) -> Any:
+def _as_floats(_context, builder, _kinds, wholes, floats):
     """``(wholes, floats)``: the bits of whole numbers, as a vector of the second one's type."""
     return builder.bitcast(wholes, floats.type)
 
 
 @operation(lambda floats, wholes: wholes(floats, wholes))
-def _as_wholes(_context: Any, builder: Any, _kinds: Any, floats: Any, wholes: Any) -> Any:
+def _as_wholes(_context, builder, _kinds, floats, wholes):
     """``(floats, wholes)``: the bits of fp32 numbers, as a vector of the second one's type."""
     return builder.bitcast(floats, wholes.type)
 
 
 @jit(borrows=True)
-def _chosen(bytes_: Any, at: int, index: Any) -> Any:
+def _chosen(bytes_, at, index):
     """``bytes_[at + index]`` for 16 indices below 16, without a read after the array's end."""
     begin = min(at, bytes_.size - LANES)
     table = _as_floats(load(bytes_, begin), splat(np.float32(0)))
@@ -79,7 +78,7 @@ def _chosen(bytes_: Any, at: int, index: Any) -> Any:
 
 
 @jit(borrows=True)
-def code_at(packed: Any, row: int, i: int, n: int, bits: int) -> Any:
+def code_at(packed, row, i, n, bits):
     """Code i of a row of n, one at a time, for the ends of arrays."""
     width = 2 if bits == 3 else bits
     part = (n * width + 7) // 8
@@ -91,7 +90,7 @@ def code_at(packed: Any, row: int, i: int, n: int, bits: int) -> Any:
 
 
 @jit(borrows=True)
-def put_scales(scales: Any, s: Any) -> None:
+def put_scales(scales, s):
     """fp16 numbers of some rows, by their bits, to as many of ``s``, fp32."""
     flat = scales.reshape(scales.size)
     for k in range(flat.size):
@@ -99,10 +98,7 @@ def put_scales(scales: Any, s: Any) -> None:
 
 
 @jit(borrows=True)
-def put_zeros(
-    zeros: Any, row: int, rows: int, bits: int, chunks: Any, groups: int, first: int, count: int,
-    z: Any, to: int, stride: int,
-) -> None:  # fmt: skip
+def put_zeros(zeros, row, rows, bits, chunks, groups, first, count, z, to, stride):
     """Zeros of groups ``first ...`` of some rows, as fp32, to ``z[to]`` on, a row each ``stride``.
 
     Up to 16 more numbers before and after them are overwritten.
@@ -121,9 +117,7 @@ def put_zeros(
 
 
 @jit(borrows=True)
-def _put_chunk(
-    zeros: Any, row: int, rows: int, bits: int, chunks: Any, c: int, z: Any, to: int, stride: int
-) -> None:
+def _put_chunk(zeros, row, rows, bits, chunks, c, z, to, stride):
     """The 16 zeros of chunk c of some rows."""
     at = c * _FIELDS * LANES
     index, shift = load(chunks, at + LANES), load(chunks, at + 2 * LANES)

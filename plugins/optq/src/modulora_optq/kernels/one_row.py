@@ -62,7 +62,7 @@ def one_row(weight: tuple[Any, ...]) -> Any:
 
 
 @jit(borrows=True, fastmath=("reassoc",))
-def _sum(x: Any) -> Any:
+def _sum(x):
     total = np.float32(0)
     for k in range(x.size):
         total += x[k]
@@ -70,7 +70,7 @@ def _sum(x: Any) -> Any:
 
 
 @jit(borrows=True)
-def _put_third(codes: Any, at: int, half: int, out: Any, to: int) -> None:
+def _put_third(codes, at, half, out, to):
     """Third bits of a row: ``out[to + j]`` goes with low byte j, and has part p's bit ``2 p + 2``.
 
     Their plane at ``codes[at]`` has parts of ``half`` bytes.
@@ -85,9 +85,7 @@ def _put_third(codes: Any, at: int, half: int, out: Any, to: int) -> None:
 
 
 @jit(borrows=True)
-def _add(
-    codes: Any, at: int, third: Any, at_third: int, x: Any, k: int, part: int, bits: int, sums: Any
-) -> Any:
+def _add(codes, at, third, at_third, x, k, part, bits, sums):
     """Add the products of 16 bytes of codes with their x, for each part."""
     a, b, c, d = sums
     q = load(codes, at)
@@ -107,7 +105,7 @@ def _add(
 
 
 @jit(borrows=True)
-def _scale(sums: Any, s: Any, at: Any, groups: Any, i: Any, bits: int, totals: Any) -> Any:
+def _scale(sums, s, at, groups, i, bits, totals):
     """Add the sum of each part, times its scale ``s[at + groups[i + part]]``, to its total."""
     a, b, c, d = totals
     a = multiply_add(sums[0], splat(s[at + groups[i]]), a)
@@ -120,7 +118,7 @@ def _scale(sums: Any, s: Any, at: Any, groups: Any, i: Any, bits: int, totals: A
 
 
 @jit(borrows=True)
-def _total(totals: Any, bits: int) -> Any:
+def _total(totals, bits):
     a, b, c, d = totals
     if bits == 4:
         return sum_of_lanes(a + b * 2.0**-4)
@@ -128,7 +126,7 @@ def _total(totals: Any, bits: int) -> Any:
 
 
 @jit(borrows=True)
-def _two_rows(work: Any, o: int, p: int, bits: int) -> Any:
+def _two_rows(work, o, p, bits):
     """The products of rows o and p of up to 16."""
     codes, first, third, x, part, step, s, groups, group_of, offsets = work
     at, other = (first + o) * codes.shape[1], (first + p) * codes.shape[1]
@@ -155,7 +153,7 @@ def _two_rows(work: Any, o: int, p: int, bits: int) -> Any:
 
 
 @jit(borrows=True)
-def _put_offsets(rows: int, groups: int, s: Any, z: Any, X: Any, offsets: Any) -> None:
+def _put_offsets(rows, groups, s, z, X, offsets):
     """``−Σ_g s z X_g`` of each row, by lane."""
     for r in range(rows):
         total = splat(np.float32(0))
@@ -166,7 +164,7 @@ def _put_offsets(rows: int, groups: int, s: Any, z: Any, X: Any, offsets: Any) -
 
 
 @jit(borrows=True)
-def _products(work: Any, rows: int, bits: int, y: Any) -> None:
+def _products(work, rows, bits, y):
     """Up to 16 rows of y. A branch for each width: the loops over codes then have none."""
     first = work[1]
     for o in range(0, rows, 2):
@@ -182,7 +180,7 @@ def _products(work: Any, rows: int, bits: int, y: Any) -> None:
 
 
 @jit(parallel=True)
-def matmul_one(weight: Any, threads: int, x: Any, y: Any) -> None:
+def matmul_one(weight, threads, x, y):
     """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``."""
     codes, scales, zeros, bits, group, columns, chunks, groups_of_steps = weight
     rows, groups = scales.shape

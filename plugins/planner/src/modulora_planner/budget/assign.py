@@ -33,7 +33,7 @@ from modulora_core.quantization.assignment import Assignment
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
 from modulora_core.registry import Choice
 from modulora_planner.budget import written
-from modulora_planner.budget.errors import ERRORS_FILE, held_out_ids, measure_errors
+from modulora_planner.budget.layer_errors import ERRORS_FILE, held_out_ids, measure_errors
 from modulora_planner.budget.search import Budget, Search, Selection, open_search
 
 logger = logging.getLogger(__name__)

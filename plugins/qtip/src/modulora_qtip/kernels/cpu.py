@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from modulora_kernels.cpu import CPUKernels, jit, store
 
 from modulora_qtip.kernels import one_row
@@ -27,13 +25,13 @@ from modulora_qtip.trellis import TILE
 
 
 @jit(borrows=True)
-def _put(values: Any, row: int, start: int, out: Any) -> None:
+def _put(values, row, start, out):
     if 0 <= row < out.shape[0]:
         store(out, row * out.shape[1] + start, values)
 
 
 @jit(borrows=True)
-def _decode(weight: Any, lanes: Any, row: int, start: int, columns: int, out: Any) -> None:
+def _decode(weight, lanes, row, start, columns, out):
     strings, K = weight[0], weight[1]
     across, words = strings.shape[1], words_of_tiles()
     shifts, code = shifts_of(K), code_of(weight)
@@ -52,7 +50,7 @@ def _decode(weight: Any, lanes: Any, row: int, start: int, columns: int, out: An
 
 
 @jit(borrows=True)
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def decode(weight, row, start, columns, out):
     """Columns ``start ...``, multiples of 16, of the rows of C from ``row`` on, for CPUKernels."""
     if weight[1] == 2:
         _decode(weight, None, row, start, columns, out)

@@ -69,9 +69,7 @@ def _all(of: ir.VectorType, value: float) -> ir.Constant:
 
 
 @operation(lambda source, _at, words, _to: types.void(source, _I64, words, _I64))
-def _move(
-    context: Any, builder: Any, kinds: Any, source: Any, at: Any, words: Any, to: Any
-) -> None:
+def _move(context, builder, kinds, source, at, words, to):
     """``(source, at, words, to)``: eight words of 32 bits from ``source[at]`` on, int16."""
     eight = builder.load(place(context, builder, kinds[0], source, at, _EIGHT), align=2)
     builder.store(eight, place(context, builder, kinds[2], words, to, _EIGHT), align=4)
@@ -82,10 +80,7 @@ def _move(
         before, at, shift, mask, multiplier, addend, _kind
     )
 )
-def _values(
-    _context: Any, builder: Any, kinds: Any, before: Any, at: Any, shift: Any, mask: Any,
-    multiplier: Any, addend: Any, _kind: Any,
-) -> Any:  # fmt: skip
+def _values(_context, builder, kinds, before, at, shift, mask, multiplier, addend, _kind):
     """``(before, at, shift, mask, multiplier, addend, kind)``: the values of sixteen states.
 
     A state is the bits ``mask`` of two words, shifted right. ``addend`` is None for 0. ``kind``'s
@@ -108,7 +103,7 @@ def _values(
     return _rounded_to_half(builder, builder.fadd(*(_high_half(builder, h) for h in halves)))
 
 
-def _sum_of_bytes(builder: Any, x: Any, start: int) -> Any:
+def _sum_of_bytes(builder, x, start):
     if SUMS_BYTES:
         ones = _all(_WHOLES, 0x01010101)
         return call(
@@ -121,7 +116,7 @@ def _sum_of_bytes(builder: Any, x: Any, start: int) -> Any:
     return builder.add(builder.and_(total, _all(_WHOLES, 0xFFFF)), _all(_WHOLES, start))
 
 
-def _high_half(builder: Any, x: Any) -> Any:
+def _high_half(builder, x):
     """The high 16 bits as fp16 numbers, in fp32; none is subnormal."""
     sign = builder.and_(x, _all(_WHOLES, 0x80000000))
     size = builder.and_(builder.lshr(x, _all(_WHOLES, 3)), _all(_WHOLES, 0x0FFFE000))
@@ -129,7 +124,7 @@ def _high_half(builder: Any, x: Any) -> Any:
     return builder.bitcast(bits, _FLOATS)
 
 
-def _rounded_to_half(builder: Any, x: Any) -> Any:
+def _rounded_to_half(builder, x):
     """fp32 numbers to fp16's nearest, halves to even; smaller ones than 2⁻¹⁴ have few bits."""
     bits = builder.bitcast(x, _WHOLES)
     is_odd = builder.and_(builder.lshr(bits, _all(_WHOLES, 13)), _all(_WHOLES, 1))
@@ -143,7 +138,7 @@ def _column(first: int) -> Any:
     lanes += [lane + 2 for lane in lanes]
 
     @operation(lambda a, b: a(a, b))
-    def ordered(_context: Any, builder: Any, _kinds: Any, a: Any, b: Any) -> Any:
+    def ordered(_context, builder, _kinds, a, b):
         return builder.shuffle_vector(a, b, ir.Constant(_WHOLES, lanes))
 
     return ordered
@@ -162,7 +157,7 @@ def _repeated(count: int) -> Any:
     lanes = ir.Constant(_WHOLES, [lane % count for lane in range(LANES)])
 
     @operation(lambda array, _at, like: like(array, _I64, like))
-    def repeated(context: Any, builder: Any, kinds: Any, array: Any, at: Any, _like: Any) -> Any:
+    def repeated(context, builder, kinds, array, at, _like):
         data = context.make_array(kinds[0])(context, builder, array).data
         place = builder.gep(builder.bitcast(data, _FLOAT.as_pointer()), [at])
         numbers = builder.load(builder.bitcast(place, of.as_pointer()), align=2)
@@ -188,15 +183,13 @@ def walks_of(C: PackedWeight) -> tuple[Any, ...]:
 
 
 @jit()
-def line_of(K: int) -> int:
+def line_of(K):
     """Words of a copied tile, with room for a vector after the last pair."""
     return 8 * K + LANES
 
 
 @jit(borrows=True)
-def copy_tiles(
-    strings: Any, first: int, count: int, apart: int, K: int, words: Any, line: int
-) -> None:
+def copy_tiles(strings, first, count, apart, K, words, line):
     """Copy the words of tiles ``first``, ``first + apart``, … to lines of ``words``, fp32.
 
     ``line`` is the first of them. A line begins with the tile's last word.
@@ -210,21 +203,21 @@ def copy_tiles(
 
 
 @jit(borrows=True)
-def code_of(weight: Any) -> Any:
+def code_of(weight):
     """For :func:`pair`: a state's mask and the multiplier as vectors, the addend, and the kind."""
     _, _, mask, multiplier, addend, kind = weight
     return splat(mask), splat(multiplier), addend, kind
 
 
 @jit(borrows=True)
-def shifts_of(K: int) -> Any:
+def shifts_of(K):
     """For :func:`pair`: how far both vectors' states are shifted."""
     to = 2 * LANES * K
     return load(_SHIFTS, to), load(_SHIFTS, to + LANES)
 
 
 @jit(borrows=True)
-def lanes_of(K: int) -> Any:
+def lanes_of(K):
     """For :func:`pair`, except at 2 bits: the words of both vectors."""
     at = 4 * LANES * K
     return (
@@ -234,7 +227,7 @@ def lanes_of(K: int) -> Any:
 
 
 @jit(borrows=True)
-def pair(words: Any, before: int, at: int, shifts: Any, lanes: Any, code: Any) -> Any:
+def pair(words, before, at, shifts, lanes, code):
     """The values of 32 weights, as two vectors. Their words begin at ``words[at]``.
 
     ``before`` is the place of the word before them. At 2 bits ``lanes`` is None, and ``words`` may

@@ -28,13 +28,13 @@ FACTOR, OFFSET = tl.constexpr(codes.FACTOR), tl.constexpr(codes.OFFSET)
 
 
 @triton.jit
-def _half(x) -> Any:  # type: ignore[no-untyped-def]
+def _half(x) -> Any:
     """The low 16 bits as an fp16 number, in fp32."""
     return (x & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _value(state, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr, KIND: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+def _value(state, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr, KIND: tl.constexpr) -> Any:
     """The values of states, int32."""
     x = state * MULTIPLIER + ADDEND
     if KIND == 1:
@@ -48,7 +48,7 @@ def _value(state, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr, KIND: tl.const
 
 
 @triton.jit
-def decode(  # type: ignore[no-untyped-def]
+def decode(
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
 ) -> Any:  # fmt: skip

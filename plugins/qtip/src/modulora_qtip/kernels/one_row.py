@@ -57,7 +57,7 @@ _vector = on_stack(LANES, np.float32)
 
 
 @jit(borrows=True)
-def _spread_inputs(x: Any, out: Any) -> None:
+def _spread_inputs(x, out):
     """Inputs in the order of a pair's vectors: 32 numbers for 16 of ``x``."""
     for i in range(0, x.size, TILE):
         for j in range(4):  # a quarter of a vector has inputs 2 j, 2 j + 1, 2 j + 8, 2 j + 9
@@ -68,7 +68,7 @@ def _spread_inputs(x: Any, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _spread_outputs(x: Any, out: Any) -> None:
+def _spread_outputs(x, out):
     """Outputs in the order of a pair's lanes: four times p and four times p + 8, for each p."""
     for o in range(0, x.size, TILE):
         for p in range(8):
@@ -78,19 +78,13 @@ def _spread_outputs(x: Any, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _add_pair(
-    words: Any, before: int, at: int, shifts: Any, lanes: Any, code: Any, x: Any, x_2: Any,
-    total: Any,
-) -> Any:  # fmt: skip
+def _add_pair(words, before, at, shifts, lanes, code, x, x_2, total):
     one, two = pair(words, before, at, shifts, lanes, code)
     return multiply_add(two, x_2, multiply_add(one, x, total))
 
 
 @jit(borrows=True)
-def _add_tiles(
-    words: Any, place: Any, depth: int, count: int, K: int, lanes: Any, code: Any, x: Any,
-    sums: Any, to: int,
-) -> None:  # fmt: skip
+def _add_tiles(words, place, depth, count, K, lanes, code, x, sums, to):
     """Add products of ``depth`` tiles of inputs to ``count`` tiles of outputs, from ``to`` on.
 
     ``place`` is the first tile's place in ``words``, the distance to the next one of outputs and of
@@ -127,7 +121,7 @@ def _add_tiles(
 
 
 @jit(borrows=True)
-def _add_strings(weight: Any, begin: int, stop: int, x: Any, sums: Any) -> None:
+def _add_strings(weight, begin, stop, x, sums):
     """Add all products, of 2 bits: words come from the bit strings."""
     strings, K = weight[0], weight[1]
     tiles, across, code, tile = strings.shape[0], strings.shape[1], code_of(weight), 8 * K
@@ -138,7 +132,7 @@ def _add_strings(weight: Any, begin: int, stop: int, x: Any, sums: Any) -> None:
 
 
 @jit(borrows=True)
-def _add_lines(weight: Any, begin: int, stop: int, x: Any, sums: Any) -> None:
+def _add_lines(weight, begin, stop, x, sums):
     """Add all products: words come from copies."""
     strings, K = weight[0], weight[1]
     tiles, across, words = strings.shape[0], strings.shape[1], words_of_tiles()
@@ -154,7 +148,7 @@ def _add_lines(weight: Any, begin: int, stop: int, x: Any, sums: Any) -> None:
 
 
 @jit(borrows=True)
-def _put_outputs(sums: Any, z: Any) -> None:
+def _put_outputs(sums, z):
     """``z[p]`` and ``z[p + 8]``: the sums of a vector's quarters, for the tile of ``sums``."""
     for p in range(8):
         s = sums[p * LANES : (p + 1) * LANES]
@@ -163,7 +157,7 @@ def _put_outputs(sums: Any, z: Any) -> None:
 
 
 @jit(borrows=True)
-def _forward(weight: Any, begin: int, stop: int, x: Any, z: Any) -> None:
+def _forward(weight, begin, stop, x, z):
     """``z[16 begin : 16 stop] = C x`` for inputs of :func:`_spread_inputs`."""
     sums = _sums()
     for first in range(begin, stop, _ACROSS):
@@ -178,7 +172,7 @@ def _forward(weight: Any, begin: int, stop: int, x: Any, z: Any) -> None:
 
 
 @jit(borrows=True)
-def _put_inputs(total: Any, first: int, z: Any) -> None:
+def _put_inputs(total, first, z):
     """``z[first + (0, 1, 2, 3, 8, 9, 10, 11)]``: a vector's inputs, summed over two outputs."""
     s = _vector()
     store(s, 0, total)
@@ -190,9 +184,7 @@ def _put_inputs(total: Any, first: int, z: Any) -> None:
 
 
 @jit(borrows=True)
-def _add_outputs(
-    words: Any, place: Any, count: int, K: int, lanes: Any, code: Any, x: Any, totals: Any
-) -> Any:
+def _add_outputs(words, place, count, K, lanes, code, x, totals):
     """Add products of ``count`` tiles of outputs to the four sums of a tile of inputs."""
     start, beside, before = place
     a, b, c, d = totals
@@ -212,7 +204,7 @@ def _add_outputs(
 
 
 @jit(borrows=True)
-def _sums_of_strings(weight: Any, i: int, x: Any) -> Any:
+def _sums_of_strings(weight, i, x):
     """The four sums of tile ``i`` of inputs, of 2 bits: words come from the bit strings."""
     strings, K, zero = weight[0], weight[1], splat(np.float32(0))
     across, tile = strings.shape[1], 8 * K
@@ -222,7 +214,7 @@ def _sums_of_strings(weight: Any, i: int, x: Any) -> Any:
 
 
 @jit(borrows=True)
-def _sums_of_lines(weight: Any, i: int, x: Any) -> Any:
+def _sums_of_lines(weight, i, x):
     """The four sums of tile ``i`` of inputs: words come from copies."""
     strings, K, zero = weight[0], weight[1], splat(np.float32(0))
     across, words, code, lanes = strings.shape[1], words_of_tiles(), code_of(weight), lanes_of(K)
@@ -236,7 +228,7 @@ def _sums_of_lines(weight: Any, i: int, x: Any) -> Any:
 
 
 @jit(borrows=True)
-def _transposed(weight: Any, begin: int, stop: int, x: Any, z: Any) -> None:
+def _transposed(weight, begin, stop, x, z):
     """``z[16 begin : 16 stop] = Cᵀ x`` for outputs of :func:`_spread_outputs`."""
     for i in range(begin, stop):
         if weight[1] == 2:
@@ -248,7 +240,7 @@ def _transposed(weight: Any, begin: int, stop: int, x: Any, z: Any) -> None:
 
 
 @jit(parallel=True)
-def _one_row(weight: Any, threads: int, x: Any, y: Any) -> None:
+def _one_row(weight, threads, x, y):
     """``y = x Ŵᵀ``, or ``x Ŵ``, for one row: fp32 ``[1, P(in)]`` and ``[1, P(out)]``, or turned."""
     s, unit, M, K, s_2, unit_2, M_2, K_2, walks, transpose = weight
     inputs, outputs = TILE * walks[0].shape[0], TILE * walks[0].shape[1]

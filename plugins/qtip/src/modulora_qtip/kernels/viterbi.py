@@ -18,8 +18,6 @@ error by less than 2^(k − 23) of itself.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # comes with numba, without types
 from modulora_kernels.cpu import (
@@ -50,22 +48,20 @@ _WHOLES, _BYTES = (ir.VectorType(ir.IntType(bits), LANES) for bits in (32, 8))
 
 
 @operation(lambda a, b: a(a, b))
-def _least(_context: Any, builder: Any, _kinds: Any, a: Any, b: Any) -> Any:
+def _least(_context, builder, _kinds, a, b):
     """``(a, b)``: the smaller number of each lane."""
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
 @operation(lambda a, kept, _j: a(a, kept, kept))
-def _marked(_context: Any, builder: Any, _kinds: Any, a: Any, kept: Any, j: Any) -> Any:
+def _marked(_context, builder, _kinds, a, kept, j):
     """``(a, kept, j)``: the bits ``kept`` of numbers, and the bits of j."""
     bits = builder.and_(builder.bitcast(a, _WHOLES), kept)
     return builder.bitcast(builder.or_(bits, j), a.type)
 
 
 @operation(lambda out, _at, a, kept: types.void(out, types.int64, a, kept))
-def _store_marks(
-    context: Any, builder: Any, kinds: Any, out: Any, at: Any, a: Any, kept: Any
-) -> None:
+def _store_marks(context, builder, kinds, out, at, a, kept):
     """``(out, at, a, kept)``: store the marks of numbers, one byte each."""
     marks = builder.and_(builder.bitcast(a, _WHOLES), builder.not_(kept))
     data = context.make_array(kinds[0])(context, builder, out).data
@@ -74,7 +70,7 @@ def _store_marks(
 
 
 @jit(borrows=True)
-def _forward(w: Any, first: int, count: int, C: Any, k: int, E: Any, choices: Any) -> Any:
+def _forward(w, first, count, C, k, E, choices):
     """Walk ``count`` weights of the circle ``w`` from ``first`` on; ``E[0]`` has the beginning.
 
     Args:
@@ -120,7 +116,7 @@ def _forward(w: Any, first: int, count: int, C: Any, k: int, E: Any, choices: An
 
 
 @jit(borrows=True)
-def _back(count: int, ends: int, k: int, choices: Any, u: int, states: Any) -> None:
+def _back(count, ends, k, choices, u, states):
     """The walk that ends in ``u``, from its last state to its first."""
     for t in range(count - 1, -1, -1):
         states[t] = choices[t, u] * ends + u
@@ -128,7 +124,7 @@ def _back(count: int, ends: int, k: int, choices: Any, u: int, states: Any) -> N
 
 
 @jit(borrows=True)
-def _walk(w: Any, margin: int, C: Any, k: int, E: Any, choices: Any, states: Any) -> None:
+def _walk(w, margin, C, k, E, choices, states):
     """A circular walk: the best over the seam gives the overlap, and the best with it follows."""
     ends = C.size >> k
     E[0, :ends] = 0
@@ -142,7 +138,7 @@ def _walk(w: Any, margin: int, C: Any, k: int, E: Any, choices: Any, states: Any
 
 
 @jit(parallel=True)
-def walks(threads: int, w: Any, margin: int, C: Any, k: int, states: Any) -> None:
+def walks(threads, w, margin, C, k, states):
     """The circular walks of sequences, whatever the number of threads.
 
     Args:

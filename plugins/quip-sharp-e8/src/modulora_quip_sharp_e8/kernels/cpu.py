@@ -42,15 +42,13 @@ _last = on_stack(LANES * AT_ONCE, np.float32)
 
 
 @jit()
-def _rows_together(blocks: int) -> int:
+def _rows_together(blocks):
     """The rows whose nibbles are found at once: a row alone may fill its last 64 codes badly."""
     return 1 if blocks % 2 else max(1, _MOST_CODES // blocks)
 
 
 @jit(borrows=True)
-def _expand_row(
-    source: Any, residual: Any, first: int, end: int, columns: int, out: Any, row: int, start: int
-) -> None:
+def _expand_row(source, residual, first, end, columns, out, row, start):
     """Write so many columns of C to ``out[row, start:]``."""
     pairs = columns // (LANES * AT_ONCE) * AT_ONCE
     expand(source, residual, first, end, pairs, out, row * out.shape[1] + start)
@@ -63,7 +61,7 @@ def _expand_row(
 
 
 @jit(borrows=True)
-def _expand_codes(weight: Any, row: int, block: int, columns: int, out: Any) -> None:
+def _expand_codes(weight, row, block, columns, out):
     codes, residual = weight
     blocks = codes.shape[1]
     for r in range(len(out)):
@@ -72,7 +70,7 @@ def _expand_codes(weight: Any, row: int, block: int, columns: int, out: Any) -> 
 
 
 @jit(borrows=True)
-def _expand_nibbles(weight: Any, row: int, block: int, columns: int, out: Any) -> None:
+def _expand_nibbles(weight, row, block, columns, out):
     codes, residual = weight
     blocks, taken = codes.shape[1], (columns + 7) // 8
     words = _words().reshape(2, -1)
@@ -90,7 +88,7 @@ def _expand_nibbles(weight: Any, row: int, block: int, columns: int, out: Any) -
 
 
 @jit(borrows=True)
-def decode(weight: Any, row: int, start: int, columns: int, out: Any) -> None:
+def decode(weight, row, start, columns, out):
     """Columns ``start ...``, a multiple of 8, of the rows of C from ``row`` on, for CPUKernels.
 
     ``weight`` is codes and residual.
@@ -113,7 +111,7 @@ tile, multiply = _kernels.tile, _kernels.product
 
 
 @jit(borrows=True)
-def _multiply_codes(weight: Any, first: int, last: int, x: Any, y: Any) -> None:
+def _multiply_codes(weight, first, last, x, y):
     """``y[0, first : last] = C xᵀ``; ``x`` is 0 beyond the last block."""
     codes, residual = weight
     blocks = codes.shape[1]
@@ -124,7 +122,7 @@ def _multiply_codes(weight: Any, first: int, last: int, x: Any, y: Any) -> None:
 
 
 @jit(borrows=True)
-def _multiply_nibbles(weight: Any, first: int, last: int, x: Any, words: Any, y: Any) -> None:
+def _multiply_nibbles(weight, first, last, x, words, y):
     """The same, by words."""
     codes, residual = weight
     blocks = codes.shape[1]
@@ -137,7 +135,7 @@ def _multiply_nibbles(weight: Any, first: int, last: int, x: Any, words: Any, y:
 
 
 @jit(parallel=True)
-def _one_row(weight: Any, threads: int, x: Any, y: Any) -> None:
+def _one_row(weight, threads, x, y):
     """``y = x Ŵᵀ`` for one row, rotations included: fp32 ``[1, in]`` and ``[1, whole]``."""
     codes, residual, input_scale, output_scale, unit, M_in, K_in, M_out, K_out = weight
     rows, blocks = codes.shape

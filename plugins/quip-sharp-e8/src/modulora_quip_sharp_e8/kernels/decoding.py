@@ -52,7 +52,7 @@ AT_ONCE = 2
 """Pairs that are rounded by one instruction."""
 
 _NEGATIVE, _BELOW = 4, 8  # bits of a nibble: the sign, and the side of -1/4
-_STEP_3, _STEP_4 = (codebooks.residual_step(bits).numpy()[()] for bits in (3, 4))
+_STEP_4 = codebooks.residual_step(4).numpy()[()]
 
 
 def _tables() -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +73,7 @@ _POINTS_3 = (codebooks.e81() * codebooks.residual_step(3)).flatten().numpy()
 
 
 @jit(borrows=True)
-def _points(a: int, b: int) -> Any:
+def _points(a, b):
     """The points of two codes of E8P12."""
     like = splat(np.float32(0))
     vectors = rows(_VECTORS, BLOCK * (a >> 8), BLOCK * (b >> 8), like)
@@ -82,7 +82,7 @@ def _points(a: int, b: int) -> Any:
 
 
 @jit(borrows=True)
-def _by_tables(codes: Any, residual: Any, first: int, end: int, pair: int) -> Any:
+def _by_tables(codes, residual, first, end, pair):
     """Pairs of the codes from number ``first`` on. The last code, ``end``, may have no partner."""
     i = first + 2 * pair
     j = min(i + 1, end)
@@ -132,7 +132,7 @@ _LEVELS, _LEVELS_3, _LEVELS_4 = map(_levels, (2, 3, 4))
 
 
 @jit(borrows=True)
-def _by_nibbles(words: Any, residual: Any, first: int, _end: int, pair: int) -> Any:
+def _by_nibbles(words, residual, first, _end, pair):
     """Pairs of the words from number ``first`` on: ``[2, n]``, the residual's last."""
     at, like = first + pair, splat(np.int32(0))
     values = lookup(load(_LEVELS, 0), nibbles(words, at, like))
@@ -143,7 +143,7 @@ def _by_nibbles(words: Any, residual: Any, first: int, _end: int, pair: int) -> 
 
 
 @jit(borrows=True)
-def find_nibbles(codes: Any, residual: Any, at: int, count: int, words: Any) -> None:
+def find_nibbles(codes, residual, at, count, words):
     """Write the words of ``count`` codes from number ``at`` on, and of their residual, if any.
 
     ``words`` is int64 ``[2, n]`` with room for whole groups of 64 codes: ``n`` from
@@ -156,7 +156,7 @@ def find_nibbles(codes: Any, residual: Any, at: int, count: int, words: Any) -> 
 
 
 @jit()
-def room_for(count: int) -> int:
+def room_for(count):
     """The words of ``count`` codes, in whole groups of 64."""
     return (count + CODES - 1) // CODES * (CODES // 2)
 
@@ -167,9 +167,7 @@ _values = _by_nibbles if NIBBLES else _by_tables
 
 
 @jit(borrows=True)
-def expand(
-    source: Any, residual: Any, first: int, end: int, pairs: int, out: Any, at: int
-) -> None:  # fmt: skip
+def expand(source, residual, first, end, pairs, out, at):
     """Write ``pairs`` pairs of C, an even number, to ``out[at:]``, as if it were flat.
 
     ``out`` is fp32, or has the bits of bf16. ``source`` is codes, or words when :data:`NIBBLES`.
@@ -183,7 +181,7 @@ def expand(
 
 
 @jit(borrows=True)
-def dot(source: Any, residual: Any, first: int, end: int, pairs: int, x: Any) -> Any:
+def dot(source, residual, first, end, pairs, x):
     """The sum of ``pairs`` pairs of C times fp32 ``x[: 16 · pairs]``; see :func:`expand`."""
     a = b = c = d = splat(np.float32(0))  # an addition waits for the one before
     whole = pairs // 4 * 4

@@ -52,7 +52,7 @@ def words(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _point(table, code) -> Any:  # type: ignore[no-untyped-def]
+def _point(table, code) -> Any:
     """Words of nibbles for codes of E8P12: the low 16 bits of int32, of any shape."""
     word = tl.load(table + ((code >> 8) & 255))
     s = code & 255
@@ -64,7 +64,7 @@ def _point(table, code) -> Any:  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _coordinate(word, C: tl.constexpr, OFFSET: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+def _coordinate(word, C: tl.constexpr, OFFSET: tl.constexpr) -> Any:
     """The number w / 2 − OFFSET of nibble C of the words, fp32."""
     # nibbles 1 to 4 are in the mantissa's low 20 bits already, 0 and 5 to 7 by a shift
     at: tl.constexpr = 4 if C == 0 else 4 * C if C < 5 else 4 * C - 12
@@ -75,7 +75,7 @@ def _coordinate(word, C: tl.constexpr, OFFSET: tl.constexpr) -> Any:  # type: ig
 
 
 @triton.jit
-def _weight(word, left, C: tl.constexpr, BITS: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
+def _weight(word, left, C: tl.constexpr, BITS: tl.constexpr) -> Any:
     """Coordinate C of the eight; a residual is multiplied, rounded, and added, rounded."""
     v = _coordinate(word, C, E8P_OFFSET)
     if BITS == 3:
@@ -86,7 +86,7 @@ def _weight(word, left, C: tl.constexpr, BITS: tl.constexpr) -> Any:  # type: ig
 
 
 @triton.jit
-def decode(  # type: ignore[no-untyped-def]
+def decode(
     weight, row, col, out_features, in_features,  # noqa: ARG001 - blocks of codes are whole
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
 ) -> Any:  # fmt: skip

@@ -28,14 +28,14 @@ PERMUTES_BYTES = _has("avx512vbmi", "avx512bw")
 
 
 @operation(lambda codes, _at: _I64(codes, _I64))
-def code(context: Any, builder: Any, kinds: Any, codes: Any, at: Any) -> Any:
+def code(context, builder, kinds, codes, at):
     """``(codes, at)``: an unsigned code; ``codes`` are indexed as if they were flat."""
     number = context.get_data_type(kinds[0].dtype)
     return builder.zext(builder.load(place(context, builder, kinds[0], codes, at, number)), _INDEX)
 
 
 @operation(lambda array, _i, _j, like: like(array, _I64, _I64, like))
-def rows(context: Any, builder: Any, kinds: Any, array: Any, i: Any, j: Any, _like: Any) -> Any:
+def rows(context, builder, kinds, array, i, j, _like):
     """``(array, i, j, like)``: eight numbers from ``array[i]`` on, and eight from ``array[j]`` on.
 
     ``like`` is a vector of the result's type, here and below."""
@@ -47,7 +47,7 @@ def rows(context: Any, builder: Any, kinds: Any, array: Any, i: Any, j: Any, _li
 
 
 @operation(lambda array, _i, _j, like: like(array, _I64, _I64, like))
-def two(context: Any, builder: Any, kinds: Any, array: Any, i: Any, j: Any, _like: Any) -> Any:
+def two(context, builder, kinds, array, i, j, _like):
     """``(array, i, j, like)``: eight times ``array[i]``, and eight times ``array[j]``."""
     number = context.get_data_type(kinds[0].dtype)
     of, eights = ir.VectorType(number, LANES // 2), []
@@ -59,7 +59,7 @@ def two(context: Any, builder: Any, kinds: Any, array: Any, i: Any, j: Any, _lik
 
 
 @operation(lambda words, _at, like: like(words, _I64, like))
-def nibbles(context: Any, builder: Any, kinds: Any, words: Any, at: Any, _like: Any) -> Any:
+def nibbles(context, builder, kinds, words, at, _like):
     """``(words, at, like)``: the nibbles of a word in the low bits of sixteen whole numbers."""
     word = builder.load(place(context, builder, kinds[0], words, at, _INDEX))
     one = builder.insert_element(ir.Constant(_WORDS, ir.Undefined), word, _LANE(0))
@@ -90,9 +90,7 @@ def finder(high: Tensor, low: Tensor, byte: Tensor) -> Any:
         return [_permuted(builder, index, pair.tolist()) for pair in pairs]
 
     @operation(lambda codes, _at, _count, words, _to: types.void(codes, _I64, _I64, words, _I64))
-    def find(
-        context: Any, builder: Any, kinds: Any, codes: Any, at: Any, count: Any, words: Any, to: Any
-    ) -> None:
+    def find(context, builder, kinds, codes, at, count, words, to):
         """``(codes, at, count, words, to)``: the words of at most 64 codes to ``words[to:]``.
 
         It reads no more than ``count`` codes, and prefetches as many that are read later."""
@@ -117,7 +115,7 @@ def finder(high: Tensor, low: Tensor, byte: Tensor) -> Any:
     return find
 
 
-def _read(builder: Any, first: Any, length: Any, start: int) -> Any:
+def _read(builder, first, length, start):
     """Bytes ``start`` to ``start + 63`` from ``first`` on; zeros beyond ``length``, unread."""
     lanes = ir.Constant(_SHORTS, list(range(start, start + CODES)))
     one = builder.insert_element(

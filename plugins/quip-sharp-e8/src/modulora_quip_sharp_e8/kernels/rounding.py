@@ -68,40 +68,40 @@ _AXES = int(np.flatnonzero(_E81[:, 0] == 2)[0])  # 2e₀; the others follow, the
 
 
 @jit()
-def _bits(z: float) -> Any:
+def _bits(z):
     return np.float64(z).view(np.int64)
 
 
 @jit()
-def _key(z: float, i: int) -> Any:
+def _key(z, i):
     """|z| with its coordinate's number in its last three bits: sorting keeps them together."""
     return np.int64(_bits(z) & 0x7FFFFFFFFFFFFFF8 | i).view(np.float64)
 
 
 @jit()
-def _coordinate(key: float) -> Any:
+def _coordinate(key):
     return _bits(key) & 7
 
 
 @jit()
-def _sign(z: float) -> Any:
+def _sign(z):
     return _bits(z) >> 63 & 1
 
 
 @jit()
-def _parity(bits: int) -> Any:
+def _parity(bits):
     bits ^= bits >> 4
     bits ^= bits >> 2
     return (bits ^ bits >> 1) & 1
 
 
 @jit()
-def _ordered(a: float, b: float) -> Any:
+def _ordered(a, b):
     return max(a, b), min(a, b)
 
 
 @jit()
-def _sorted(a: float, b: float, c: float, d: float, e: float, f: float, g: float, h: float) -> Any:
+def _sorted(a, b, c, d, e, f, g, h):
     """From the largest to the smallest, by a network of 19 comparisons without branches."""
     a, c = _ordered(a, c)
     b, d = _ordered(b, d)
@@ -126,7 +126,7 @@ def _sorted(a: float, b: float, c: float, d: float, e: float, f: float, g: float
 
 
 @jit(borrows=True)
-def _norm_twelve(x: Any, shift: float, flipped: bool) -> Any:
+def _norm_twelve(x, shift, flipped):
     """The best of the 29: 2 Σ|z| at its 3/2 minus a wrong sign's cost; its place in ``_RAISED``.
 
     ``flipped``: one sign must be wrong, at the smallest |z| of a 1/2, whose place comes third. At a
@@ -147,7 +147,7 @@ def _norm_twelve(x: Any, shift: float, flipped: bool) -> Any:
 
 
 @jit()
-def _in_the_ball(a: float, b: float, c: float, d: float, odd: float, even: float) -> Any:
+def _in_the_ball(a, b, c, d, odd, even):
     """The best class of squared norm ≤ 10: its gain over (1/2)⁸, and its place in ``_RAISED``.
 
     a to d are the keys of the four largest |z|. ``odd`` and ``even`` are the costs of such a number
@@ -174,7 +174,7 @@ def _in_the_ball(a: float, b: float, c: float, d: float, odd: float, even: float
 
 
 @jit(borrows=True)
-def _keys(x: Any, shift: float) -> Any:
+def _keys(x, shift):
     """The keys of |z| from the largest to the smallest, their sum, and the signs of z as bits."""
     a, b, c, d = x[0] - shift, x[1] - shift, x[2] - shift, x[3] - shift
     e, f, g, h = x[4] - shift, x[5] - shift, x[6] - shift, x[7] - shift
@@ -188,7 +188,7 @@ def _keys(x: Any, shift: float) -> Any:
 
 
 @jit(borrows=True)
-def _coset(x: Any, shift: float) -> Any:
+def _coset(x, shift):
     """The nearest point of one coset: 2 z·v − |v|², and the code without its parity."""
     (a, b, c, d, e, f, g, h), negative = _keys(x, shift)
     signs = np.int64(_SIGNS[negative])
@@ -208,7 +208,7 @@ def _coset(x: Any, shift: float) -> Any:
 
 
 @jit(borrows=True)
-def nearest_e8p(x: Any) -> Any:
+def nearest_e8p(x):
     """The code, 0 to 65535, of the point of E8P12 that is nearest to ``x``, float ``[8]``."""
     total = 0.0
     for i in range(8):
@@ -220,7 +220,7 @@ def nearest_e8p(x: Any) -> Any:
 
 
 @jit(borrows=True)
-def nearest_e81(x: Any) -> Any:
+def nearest_e81(x):
     """The code, 0 to 255, of the point of E8₁ that is nearest to ``x``, float ``[8]``."""
     (a, b, c, d, e, f, g, h), signs = _keys(x, 0.0)
     first, second = _coordinate(a), _coordinate(b)
@@ -244,7 +244,7 @@ def nearest_e81(x: Any) -> Any:
 
 
 @jit(borrows=True)
-def point_e8p(code: int, out: Any) -> None:
+def point_e8p(code, out):
     """Write the point of a code of E8P12, 0 to 65535, to ``out``, fp32 ``[8]``."""
     parity = _parity(code & 255)
     signs = code ^ parity ^ (_ODD[code >> 8] << 7)
@@ -255,7 +255,7 @@ def point_e8p(code: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def point_e81(code: int, out: Any) -> None:
+def point_e81(code, out):
     """Write the point of a code of E8₁, 0 to 255, to ``out``, fp32 ``[8]``."""
     for i in range(8):
         out[i] = _E81[code, i]
@@ -265,7 +265,7 @@ def point_e81(code: int, out: Any) -> None:
 
 
 @jit(borrows=True)
-def _round(t: Any, scales: Any, residual: Any, o: int, block: int, p: Any, q: Any) -> int:
+def _round(t, scales, residual, o, block, p, q):
     """The code of the point nearest to ``t``; its residual's to ``residual``, if not None.
 
     ``p`` gets the point, ``q`` is scratch; all are ``[8]``. ``scales`` are the factors of a
@@ -288,7 +288,7 @@ def _round(t: Any, scales: Any, residual: Any, o: int, block: int, p: Any, q: An
 
 
 @jit(fastmath=("contract",), borrows=True)
-def _add_feedback(t: Any, e: Any, P: Any, begin: int, k: int) -> None:
+def _add_feedback(t, e, P, begin, k):
     """``t += e[begin:] P[begin:, k : k + 8]``."""
     for j in range(begin, e.size):
         for c in range(8):
@@ -296,17 +296,7 @@ def _add_feedback(t: Any, e: Any, P: Any, begin: int, k: int) -> None:
 
 
 @jit(parallel=True)
-def round_group(
-    W: Any,
-    base: Any,
-    P: Any,
-    E: Any,
-    start: int,
-    lower: bool,
-    scales: Any,
-    codes: Any,
-    residual: Any,
-) -> None:
+def round_group(W, base, P, E, start, lower, scales, codes, residual):
     """Round the blocks of columns ``[start, start + n)`` of W, last one first; E = W − Ŵ.
 
     ``base`` ``[rows, n]`` is the feedback of other groups' columns, ``P`` ``[n, n]`` of this

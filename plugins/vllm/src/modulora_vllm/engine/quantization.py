@@ -264,7 +264,7 @@ class PackedConfig(QuantizationConfig):
 @cache
 def stored_names(model: str, revision: str | None, parameter: str) -> tuple[str, ...]:
     """The name of a parameter in the model's own checkpoint, or of its parts there."""
-    from modulora_core.models.conversion import stored_parts
+    from modulora_vllm.export import stored_parts
 
     checkpoint = open_checkpoint(model, revision)
     found = checkpoint.parameters[parameter]

@@ -13,24 +13,25 @@ from typing import Any
 
 import pytest
 
-from modulora_conformance import SUITE, flags
+from modulora_conformance import SUITE
 from modulora_conformance.items import golden_of
+from modulora_conformance.levels import HIGHEST
 from modulora_conformance.recorder import MEASUREMENTS, Recorder
 from modulora_conformance.results import Measurements
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("modulora-conformance", "ModuLoRA conformance kit")
-    levels = range(flags.HIGHEST + 1)
-    for name, keywords in (
-        flags.QUANTIZER.for_pytest(),
-        flags.OPTIONS.for_pytest(action="append", default=[]),
-        flags.LEVEL.for_pytest(type=int, choices=levels, default=flags.HIGHEST),
-        flags.CERTIFIED.for_pytest(action="store_true"),
-        flags.REPORT.for_pytest(type=Path),
-        flags.GOLDEN.for_pytest(type=Path),
-    ):
-        group.addoption(name, **keywords)
+    add = group.addoption
+    add("--quantizer", metavar="NAME", help="a quantizer of `modulora list-quantizers`")
+    add("--quantizer-option", metavar="KEY=VALUE", action="append", default=[],
+        help="set an option of the quantizer; repeatable")  # fmt: skip
+    add("--conformance-level", metavar="N", type=int, choices=range(HIGHEST + 1), default=HIGHEST,
+        help="run the levels 0 to N")  # fmt: skip
+    add("--certified", action="store_true",
+        help="fail too for expected failures, and for skips other than hardware's")  # fmt: skip
+    add("--conformance-report", metavar="DIR", type=Path, help="write reports to DIR")
+    add("--golden", metavar="DIR", type=Path, help="compare with the golden vectors in DIR")
 
 
 @dataclass(frozen=True, slots=True)

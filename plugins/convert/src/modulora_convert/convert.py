@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modulora_core import registry
 from modulora_core.arguments import checked
+from modulora_core.checkpoints.foreign.files import AdapterWriter, writer_of
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
@@ -66,7 +68,7 @@ def convert(
 
     ::
 
-        modulora_core.convert("org/model-of-another-tool", "packed", "modulora")
+        convert("org/model-of-another-tool", "packed", "modulora")
 
     Packed weights keep their values. The formats of other tools come with the installed quantizers.
 
@@ -126,6 +128,22 @@ class _Part:
     read: Callable[[], Mapping[str, Tensor]]
 
 
+def adapter_writer(name: str) -> AdapterWriter | None:
+    """The writer of adapters in the format ``name``; None if no installed plugin writes such ones.
+
+    Raises PluginError: the plugin can't be used, or several plugins have this format.
+    """
+    named = [entry for entry in registry.formats() if entry.name == name]
+    if not named:
+        return None
+    entry = registry.usable(named)
+    assert entry.spec is not None  # usable() returns usable entries only
+    found = installed_formats.InstalledFormat(entry.spec, entry)
+    if not entry.spec.adapters:
+        return writer_of(found)
+    return found.create(entry.spec.location, AdapterWriter)  # type: ignore[type-abstract]
+
+
 def _part(checkpoint: PackedCheckpoint, name: str, writer: CheckpointFormat | None) -> _Part:
     stored = checkpoint.parameters[name]
     if not isinstance(stored, PackedSite):
@@ -140,7 +158,8 @@ def _part(checkpoint: PackedCheckpoint, name: str, writer: CheckpointFormat | No
     prefix = f"{weight.module}{'_' if weight.experts else '.'}"
 
     def read() -> dict[str, Tensor]:
-        _check_values(checkpoint, name)
+        for _ in checkpoint.packed(name):  # refuses scales that are NaN or infinite
+            pass
         return {prefix + part: tensor for part, tensor in writer.tensors(weight).items()}
 
     return _Part({prefix + part: layout for part, layout in layouts.items()}, read)
@@ -152,12 +171,6 @@ def _as_it_is(checkpoint: PackedCheckpoint, name: str, site: PackedSite) -> dict
         for prefix, weight in zip(site.prefixes(name), checkpoint.packed(name), strict=True)
         for part, tensor in weight.tensors.items()
     }
-
-
-def _check_values(checkpoint: PackedCheckpoint, name: str) -> None:
-    """Raise CheckpointError if a scale is NaN or infinite."""
-    for _ in checkpoint.packed(name):
-        pass
 
 
 def _stored_weight(

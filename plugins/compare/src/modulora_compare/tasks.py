@@ -47,31 +47,25 @@ def evaluate_tasks(
     batch_size: int = 1,
     adapter: str | Path | None = None,
 ) -> dict[str, TaskResult]:
-    """Measure a model on tasks of lm-evaluation-harness, as ``modulora evaluate --tasks`` does.
+    """Measure a model on tasks of lm-evaluation-harness, as ``modulora tasks`` does.
 
     ::
 
         evaluate_tasks("smollm2-packed", ["hellaswag", "my-task.yaml"], limit=100)
 
     Args:
-        model: MODEL as on the command line, the result of ``open_to_run``, or a loaded model with
-            its tokenizer, ``(model, tokenizer)``.
+        model, adapter: as for :func:`modulora_core.evaluate`.
         tasks: names of tasks, groups or tags, or YAML files of tasks. A YAML file may name
             functions of a Python file beside it, which are run.
         include_path: a folder of YAML files, whose tasks get names.
         num_fewshot: solved examples in a prompt; by default each task's own number.
         limit: the first examples of each task only.
         batch_size: answers or prompts per forward pass.
-        adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
 
     Returns:
         the result of each task and group, by name.
 
-    Raises:
-        MissingExtraError: lm-eval is not installed.
-        OptionError: an unknown task, or a number out of range.
-        DataError: a task's data can't be read.
-        RequestError: the model cannot be opened.
+    Raises RequestError: a task, its data or the model can't be used, or lm-eval is missing.
     """
     try:
         from lm_eval.evaluator import simple_evaluate
@@ -80,11 +74,10 @@ def evaluate_tasks(
         raise MissingExtraError(
             "tasks: expected the library lm-eval; pip install 'modulora-core[evaluation]'"
         ) from None
-    for name, value, least in (
-        ("limit", limit, 1), ("num_fewshot", num_fewshot, 0), ("batch_size", batch_size, 1)
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise OptionError(f"{name}: expected at least {least}, got {value}")
+    least = {"limit": 1, "num_fewshot": 0, "batch_size": 1}
+    for name, value in (("limit", limit), ("num_fewshot", num_fewshot), ("batch_size", batch_size)):
+        if value is not None and value < least[name]:
+            raise OptionError(f"{name}: expected at least {least[name]}, got {value}")
     for task in tasks:
         if _is_file(task) and not Path(task).is_file():
             raise OptionError(f"task {task}: no such file")

@@ -1,4 +1,4 @@
-"""Pack random weights of any quantizer, for ``modulora doctor``."""
+"""Pack random weights of any quantizer, for ``modulora doctor`` and ``modulora check-gpu``."""
 
 from __future__ import annotations
 

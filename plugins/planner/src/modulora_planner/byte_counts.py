@@ -44,10 +44,10 @@ class Segment:
     change: Bytes
 
 
-class Ledger(TorchDispatchMode):
+class ByteCounter(TorchDispatchMode):
     """Follow storages inside of this mode, and cut the time into segments.
 
-    Fake tensors have no values. The ledger answers the operations that read one: ``nonzero`` finds
+    Fake tensors have no values. The counter answers the operations that read one: ``nonzero`` finds
     as many entries as it can, a bool is False, and a number is 1.
 
     Args:

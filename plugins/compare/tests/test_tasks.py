@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from modulora_compare.tasks import evaluate_tasks
 from transformers import AutoTokenizer
 
-from modulora_core import evaluate_tasks, load_model, save_adapter
+from modulora_core import load_model, save_adapter
 from modulora_core.cli import main
 from modulora_core.errors import DataError, OptionError
 from modulora_core.tests.adapted_models import trained
@@ -66,7 +67,7 @@ def test_the_accuracy_of_a_local_task(tunable: Path, folder: Path) -> None:
 
 
 def test_the_command(tunable: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["evaluate", str(tunable), "--tasks", "parity", "--include-path", str(folder)]
+    words = ["tasks", str(tunable), "parity", "--include-path", str(folder)]
     assert main(["--json", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tasks"]["parity"].keys() == {"metrics", "examples", "num_fewshot"}

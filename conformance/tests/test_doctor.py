@@ -7,9 +7,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from modulora_conformance.commands import check_gpu, doctor
+from modulora_conformance.findings import Finding
 
 from modulora_core import registry
-from modulora_core.cli import doctor
 from modulora_core.tests.cli.conftest import Run
 from modulora_core.tests.fake_site import FakeSite, failing
 
@@ -28,17 +29,21 @@ def findings(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {finding["subject"].partition(" (")[0]: finding for finding in found["findings"]}
 
 
-def test_a_sound_machine_has_versions_sizes_and_tested_quantizers(run: Run) -> None:
-    code, found, _ = run("doctor", "--device", "cpu")
+def test_a_sound_machine_has_versions_sizes_and_tested_quantizers(run_command: Run) -> None:
+    code, found, _ = run_command("doctor", "--device", "cpu")
     named = findings(found)
     assert (code, found["faults"]) == (0, 0)
     assert {"Python", "processor", "torch", "memory", "disk", "Hub cache", "toy"} <= named.keys()
     assert named["toy"]["found"].startswith("works, error of a product ")
 
 
-def test_a_plugin_that_cannot_be_read_is_a_fault_with_advice(run: Run, site: FakeSite) -> None:
-    site.install("fake-broken", {"broken": "fake_broken"}, {"fake_broken": failing("no such GPU")})
-    code, found, _ = run("doctor", "--device", "cpu")
+def test_a_plugin_that_cannot_be_read_is_a_fault_with_advice(
+    run_command: Run, empty_site: FakeSite
+) -> None:
+    empty_site.install(
+        "fake-broken", {"broken": "fake_broken"}, {"fake_broken": failing("no such GPU")}
+    )
+    code, found, _ = run_command("doctor", "--device", "cpu")
     broken = findings(found)["broken"]
     assert (code, broken["verdict"]) == (1, "fault")
     assert "no such GPU" in broken["advice"]
@@ -54,17 +59,17 @@ def test_a_plugin_that_cannot_be_read_is_a_fault_with_advice(run: Run, site: Fak
     ],
 )
 def test_a_quantizer_with_a_wrong_product_is_a_fault(
-    run: Run, toy: ModuleType, monkeypatch: pytest.MonkeyPatch, product: Any, expected: str
+    run_command: Run, toy: ModuleType, monkeypatch: pytest.MonkeyPatch, product: Any, expected: str
 ) -> None:
     matmul = toy.Toy.matmul
     monkeypatch.setattr(toy.Toy, "matmul", lambda *words: product(matmul(*words)))
-    code, found, _ = run("doctor", "--device", "cpu")
+    code, found, _ = run_command("doctor", "--device", "cpu")
     assert code == 1
     assert findings(found)["toy"]["found"].startswith(expected)
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run_command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = doctor.version
 
@@ -75,7 +80,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
 
     monkeypatch.setattr(doctor, "version", version)
     monkeypatch.setattr(doctor, "_memory", lambda: None)
-    code, found, _ = run("doctor", "--device", "cpu")
+    code, found, _ = run_command("doctor", "--device", "cpu")
     named = findings(found)
     assert (code, named["transformers"]["advice"]) == (1, "pip install transformers")
     assert "trl" not in named  # nobody needs it
@@ -90,44 +95,18 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
     ],
 )
 def test_a_device_that_is_not_there_is_refused_before_the_quantizers(
-    run: Run, words: list[str], message: str
+    run_command: Run, words: list[str], message: str
 ) -> None:
-    code, refused, _ = run("doctor", *words)
+    code, refused, _ = run_command("doctor", *words)
     assert code == 2
     assert message in refused["error"]["message"]
 
 
-HOOK = """
-from modulora_core.hookspecs import CommandSpec, hookimpl
-
-@hookimpl
-def modulora_commands():
-    return [CommandSpec(name="check-gpu", summary="Measure.", panel="Plugins",
-                        location="fake_gpu:command", protocol=2)]
-"""
-
-COMMAND = """
-from modulora_core.cli.doctor import Finding, report_of
-
-def command(device=[]):
-    return report_of([Finding(f"a card {device}", "wrong", "fault", "mend it")])
-"""
-
-
-def test_gpu_has_the_findings_of_the_distribution_that_measures(
-    run: Run, site: FakeSite, monkeypatch: pytest.MonkeyPatch
+def test_gpu_has_the_findings_of_check_gpu(
+    run_command: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(registry.BLOCK_VARIABLE, "modulora-conformance")
-    modules = {"fake_kit": HOOK, "fake_gpu": COMMAND}
-    site.install("fake-kit", {"fake": "fake_kit"}, modules)
-    code, found, _ = run("doctor", "--gpu", "--device", "cpu")
+    wrong = Finding("a card", "wrong", "fault", "mend it")
+    monkeypatch.setattr(check_gpu, "findings", lambda device: [wrong])
+    code, found, _ = run_command("doctor", "--gpu", "--device", "cpu")
     assert (code, found["faults"]) == (1, 1)
-    assert findings(found)["a card ['cpu']"]["advice"] == "mend it"
-
-
-def test_gpu_without_that_distribution_names_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = [each for each in registry.commands() if each.distribution == registry.CORE]
-    monkeypatch.setattr(registry, "commands", lambda: own)
-    code, refused, _ = run("doctor", "--gpu", "--device", "cpu")
-    assert code == 2
-    assert "modulora-conformance, which isn't installed: run `pip" in refused["error"]["message"]
+    assert findings(found)["a card"]["advice"] == "mend it"

@@ -1,0 +1,50 @@
+"""Kernels are stored on disk, and run where nothing can be stored."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MODULE = """
+from modulora_kernels import jit
+
+@jit()
+def twice(x):
+    return 2 * x
+"""
+
+
+@pytest.fixture
+def twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """Import a module with a kernel anew, and run the kernel."""
+    pytest.importorskip("numba")
+    (tmp_path / "doubling.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def run() -> float:
+        sys.modules.pop("doubling", None)
+        result: float = importlib.import_module("doubling").twice(21.0)
+        return result
+
+    return run
+
+
+def test_a_kernel_is_stored_beside_its_module(twice: Callable[[], float], tmp_path: Path) -> None:
+    assert twice() == 42
+    assert [*tmp_path.rglob("*.nbi")]
+    stored = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb?")}
+    assert twice() == 42
+    assert stored == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb?")}
+
+
+def test_a_kernel_runs_where_no_folder_can_be_written(
+    twice: Callable[[], float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    caching = pytest.importorskip("numba.core.caching")
+    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
+    assert twice() == 42
+    assert not [*tmp_path.rglob("*.nb?")]
