@@ -118,13 +118,13 @@ _NO_MEMORY = re.compile(
 """Words of Python, torch and the system's loader of libraries."""
 
 
-def lacks_memory(error: BaseException | None) -> bool:
-    """Whether an exception, or one that led to it, says that this process got no more memory."""
-    return error is not None and (
-        isinstance(error, MemoryError)
-        or _NO_MEMORY.search(str(error)) is not None
-        or lacks_memory(error.__cause__ or error.__context__)
-    )
+def lacks_memory(error: BaseException | None) -> BaseException | None:
+    """The exception, or one that led to it, that says that this process got no more memory."""
+    while error is not None:
+        if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def note_plugin(error: BaseException, quantizer: str, work: str) -> None:

@@ -348,6 +348,7 @@ class Quantizer(ABC):
         Tensor parallelism gives each process such a part. None, the default, refuses a cut.
         """
         del packed, dim, start, stop
+        return None
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a shape that cannot be packed, before any work.

@@ -3,9 +3,8 @@
     python examples/benchmarks/memory_chart.py --folder docs     # memory-light.svg, memory-dark.svg
     python examples/benchmarks/memory_chart.py --table           # 1 B to 70 B, in Markdown
 
-`modulora plan` computes every bar but QLoRA's. QLoRA's are measurements of arXiv 2309.16119: LLaMA
-7B and 65B, 128 tokens, adapters on two of seven layers. Our models have the shapes of Llama 3, with
-LoRA of rank 8 on all linear layers, a sequence of 512 tokens, bfloat16, gradient checkpointing.
+`modulora plan` computes every bar, for the same run: one sequence of 512 tokens, bfloat16, gradient
+checkpointing. The shapes are Llama 3's, with LoRA of rank 8 on all linear layers.
 """
 
 from __future__ import annotations
@@ -30,10 +29,6 @@ SHAPES = {  # Llama 3's; 14 B and 32 B are Qwen 3's, with the vocabulary of Llam
     "70 B": (8192, 28672, 80, 64, 128),
 }
 DRAWN = ("8 B", "70 B")
-QLORA = {
-    "8 B": ("QLoRA of 7 B (the paper)", 5.2e9 / 2**30),
-    "70 B": ("QLoRA of 65 B (the paper)", 36.7e9 / 2**30),
-}
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA, 16 bits": ("none", {}),
     "4 bits (nf4)": ("nf4", {}),
@@ -59,23 +54,20 @@ def planned(model: str) -> dict[str, float]:
         }
 
 
-def with_qlora(model: str) -> dict[str, float]:
-    """The bars of one model: the second is QLoRA's."""
-    first, *others = planned(model).items()
-    return dict([first, QLORA[model], *others])
-
-
 def draw(figures: dict[str, dict[str, float]], path: Path, mode: str) -> None:
     ink, grey, blue = COLORS[mode]
-    figure = Figure(figsize=(8, 4), layout="constrained", facecolor="none")
+    figure = Figure(figsize=(8, 3.6), layout="constrained", facecolor="none")
     for axes, (model, found) in zip(figure.subplots(2, 1), figures.items(), strict=True):
         own = [blue if "bits (" in row else grey for row in found]
-        bars = axes.barh(list(found), list(found.values()), color=own)
-        axes.bar_label(bars, [f"{gib:.1f}" for gib in found.values()], padding=5, color=ink)
+        # the figure stands beside the name, where no line crosses it
+        axes.barh(
+            [f"{row}   {gib:.1f}" for row, gib in found.items()], [*found.values()], color=own
+        )
         axes.axvline(24, color=ink, linestyle=":", linewidth=1)
-        axes.set_title(f"{model} model: GiB to finetune", loc="left", color=ink, fontsize=11)
+        title = f"{model} model: GiB to finetune, computed (batch 1, 512 tokens)"
+        axes.set_title(title, loc="left", color=ink, fontsize=11)
         axes.invert_yaxis()
-        axes.margins(x=0.12)
+        axes.margins(x=0.02)
         axes.set_facecolor("none")
         axes.tick_params(colors=ink, length=0)
         axes.spines[:].set_visible(False)
@@ -94,7 +86,7 @@ if __name__ == "__main__":
         for model in SHAPES:
             print(f"| {model} | {' | '.join(f'{gib:.1f}' for gib in planned(model).values())} |")
         raise SystemExit
-    figures = {model: with_qlora(model) for model in DRAWN}
+    figures = {model: planned(model) for model in DRAWN}
     for mode in COLORS:
         draw(figures, arguments.folder / f"memory-{mode}.svg", mode)
     for model, found in figures.items():

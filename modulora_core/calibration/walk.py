@@ -4,8 +4,18 @@ The inputs of a block are the outputs of the quantized blocks before it. In true
 this holds inside a block too: q, k and v are packed, then o, then gate and up, then down.
 One block is dense at a time.
 
-Each stage runs all batches from the block's beginning, and stops them after its last input. The
-weights of earlier stages are quantized by then.
+A batch must therefore stop in the middle of a block's forward, wait for packing, and go on:
+
+1.  The forward is the model's own code, and torch has no hook that suspends it.
+2.  A greenlet can be suspended: it is a function with a stack of its own, in the same thread.
+3.  Each batch runs the block in a greenlet. ``switch()`` starts it or continues it.
+4.  Each observed weight passes its input to a listener, which adds it to H.
+5.  When all inputs of a stage arrived, the listener switches back to the walk.
+6.  The walk does this for each batch, packs the stage, and replaces its weights.
+7.  Then it continues each batch: the next product of the batch uses the quantized weights.
+8.  A paused batch holds its activations. Batches beyond :data:`PAUSED_BYTES` do not pause.
+9.  The walk drops their greenlet at the stop, and runs them from the block's beginning next time.
+10. Both ways compute the same products, so they give the same bits.
 """
 
 from __future__ import annotations
@@ -29,6 +39,9 @@ from modulora_core.calibration.visitor import BlockVisitor, PackedMatrices
 from modulora_core.models import ModelSource
 from modulora_core.models.sites import LinearSite
 from modulora_core.spec import Calibration
+
+PAUSED_BYTES = 2**30
+"""The estimated memory for activations of paused batches."""
 
 _Calls = list[list[BlockCall]]
 """By batch: a call of each block."""
@@ -122,6 +135,7 @@ class BlockWalk:
         block = Block(path, module, self.linears, self.source, self.device, on_dense)
         passes = Passes(
             block, states, calls, self._batches, first_held_out=self._first_held_out,
+            paused_bytes=PAUSED_BYTES if self.text.config.sequential else 0,
             held_out_weights=self.held_out_weights, token_weights=self.token_weights,
         )  # fmt: skip
         if self.tuner is None or tuning is None:
@@ -131,7 +145,8 @@ class BlockWalk:
             passes.advance(tuning.targets)  # while the block is dense
             self._pack_and_tune(block, passes, dense, self.tuner, tuning)
         if not last:
-            passes.advance(states)
+            passes.finish()
+        passes.discard()
 
     def _order(self, block: Block, passes: Passes) -> Order:
         """The block's order, which equal blocks share."""
@@ -150,6 +165,7 @@ class BlockWalk:
         whole = all(map(self.visitor.is_written, (*dense, *block.sites)))
         packed: list[PackedMatrices] = []
         self._pack(block, passes, block.sites if whole else (), packed.append)
+        passes.discard()  # paused batches have multiplied by weights that are not tuned
         by_name = {matrices.name: matrices for matrices in packed}
         vectors: Mapping[str, Tensor] = {}
         if whole:

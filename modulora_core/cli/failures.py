@@ -77,9 +77,9 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _described(error: BaseException) -> tuple[str, str, int]:
-    if lacks_memory(error):
+    if (starved := lacks_memory(error)) is not None:
         return "MemoryError", (
-            f"out of memory: the system gave this process no more ({first_line(error)}); free "
+            f"out of memory: the system gave this process no more ({first_line(starved)}); free "
             "some, raise the process's limit, or make the work smaller"
         ), 1  # fmt: skip
     if isinstance(error, ModuLoRAError):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _SIZE = TypeAdapter(ByteSize)
+_WHOLE = re.compile(r"\s*\d+(\.\d+)?\s*\w*\s*")  # pydantic reads the beginning of "1,5GB" alone
 
 _CONTROL = re.compile(r"[^\n\t -~\u00a0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
 """Characters that move the cursor, set colors, turn the order of writing, or can't be written."""
@@ -34,7 +35,7 @@ def parse_size(text: str) -> int:
     Raises ValueError: the text isn't a size.
     """
     try:
-        return int(_SIZE.validate_python(text))
+        return int(_SIZE.validate_python(text if _WHOLE.fullmatch(text) else ""))
     except ValidationError:
         raise ValueError(
             f"expected a size such as 24GiB, 800MB or 4096 (bytes), got {text!r:.60}"
@@ -42,7 +43,7 @@ def parse_size(text: str) -> int:
 
 
 def size_flag(nbytes: int) -> str:
-    """Write a size as :func:`parse_size` reads it, exactly: ``"24GiB"``, ``"1500000"``."""
+    """Write a size as :func:`parse_size` reads it, exactly: ``"24GiB"``, ``"1500KB"``."""
     for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "K")):
         for base, unit in ((1024, f"{prefix}iB"), (1000, f"{prefix}B")):
             if nbytes % base**power == 0:

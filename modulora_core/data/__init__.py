@@ -8,6 +8,7 @@ SOURCE, :mod:`~modulora_core.data.formats` the fields of a record, and
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.data.formats import FORMATS, Format, instruction_prompt
@@ -37,6 +38,5 @@ def __getattr__(name: str) -> Any:
     """Import torch for examples and tokens only: records are read without it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from modulora_core.data import examples, text
-
-    return getattr(examples if hasattr(examples, name) else text, name)
+    module = "text" if name in ("load_text", "token_segments") else "examples"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -210,7 +210,7 @@ def _refuse_offload(device_map: Mapping[str, Any]) -> None:
     """Refuse parts on a device where they can't be used. Raises ModelError."""
     devices = {str(device) for device in device_map.values()}
     for place in ("disk", "cpu"):
-        if place in devices and len(devices) > 1:
+        if place in devices and (place == "disk" or len(devices) > 1):
             raise ModelError(
                 f"device_map: expected devices that hold their parts, got parts on {place}, which "
                 "accelerate would load where they are needed, and it can't load packed weights; "

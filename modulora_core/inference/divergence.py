@@ -75,12 +75,17 @@ def divergence(
                     base = _logits(P, batch)
             sums += _sums(p, q, base, batch[0, 1:])
     tokens = ids.shape[0] * (ids.shape[1] - 1)
-    kl, effect, *nlls = (sums / tokens).tolist()
-    if not math.isfinite(kl + effect + sum(nlls)):
+    kl, effect, nll, nll_before, nll_of_base = (sums / tokens).tolist()
+    if not math.isfinite(kl + effect + nll):
         raise WorkError("divergence: expected finite logits, got NaN or Inf")
-    after, unchanged, of_base = map(perplexity_of, nlls)
-    shift = None if before.adapter is None else effect
-    return Divergence(kl, shift, after, unchanged, of_base, tokens)
+    return Divergence(
+        kl,
+        None if before.adapter is None else effect,
+        perplexity_of(nll),
+        perplexity_of(nll_before),
+        perplexity_of(nll_of_base),
+        tokens,
+    )
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

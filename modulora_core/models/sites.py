@@ -15,6 +15,7 @@ import difflib
 import fnmatch
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -237,15 +238,15 @@ def _is_read(model: PreTrainedModel, path: str) -> bool:
     """Whether the model's code reads a layer's weight, so that calling the layer is not all."""
     parent, _, leaf = path.rpartition(".")
     names = {("self", leaf), (parent.rpartition(".")[2], leaf)}
-    return not names.isdisjoint(_weights_read(type(model.get_submodule(parent))))
+    return not names.isdisjoint(_weights_read(type(model.get_submodule(parent)).__module__))
 
 
 @cache
-def _weights_read(kind: type[nn.Module]) -> set[tuple[str, str]]:
-    """The last two names of each layer whose weight is read in the file of a module's class."""
+def _weights_read(module: str) -> set[tuple[str, str]]:
+    """The last two names of each layer whose weight is read in the file of a Python module."""
     try:
-        return {*_READ.findall(inspect.getsource(inspect.getmodule(kind)))}  # type: ignore[arg-type]
-    except (OSError, TypeError):  # a class without a file
+        return {*_READ.findall(inspect.getsource(sys.modules[module]))}
+    except (OSError, TypeError):  # a module without a file
         return set()
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.training_args import trainer_log_levels
+from transformers.utils import is_liger_kernel_available
 
 from modulora_core.distributed import world_size
 from modulora_core.errors import MissingExtraError, OptionError
@@ -62,6 +64,19 @@ def check_values(arguments: TrainingArguments, steps: int) -> None:
 
     Raises OptionError, MissingExtraError.
     """
+    for name in ("log_level", "log_level_replica"):
+        if (level := getattr(arguments, name)) not in trainer_log_levels:
+            known = ", ".join(trainer_log_levels)
+            raise OptionError(f"trainer {name}: expected one of {known}, got {level!r}")
+    if arguments.torch_compile_mode is not None:
+        try:
+            torch.compile(torch.nn.Identity(), mode=arguments.torch_compile_mode)
+        except RuntimeError as error:
+            raise OptionError(f"trainer torch_compile_mode: {error}") from None
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise MissingExtraError(
+            "trainer use_liger_kernel: its library is not installed; pip install liger-kernel"
+        )
     try:
         get_scheduler(
             arguments.lr_scheduler_type,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, get_type_hints
 
@@ -57,6 +58,12 @@ _FIXED = (
 )  # fmt: skip
 """Fields that the run depends on."""
 
+_FORMS: Mapping[str, tuple[str, str]] = {
+    "lr_scheduler_kwargs": ("{", 'a JSON object such as {"num_cycles": 2}'),
+    "optim_args": ("=", "KEY=VALUE,..."),
+}
+"""Text that a value has, of fields that transformers parses later, and their form."""
+
 _UNLISTED = ("flyte",)
 """Trackers that transformers knows and never lists as installed."""
 
@@ -83,13 +90,26 @@ def _parsed(key: str, value: Any, names: Sequence[str], types: Mapping[str, Any]
         )
     adapter = TypeAdapter(types[key])
     try:
-        return adapter.validate_python(value)
+        return _in_range(key, adapter.validate_python(value))
     except ValidationError as error:
         expected = error.errors(include_url=False)[0]["msg"].replace("Input should be", "expected")
     try:
         return adapter.validate_python(str(value).split(","))
     except ValidationError:
         raise OptionError(f"trainer {key}: {expected}, got {value!r}") from None
+
+
+def _in_range(key: str, value: Any) -> Any:
+    """Return the value. Raises OptionError: the Trainer would fail on it after it has begun."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise OptionError(f"trainer {key}: expected a finite number, got {value}")
+    part, form = _FORMS.get(key, ("", ""))
+    if isinstance(value, str) and part not in value:
+        raise OptionError(f"trainer {key}: expected {form}, got {value!r}")
+    counts = key.startswith("dataloader_") or key == "neftune_noise_alpha"
+    if counts and isinstance(value, int | float) and value < 0:
+        raise OptionError(f"trainer {key}: expected 0 or more, got {value}")
+    return value
 
 
 def check_reporters(names: Sequence[str]) -> None:

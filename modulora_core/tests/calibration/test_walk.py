@@ -18,6 +18,7 @@ from modulora_core.calibration import (
 )
 from modulora_core.calibration.moments import SecondMoment
 from modulora_core.calibration.observe import ObservedWeight
+from modulora_core.calibration.walk import PAUSED_BYTES
 from modulora_core.errors import ModelError, WorkError
 from modulora_core.models import open_dense
 from modulora_core.models.sites import find_sites
@@ -70,14 +71,16 @@ def coarse(weight):
     return (weight * 4).round() / 4
 
 
-def walk(folder, seen, ids=IDS, **settings):
+def walk(folder, seen, ids=IDS, paused_bytes=PAUSED_BYTES, **settings):
     own = ("held_out", "held_out_weights")
     of_walk = {name: settings.pop(name) for name in own if name in settings}
     source = open_dense(str(folder))
     linears = find_sites(source.skeleton()).linears
     text = CalibrationText(CalibrationConfig("ids", **settings), ids)
     walk = BlockWalk(source, text, linears, seen, torch.device("cpu"), folder, **of_walk)
-    walk.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("modulora_core.calibration.walk.PAUSED_BYTES", paused_bytes)
+        walk.run()
     return walk
 
 
@@ -130,17 +133,19 @@ LLAMA = "q_proj k_proj v_proj, o_proj, gate_proj up_proj, down_proj"
 
 
 @pytest.mark.parametrize(
-    ("architecture", "sequential", "stages"),
+    ("architecture", "paused_bytes", "stages"),
     [
-        ("llama", True, LLAMA),
-        ("opt", True, "q_proj k_proj v_proj, out_proj, fc1, fc2"),
-        ("mixtral", True, "q_proj k_proj v_proj, o_proj, gate_up_proj, down_proj"),
-        ("llama", False, "_proj"),  # each block is calibrated dense
+        ("llama", 2**30, LLAMA),
+        ("llama", 0, LLAMA),
+        ("opt", 2**30, "q_proj k_proj v_proj, out_proj, fc1, fc2"),
+        ("mixtral", 2**30, "q_proj k_proj v_proj, o_proj, gate_up_proj, down_proj"),
+        ("llama", None, "_proj"),  # not sequential: each block is calibrated dense
     ],
 )
-def test_each_layer_sees_its_quantized_predecessors(architecture, sequential, stages, tmp_path):
+def test_each_layer_sees_its_quantized_predecessors(architecture, paused_bytes, stages, tmp_path):
     folder, seen = save_tiny_model(architecture, tmp_path), Seen(coarse)
-    walk(folder, seen, batch_size=2, sequential=sequential)
+    how = {"sequential": False} if paused_bytes is None else {"paused_bytes": paused_bytes}
+    walk(folder, seen, batch_size=2, **how)
     model = dense(folder)
     unseen = {key for key, found in seen.calibrations.items() if found.samples}
     for block in find_blocks(model):
@@ -157,14 +162,18 @@ def test_each_layer_sees_its_quantized_predecessors(architecture, sequential, st
     assert not unseen
 
 
-def test_spilled_states_give_the_same_bits(tmp_path):
+def test_pausing_running_again_and_spilling_give_the_same_bits(tmp_path):
     folder = save_tiny_model("llama", tmp_path)
     files = sorted(folder.iterdir())
-    kept, spilled = Seen(coarse), Seen(coarse)
-    walk(folder, kept, batch_size=1, spill=False)
-    walk(folder, spilled, batch_size=1, spill=True)
-    for key, found in spilled.calibrations.items():
-        assert torch.equal(found.hessian, kept.calibrations[key].hessian), key
+    some = 3 * 2 * 24 * (32 + 48) * 4  # room for the activations of some batches
+    runs = []
+    spilled = {"spill": True}
+    for how in ({"paused_bytes": 0}, {"paused_bytes": some}, {"paused_bytes": 2**30}, spilled):
+        runs.append(Seen(coarse))
+        walk(folder, runs[-1], batch_size=1, **how)
+    for other in runs[1:]:
+        for key, found in other.calibrations.items():
+            assert torch.equal(found.hessian, runs[0].calibrations[key].hessian), key
     assert sorted(folder.iterdir()) == files
 
 
@@ -179,8 +188,11 @@ def test_weights_of_an_earlier_run_are_read_and_the_rest_sees_the_same(tmp_path)
         assert torch.equal(found.hessian, whole.calibrations[key].hessian), key
 
 
-@pytest.mark.parametrize(("architecture", "matrices"), [("llama", 7), ("mixtral", 4 + 2 * 4)])
-def test_one_block_is_dense_at_a_time(architecture, matrices, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("architecture", "paused_bytes", "matrices"),
+    [("llama", 0, 7), ("llama", 2**30, 7), ("mixtral", 0, 4 + 2 * 4)],
+)
+def test_one_block_is_dense_at_a_time(architecture, paused_bytes, matrices, tmp_path, monkeypatch):
     alive = weakref.WeakSet()
     made = ObservedWeight.__init__
 
@@ -197,7 +209,7 @@ def test_one_block_is_dense_at_a_time(architecture, matrices, tmp_path, monkeypa
     folder = save_tiny_model(architecture, tmp_path)
     gc.disable()  # a block must go when it is done, and not when a collector comes by
     try:
-        walk(folder, Counting(coarse), batch_size=1)
+        walk(folder, Counting(coarse), batch_size=1, paused_bytes=paused_bytes)
     finally:
         gc.enable()
     assert not alive
@@ -225,8 +237,11 @@ def test_experts_that_the_first_batch_does_not_use_see_the_others(tmp_path):
             assert error(seen.calibrations[key].hessian, expected.hessian(*key)) < 1e-5, key
 
 
+@pytest.mark.parametrize("paused_bytes", [0, 2**30])
 @pytest.mark.parametrize("architecture", ["llama", "mixtral"])
-def test_held_out_samples_have_a_weighted_second_moment_of_their_own(architecture, tmp_path):
+def test_held_out_samples_have_a_weighted_second_moment_of_their_own(
+    architecture, paused_bytes, tmp_path
+):
     folder, seen = save_tiny_model(architecture, tmp_path), Seen()
     model, first = dense(folder), 5
     calibrating = second_moments(model, IDS[:first])
@@ -241,7 +256,7 @@ def test_held_out_samples_have_a_weighted_second_moment_of_their_own(architectur
     }
     # batches don't end where the held-out samples begin
     held = {"held_out": len(IDS) - first, "held_out_weights": weights}
-    walk(folder, seen, batch_size=4, **held)
+    walk(folder, seen, batch_size=4, paused_bytes=paused_bytes, **held)
     for (name, i), found in seen.calibrations.items():
         assert isinstance(found, HeldOutCalibration)
         assert found.samples == sum(map(len, calibrating.inputs[name, i]))

@@ -287,8 +287,7 @@ def test_a_lack_of_memory_is_one_sentence(error: BaseException, capsys: Captured
     said = capsys.readouterr().err
     assert said.startswith("error: out of memory: the system gave this process no more (")
     assert said.count("\n") == 1
-    assert "plugin" not in said
-    assert "install" not in said
+    assert not re.search("plugin|install|find/load", said)
 
 
 def test_only_work_that_is_left_is_resumed(tmp_path: Path) -> None:

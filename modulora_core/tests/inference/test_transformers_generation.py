@@ -51,10 +51,11 @@ def test_device_maps(packed, tunable, device_map):
         assert torch.equal(model(IDS).logits, packed(IDS).logits)
 
 
-def test_offloaded_parts_are_refused(tunable, tmp_path):
+@pytest.mark.parametrize("rest", ["cpu", "disk"])
+def test_offloaded_parts_are_refused(tunable, tmp_path, rest):
     """accelerate loads them in hooks of modules that are called, and no packed weight is."""
     names = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
-    parts = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
+    parts = {**dict.fromkeys(names, rest), "model.layers.1": "disk"}
     with pytest.raises(
         ModelError, match="device_map: expected devices that hold their parts, got parts on disk"
     ):

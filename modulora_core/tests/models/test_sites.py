@@ -117,7 +117,7 @@ def test_a_subclass_of_linear_is_judged_by_its_product() -> None:
     model.model.conv = nn.Conv1d(32, 32, 4, groups=32)
     kept = find_sites(model).dense
     assert kept["model.layers.0.mlp.up_proj.weight"] == "_Doubled isn't called as a linear layer"
-    assert kept["model.conv.weight"] == "convolution kernel"
+    assert kept["model.conv.weight"] == "3-D parameter of Conv1d, not a linear weight"
 
 
 @pytest.mark.parametrize(

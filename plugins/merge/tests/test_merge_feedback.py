@@ -1,4 +1,4 @@
-"""Rounding to a packed weight's grid: the codes of OPTQ's algorithm, and better ones by descent."""
+"""Rounding to a packed weight's grid: the codes of OPTQ's algorithm."""
 
 from __future__ import annotations
 
@@ -68,17 +68,6 @@ def test_outputs_are_nearer_than_by_rounding_each_weight(case: Case) -> None:
     assert fed < 0.8 * nearest
 
 
-def test_each_sweep_lowers_the_damped_error(case: Case) -> None:
-    quantizer, packed, V, H = case
-    found = [
-        error(V - value(case, rounded_to_grid(
-            quantizer, packed, V, H, damping=0.05, sweeps=sweeps)), damped(H, 0.05))
-        for sweeps in range(4)
-    ]  # fmt: skip
-    assert found == sorted(found, reverse=True)
-    assert found[3] < found[0]
-
-
 def test_one_block_and_many_give_the_same_points(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,7 +75,7 @@ def test_one_block_and_many_give_the_same_points(
     found = []
     for block in (16, 192):
         monkeypatch.setattr(feedback, "BLOCK", block)
-        made = rounded_to_grid(quantizer, packed, V, H, damping=0.1, sweeps=1)
+        made = rounded_to_grid(quantizer, packed, V, H, damping=0.1)
         found.append(value(case, made))
     differing = (found[0] - found[1]).abs() > 1e-6  # sums in another order
     assert differing.float().mean() < 0.01
@@ -94,7 +83,7 @@ def test_one_block_and_many_give_the_same_points(
 
 def test_a_weight_without_a_change_keeps_its_bytes(case: Case) -> None:
     quantizer, packed, _, H = case
-    made = rounded_to_grid(quantizer, packed, value(case, packed), H, damping=0.01, sweeps=2)
+    made = rounded_to_grid(quantizer, packed, value(case, packed), H, damping=0.01)
     for name, tensor in packed.tensors.items():
         assert torch.equal(made.tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
 

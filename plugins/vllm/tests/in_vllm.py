@@ -22,7 +22,7 @@ from typing import Any
 
 def main(requests: list[dict[str, Any]]) -> list[Any]:
     import vllm.v1.engine.llm_engine
-    import vllm.v1.worker.cpu_worker  # noqa: F401  # what each fork would import
+    import vllm.v1.worker.cpu_worker  # noqa: F401  # else each fork imports it
 
     context, answers = multiprocessing.get_context("fork"), list[Any]()
     for request in requests:

@@ -63,15 +63,14 @@ def save_model(folder: Path, model_type: str = "llama", **sizes: Any) -> Path:
 
 
 def packed_model(
-    root: Path, quantizer: str | Assignment, model_type: str = "llama", *,
-    more: dict[str, Any] | None = None, **sizes: Any,
+    root: Path, quantizer: str | Assignment, model_type: str = "llama", **sizes: Any
 ) -> Path:  # fmt: skip
     needs_text = any(name in str(quantizer) for name in ("optq", "quip", "qtip"))
     text = CalibrationConfig("pydoc[:5%]", samples=4, seq_len=48) if needs_text else None
     root.mkdir(exist_ok=True)
     dense = save_model(root / "dense", model_type, **sizes)
     if not isinstance(quantizer, Assignment):
-        quantizer = Assignment(default=quantizer, **(more or {}))
+        quantizer = Assignment(default=quantizer)
     quantize(str(dense), root / "packed", quantizer, calibration=text, progress=False)
     return root / "packed"
 
@@ -160,14 +159,16 @@ def test_adapters_of_one_batch_give_transformers_log_probabilities(tmp_path: Pat
     assert not torch.allclose(shared, torch.tensor(answers[1]["logprobs"]), atol=1e-2)
 
 
-@pytest.mark.parametrize("quantizer", ["int8", "nf4", "quip-sharp-e8"])
-def test_three_processes_give_the_same_answers(tmp_path: Path, quantizer: str) -> None:
-    """The first two are cut, as far as their blocks allow, and the last one stays whole."""
+def test_three_processes_give_the_same_answers(tmp_path: Path) -> None:
+    """Some weights are cut, others refuse a cut and stay whole, and the vocabulary is padded."""
+    quantizer = Assignment(
+        default="nf4", embeddings="int8",
+        layers={"*.gate_proj": "nf4:double_quant=true", "*.v_proj": None},
+    )  # fmt: skip
     sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 576}
     packed = packed_model(
-        tmp_path, quantizer, hidden_size=288, vocab_size=603, more={"embeddings": "int8"},
-        tie_word_embeddings=True, **sizes,
-    )  # fmt: skip
+        tmp_path, quantizer, hidden_size=288, vocab_size=720, tie_word_embeddings=True, **sizes
+    )
     options = {"tensor_parallel_size": 3, "distributed_executor_backend": "mp"}
     (answers,) = run_vllm(tmp_path, {"model": packed, "options": options}, processes=True)
     assert largest_difference(answers, load_model(packed, device="cpu")) < TOLERANCE
@@ -227,7 +228,12 @@ def test_the_command_answers_and_leaves_no_process(tmp_path: Path, engine: str) 
         for name, model in models.items():
             text = completion(address, name, "the first", 5)
             new = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
-            assert text == tokenizer.decode(new, skip_special_tokens=True), name
+            expected = tokenizer.decode(new, skip_special_tokens=True)
+            assert text.rstrip(CUT) == expected.rstrip(CUT), name
+
+
+CUT = "\ufffd"
+"""The sign for a character whose bytes aren't complete; vLLM leaves it out at the end."""
 
 
 @contextmanager

@@ -44,6 +44,7 @@ def run_vllm(
         **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(site or ""),
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else each worker wants a NUMA node of its own
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, str(HERE / "in_vllm.py"), str(source), str(target)],

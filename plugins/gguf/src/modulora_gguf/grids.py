@@ -18,7 +18,7 @@ from modulora_gguf import codebooks
 from modulora_gguf.bits import bits, floats, half, nibbles, split, to_bytes, words
 from modulora_gguf.reference import scales_of_k
 
-Scales = tuple[Tensor, Tensor | None]
+Scales = tuple[Tensor, Tensor]
 """The scale and the offset of each part of blocks, fp32 ``[n, parts]``."""
 
 
@@ -64,8 +64,12 @@ class BlockGrid:
         return blocks
 
 
+def _no_offset(scale: Tensor) -> Scales:
+    return scale, torch.zeros_like(scale)
+
+
 def _d(b: Tensor) -> Scales:
-    return half(b[:, :2].contiguous()), None
+    return _no_offset(half(b[:, :2].contiguous()))
 
 
 def _d_m(b: Tensor) -> Scales:
@@ -80,7 +84,7 @@ def _q2_k(b: Tensor) -> Scales:
 
 def _q3_k(b: Tensor) -> Scales:
     scales, d = split(b[:, 96:], 12, 2)
-    return half(d) * (nibbles(scales[:, :8], 8) + 16 * bits(scales[:, 8:], 2, 4) - 32), None
+    return _no_offset(half(d) * (nibbles(scales[:, :8], 8) + 16 * bits(scales[:, 8:], 2, 4) - 32))
 
 
 def _affine_k(b: Tensor) -> Scales:
@@ -91,13 +95,13 @@ def _affine_k(b: Tensor) -> Scales:
 
 def _q6_k(b: Tensor) -> Scales:
     scales, d = split(b[:, 192:], 16, 2)
-    return half(d) * floats(scales.view(torch.int8)), None
+    return _no_offset(half(d) * floats(scales.view(torch.int8)))
 
 
 def _iq4_xs(b: Tensor) -> Scales:
     d, high, low = split(b[:, :8], 2, 2, 4)
     shifts = torch.arange(0, 16, 2, device=b.device)
-    return half(d) * (bits(low, 4) + 16 * floats(words(high, 2) >> shifts & 3) - 32), None
+    return _no_offset(half(d) * (bits(low, 4) + 16 * floats(words(high, 2) >> shifts & 3) - 32))
 
 
 GRIDS = {

@@ -142,9 +142,7 @@ class GGUF(KernelQuantizer, ScalarGrid):
         found = grid.scales(blocks.reshape(-1, nbytes))
         weights = size // found[0].shape[1]  # of a part
         part = torch.arange(*columns, device=packed.device) // weights - first * size // weights
-        scale, offset = (
-            0.0 if each is None else each.reshape(len(blocks), -1)[:, part] for each in found
-        )
+        scale, offset = (each.reshape(len(blocks), -1)[:, part] for each in found)
         return Grid(grid.levels(packed.device), scale, offset=offset)
 
     def codes(self, packed: PackedWeight) -> Tensor:

@@ -107,7 +107,7 @@ class INT8(KernelQuantizer, ScalarGrid):
         return reference.dequantize(CB, c, packed.metadata["group_size"])
 
     def grid(self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int]) -> Grid:
-        size = self.Options(**packed.metadata).group(packed.shape[1])
+        size = Options(**packed.metadata).group(packed.shape[1])
         group = torch.arange(*columns, device=packed.device) // size
         c = packed.tensors["scales"][slice(*rows)][:, group]
         levels = torch.arange(256, dtype=torch.uint8, device=packed.device).view(torch.int8)

@@ -8,7 +8,6 @@ Symbols of OPTQ (Frantar et al. 2022, arXiv 2210.17323), section 3:
     U     upper triangular, (H + λI)⁻¹ = Uᵀ U
 
 Columns are rounded in the order of H's diagonal, and later columns make up for earlier errors.
-Sweeps of coordinate descent follow: each column gets the points that are best beside all others.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ def rounded_to_grid(
     hessian: Tensor,
     *,
     damping: float,
-    sweeps: int = 0,
 ) -> PackedWeight:
     """``packed`` with other codes: its grid's Ŵ with a small tr((V − Ŵ) (H + λI) (V − Ŵ)ᵀ).
 
@@ -43,7 +41,6 @@ def rounded_to_grid(
         V: fp32 ``[out, in]``.
         hessian: H, ``[in, in]``, symmetric, positive semidefinite. Its magnitude has no effect.
         damping: λ, as a share of the mean of H's diagonal.
-        sweeps: rounds of coordinate descent.
 
     Raises:
         ShapeError, WeightError: H does not fit, is not finite, or is no second moment.
@@ -54,56 +51,21 @@ def rounded_to_grid(
     H = hessian.to(V) / (float(diagonal[alive].mean()) if bool(alive.any()) else 1.0)
     H.diagonal()[~alive] = 1
     order = diagonal.argsort(descending=True, stable=True)
-    U, lam = factor(quantizer.spec.name, H[order[:, None], order], damping)
-    work = _Columns(quantizer, packed, order.tolist())
+    U, _ = factor(quantizer.spec.name, H[order[:, None], order], damping)
+    rows, columns = (0, len(V)), order.tolist()
     W = V.t()[order].contiguous()  # [in, out]: a column is one run of memory
-    target = W.clone()
-    for start, stop in _blocks(len(W)):
-        E = W.new_empty(stop - start, W.shape[1])
+    points = torch.empty_like(V)
+    for start in range(0, len(W), BLOCK):
+        stop = min(start + BLOCK, len(W))
+        E = W.new_empty(stop - start, len(V))
         for j in range(start, stop):
-            E[j - start] = (W[j] - work.round(j, W[j])) / U[j, j]
+            at = columns[j], columns[j] + 1
+            point = quantizer.snap(packed, rows, at, W[j, :, None])[:, 0]
+            points[:, at[0]] = point
+            E[j - start] = (W[j] - point) / U[j, j]
             W[j + 1 : stop].addr_(U[j, j + 1 : stop], E[j - start], alpha=-1)
         add_product(W[stop:], U[start:stop, stop:].t().neg(), E)
-    if sweeps:
-        H = H[order[:, None], order]
-        H.diagonal().add_(lam)
-        G = H @ (target - work.points)  # [in, out]
-        for _ in range(sweeps):
-            _descend(work, H, G)
-    return quantizer.snapped(packed, torch.empty_like(V).index_copy_(1, order, work.points.t()))
-
-
-def _descend(work: _Columns, H: Tensor, G: Tensor) -> None:
-    """Round each column again. ``G``, H (V − Ŵ)ᵀ, is kept up to date."""
-    for start, stop in _blocks(len(H)):
-        D = G.new_empty(stop - start, G.shape[1])
-        for j in range(start, stop):
-            before = work.points[j].clone()
-            D[j - start] = before - work.round(j, before + G[j] / H[j, j])
-            G[start:stop].addr_(H[start:stop, j], D[j - start])
-        outside = G[start:stop].clone()
-        add_product(G, H[:, start:stop], D)
-        G[start:stop] = outside
-
-
-class _Columns:
-    """The rounded columns, fp32 ``[in, out]``, in the order of work."""
-
-    def __init__(self, quantizer: Quantizer, packed: PackedWeight, order: list[int]) -> None:
-        self._quantizer, self._packed, self._order = quantizer, packed, order
-        self._rows = (0, packed.shape[0])
-        self.points = torch.empty(len(order), packed.shape[0], device=packed.device)
-
-    def round(self, j: int, v: Tensor) -> Tensor:
-        """Round column ``j`` to the points nearest to ``v``, ``[out]``."""
-        at = self._order[j]
-        found = self._quantizer.snap(self._packed, self._rows, (at, at + 1), v[:, None])
-        self.points[j] = found[:, 0]
-        return self.points[j]
-
-
-def _blocks(columns: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, columns)) for start in range(0, columns, BLOCK)]
+    return quantizer.snapped(packed, points)
 
 
 def factor(quantizer: str, H: Tensor, damping: float) -> tuple[Tensor, float]:

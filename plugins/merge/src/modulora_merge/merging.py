@@ -57,9 +57,6 @@ SAMPLES, SEQ_LEN, HELD_BACK = 16, 512, 8
 DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean."""
 
-SWEEPS = 2
-"""Rounds of coordinate descent after the feedback."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -114,7 +111,6 @@ def merge_packed(
     seq_len: int = SEQ_LEN,
     held_back: int = HELD_BACK,
     damping: float = DAMPING,
-    sweeps: int = SWEEPS,
     seed: int = 0,
     progress: Display = True,
 ) -> PackedMerge:
@@ -131,7 +127,6 @@ def merge_packed(
             comparison, 0 compares nothing.
         seq_len: tokens of a segment.
         damping: added to H's diagonal, as a share of its mean.
-        sweeps: rounds of coordinate descent.
         seed: for the choice of segments.
         progress: called with a phase, what is done and all of it; by default a bar on a terminal,
             and False shows none.
@@ -168,7 +163,7 @@ def merge_packed(
             shown(progress, "merging", "layers") as show,
             tempfile.TemporaryDirectory() as folder,
         ):
-            merger = _Merger(checkpoint, copy, len(linears), damping, sweeps, show)
+            merger = _Merger(checkpoint, copy, len(linears), damping, show)
             BlockWalk(source, text, linears, merger, pick_device(), Path(folder)).run()
         found = None
         if held_back:
@@ -228,7 +223,6 @@ class _Merger(BlockVisitor):
     copy: Copy
     total: int
     damping: float
-    sweeps: int
     progress: Progress
     done: int = 0
     weights: int = 0
@@ -245,9 +239,8 @@ class _Merger(BlockVisitor):
             assert calibration is not None
             packed = before.to(V.device)
             after = rounded_to_grid(
-                quantizer, packed, V.to(torch.float32), calibration.hessian,
-                damping=self.damping, sweeps=self.sweeps,
-            )  # fmt: skip
+                quantizer, packed, V.float(), calibration.hessian, damping=self.damping
+            )
             tiles = (
                 quantizer.dequantize_tile(each, (0, each.shape[0]), torch.float32)
                 for each in (packed, after)

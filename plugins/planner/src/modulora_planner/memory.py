@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from modulora_core.calibration.states import SPILL_BYTES
-from modulora_core.calibration.text import BATCH_TOKENS
+from modulora_core.calibration.walk import PAUSED_BYTES
 from modulora_core.models.config import vocabulary_of
 from modulora_planner.byte_counts import Bytes
 from modulora_planner.dense_weights import DenseWeights
@@ -267,7 +267,6 @@ def _by_block(packed: PlannedModel, request: PlanRequest) -> dict[str, float]:
             solver = max(solver, units * (out * width + width**2))
     samples = math.ceil(request.calibration_samples / request.processes)
     tokens = samples * request.calibration_seq_len
-    batch = min(tokens, max(BATCH_TOKENS, request.calibration_seq_len))
     hidden, widest = packed.dense.config.get_text_config().hidden_size, max(w for _, w in shapes)
     states = FP32 * tokens * hidden
     kept = 0 if states > SPILL_BYTES else states
@@ -275,7 +274,7 @@ def _by_block(packed: PlannedModel, request: PlanRequest) -> dict[str, float]:
     packing: dict[str, float] = {
         "dense_weights": dense,
         "workspace": FP32 * solver,
-        "activations": FP32 * batch * (2 * hidden + widest),
+        "activations": min(PAUSED_BYTES, FP32 * tokens * (2 * hidden + widest)),
         "calibration": kept + MOMENTS * moment,
     }
     # the embedding stays until all samples have come through it

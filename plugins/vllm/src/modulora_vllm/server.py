@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from modulora_core.errors import MissingExtraError, WorkError
 
-GRACE = 6.0
+GRACE = 3.0
 """Seconds that a server has for its own end; then its processes are killed."""
 
 _VLLM_FACTS = (

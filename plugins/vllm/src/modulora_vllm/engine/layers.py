@@ -7,8 +7,8 @@
     TiedHeadMethod        an output head that shares the packed table of the embedding
 
 A quantizer that can cut its weights (:meth:`modulora_core.spec.Quantizer.sliced`) gives each rank a
-part. Another one's weights are whole on every rank: a rank then keeps its rows of the product, or
-pads its columns of the input with zeros.
+part. Other weights are whole on every rank: it keeps its rows of the product, or pads its columns
+of the input with zeros.
 """
 
 from __future__ import annotations
@@ -321,7 +321,7 @@ def _within(ranges: Sequence[Range], sizes: Sequence[int]) -> Iterator[tuple[int
             first += size
 
 
-# --- torch's operations: a layer's name stands for its weight in compiled graphs ---------------
+# --- torch's operations: compiled graphs name a layer, and look its weight up ------------------
 
 
 def _linear(x: Tensor, layer: str, out_features: int) -> Tensor:

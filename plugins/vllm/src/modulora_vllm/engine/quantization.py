@@ -90,7 +90,7 @@ class PackedConfig(QuantizationConfig):
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
     ) -> None:
-        """Remember the folder, and refuse one that can't be served, before any weight is read.
+        """Remember the folder. A folder that can't be served is refused before any weight is read.
 
         Raises:
             ModelError: vLLM's code for this model reorders rows, which packed weights can't follow.
