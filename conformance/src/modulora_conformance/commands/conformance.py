@@ -73,7 +73,8 @@ def command(
     """Check that a quantizer keeps its promises, with the conformance kit.
 
     Without -o it checks every configuration for which the quantizer makes promises. The exit code
-    is 1 if a check failed, or if --certified isn't reached.
+    is 1 if a check failed, or if --certified isn't reached. For a plugin that was written for an
+    older protocol it says what to change.
 
     Examples:
         modulora conformance NAME
@@ -87,6 +88,8 @@ def command(
         return _list()
     left_out = {f"--level {level}": level < HIGHEST, "-k": select, "-x": exitfirst}
     name = _check_request(name, certified, left_out)
+    if (older := _older(name)) is not None:
+        return older
     _check_plugin(name, option)
     if measure:
         return _measured(name, option)
@@ -147,8 +150,27 @@ def _check_request(name: str | None, certified: bool, left_out: Mapping[str, obj
     return name
 
 
+def _older(name: str) -> Report | None:
+    """The report of a plugin of an older protocol; None for others."""
+    from modulora_conformance.protocols import changes_since
+    from modulora_core.registry import entries
+    from modulora_core.spec import PROTOCOL
+
+    named = [each for each in entries() if each.name == name and each.status == "incompatible"]
+    for entry in named:
+        assert entry.spec is not None  # its protocol is known
+        if changes := changes_since(entry.spec.protocol):
+            found = {"quantizer": name, "protocol": entry.spec.protocol, "changes": changes}
+            first = f"{name} of {entry.origin} is written for protocol {entry.spec.protocol}."
+            lines = [f"* {change}" for change in changes]
+            text = "\n".join([f"{first} For protocol {PROTOCOL}:", *lines])
+            return Report(found, text, exit_code=FAILED)
+    return None
+
+
 def _check_plugin(name: str, option: list[str]) -> None:
     """Refuse a plugin that can't be used, and wrong options of it."""
+    from modulora_conformance.protocols import advice_on
     from modulora_core.errors import BrokenPluginError, UnknownQuantizerError
     from modulora_core.options import parse_options
     from modulora_core.registry import create
@@ -158,7 +180,8 @@ def _check_plugin(name: str, option: list[str]) -> None:
     except BrokenPluginError as error:
         where = _where(error.__cause__ or _import_error(name))
         advice = "mend it, and run again; --debug shows the traceback"
-        raise BrokenPluginError(f"{error.fault}{where}", advice) from error
+        changed = advice_on(error.fault)
+        raise BrokenPluginError(f"{error.fault}{where}", changed or advice) from error
     except UnknownQuantizerError as error:
         hint = "if it is yours, run pip install -e . in its folder"
         raise UnknownQuantizerError(f"{error}; {hint}") from None
