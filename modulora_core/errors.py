@@ -119,7 +119,7 @@ _NO_MEMORY = re.compile(
 
 
 def lacks_memory(error: BaseException | None) -> BaseException | None:
-    """The exception, or one that led to it, that says that this process got no more memory."""
+    """The exception that says that this process got no more memory: ``error``, or its cause."""
     while error is not None:
         if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
             return error

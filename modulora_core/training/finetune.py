@@ -231,7 +231,7 @@ def _train(
 
 
 def _is_due(config: FinetuneConfig, checkpoint: Path | None) -> bool:
-    """Whether an evaluation comes first: the one without training, or one that was interrupted."""
+    """Whether an evaluation comes first: before any training, or again after an interruption."""
     if checkpoint is None:
         return config.baseline
     state, every = trainer_state(checkpoint), config.eval_every

@@ -153,7 +153,7 @@ def _commands(
 
 
 def _run_all(commands: Mapping[str, Words]) -> dict[str, Object]:
-    """Run the commands. Say before each what it does, and how long all that are left may take.
+    """Run the commands. Name each before it runs, and estimate the time left.
 
     The time left is by the steps that are done, and never rises: a machine that becomes busy only
     lets it stand.
