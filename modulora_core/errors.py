@@ -117,15 +117,30 @@ class MissingExtraError(RequestError): ...
 class WorkError(ModuLoRAError): ...
 
 
+_NO_MEMORY = re.compile(
+    r"can't start new thread|can(no|')t allocate memory|out of memory|failed to map segment", re.I
+)
+"""Words of Python, torch and the system's loader of libraries."""
+
+
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an exception, or one that led to it, says that this process got no more memory."""
+    return error is not None and (
+        isinstance(error, MemoryError)
+        or _NO_MEMORY.search(str(error)) is not None
+        or lacks_memory(error.__cause__ or error.__context__)
+    )
+
+
 def note_plugin(error: BaseException, quantizer: str, work: str) -> None:
     """Add a note to a plugin's exception, which a traceback and the command line show.
 
     Args:
-        error: errors of this package get no note.
+        error: errors of this package get no note, nor does a lack of memory.
         quantizer: the name of the quantizer that raised it.
         work: the work that failed, with the layer or its shape.
     """
-    if not isinstance(error, ModuLoRAError):
+    if not isinstance(error, ModuLoRAError) and not lacks_memory(error):
         error.add_note(
             f"{work}, by {quantizer}; `modulora conformance {quantizer}` finds faults of a plugin"
         )
@@ -151,7 +166,10 @@ def usable_path(path: str | Path, subject: str, error: type[RequestError]) -> Pa
     """
     try:
         found = Path(path).expanduser()
+        str(found).encode()
         found.stat()
+    except UnicodeEncodeError:  # the readers of weights and tokenizers open no other names
+        raise error(f"{subject} {str(path)!r:.80}: expected a name in UTF-8; rename it") from None
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except (OSError, ValueError, RuntimeError, TypeError) as refused:

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from modulora_core.arguments import checked, checked_dataclass
 from modulora_core.autograd import lora_linear
 from modulora_core.errors import AdapterError, ShapeError
-from modulora_core.packed_parameters import PackedParameter, PackedTable
+from modulora_core.packed_parameters import HeadWeight, PackedParameter, PackedTable
 
 
 class QuantLinear(nn.Linear):
@@ -29,7 +32,12 @@ class QuantLinear(nn.Linear):
     Args:
         weight: Ŵ, ``[out, in]``.
         bias: ``[out]``, or None.
+
+    Attributes:
+        is_head: it is an output head, whose ``weight`` is a tensor from which TRL reads rows.
     """
+
+    is_head = False
 
     @checked
     def __init__(self, weight: PackedParameter, bias: nn.Parameter | None = None) -> None:
@@ -39,12 +47,22 @@ class QuantLinear(nn.Linear):
             raise ShapeError(
                 f"bias of a QuantLinear: expected [{self.out_features}], got {list(bias.shape)}"
             )
-        self.weight: PackedParameter = weight  # type: ignore[assignment]
+        self._modules["weight"] = weight  # its name in files
         self.bias: nn.Parameter | None  # type: ignore[assignment]
         self.register_parameter("bias", bias)
 
+    @property
+    def packed_weight(self) -> PackedParameter:
+        """Ŵ."""
+        return self._modules["weight"]  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Any:  # type: ignore[override]
+        """Ŵ, as a tensor if ``is_head``."""
+        return HeadWeight(self.packed_weight) if self.is_head else self.packed_weight
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.weight.multiply(x)
+        y = self.packed_weight.multiply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -58,10 +76,19 @@ class TiedHead(QuantLinear):
     It refers to the table and does not own it, so the table is stored, moved and counted once.
     """
 
+    is_head = True
+
     def __init__(self, table: PackedTable, bias: nn.Parameter | None = None) -> None:
         super().__init__(table, bias)
-        del self._modules["weight"]
-        self.__dict__["weight"] = table  # an assignment would register it as a submodule
+        self.__dict__["table"] = self._modules.pop("weight")  # no submodule of this one
+
+    @property
+    def packed_weight(self) -> PackedParameter:
+        return self.__dict__["table"]  # type: ignore[no-any-return]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The table's too, so that they refuse to train when PEFT asks each parameter."""
+        return chain(super().parameters(recurse), self.packed_weight.parameters(recurse))
 
 
 class LoRALayer(nn.Module):
@@ -187,13 +214,13 @@ class LoRALinear(QuantLinear, LoRALayer):
 
     @checked
     def __init__(self, base: QuantLinear) -> None:
-        super().__init__(base.weight, base.bias)
+        super().__init__(base.packed_weight, base.bias)
         self._start_without_adapters()
 
     def forward(self, x: Tensor) -> Tensor:
         A, B, scale = self._adapter()
         return lora_linear(
-            x, self.weight, self.bias, A, B, scale=scale,
+            x, self.packed_weight, self.bias, A, B, scale=scale,
             dropout=self.active_dropout(),
             input_scale=self._channel_scale(self.input_scale),
             output_scale=self._channel_scale(self.output_scale),

@@ -87,6 +87,20 @@ class PackedLayout:
         return {"quantizer": self.quantizer, "format": self.format, "shape": list(self.shape),
                 "tensors": tensors, "metadata": dict(self.metadata)}  # fmt: skip
 
+    def differences(self, other: PackedLayout) -> str:
+        """The fields in which another layout differs, with both values."""
+        mine, theirs = (
+            {"format": each.format, "shape": each.shape, "quantizer": each.quantizer}
+            | {f"tensor {n}": f"{t.dtype} {list(t.shape)}" for n, t in each.tensors.items()}
+            | {f"metadata {name}": value for name, value in each.metadata.items()}
+            for each in (self, other)
+        )
+        return "; ".join(
+            f"{name}: expected {mine.get(name, 'none')}, got {theirs.get(name, 'none')}"
+            for name in {**mine, **theirs}
+            if mine.get(name) != theirs.get(name)
+        )
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PackedLayout:
         """Raises CheckpointError: ``data`` is not a result of :meth:`to_json`."""

@@ -3,10 +3,12 @@
     PackedParameter   a packed matrix: its tensors are frozen, moved but never cast
     PackedTable       the packed weight of an embedding, whose rows are decoded on request
     PackedStack       fused experts, [experts, out, in]: a list of PackedParameters
+    HeadWeight        the packed weight of an output head as a tensor, whose rows are decoded too
 
 The model's own code uses a packed weight like the tensor that it replaces. ``F.linear(x, W)``,
-``x @ W``, ``torch.bmm(x, experts)`` and ``F.embedding(ids, W)`` reach the quantizer through torch's
-``__torch_function__`` protocol. Any other use of it as a tensor is refused.
+``x @ W``, ``torch.bmm(x, experts)``, ``F.embedding(ids, W)`` and ``W[rows]`` of a table or a head
+reach the quantizer through torch's ``__torch_function__`` protocol. Any other use of a packed
+weight as a tensor raises DenseWeightError, whose message names the attempt.
 """
 
 from __future__ import annotations
@@ -23,14 +25,16 @@ from torch.nn import functional as F
 from modulora_core.autograd import new_number, packed_lookup, packed_product
 from modulora_core.errors import DenseWeightError, ModelError
 from modulora_core.spec import PackedWeight, Quantizer
+from modulora_core.tiles import tile_bytes, tile_ranges
 
 _HALVES = (torch.float16, torch.bfloat16)
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
-_NEED_DENSE = (
-    "DoRA, PiSSA, OLoRA, CorDA, MiCA, LoftQ, HRA, SHiRA, DeLoRA, OSF, new tokens and merging in "
-    'place need dense weights: train LoRA with init_lora_weights=True, "gaussian", "orthogonal" or '
-    '"eva", or call model.dequantize() first; `modulora merge` writes a merged model'
-)
+_FACTS = frozenset(
+    ["shape", "dtype", "device", "layout", "ndim", "size", "dim", "numel", "nelement", "stride",
+     "element_size", "is_floating_point", "is_complex", "is_contiguous", "requires_grad", "grad",
+     "grad_fn", "is_leaf", "is_cuda", "is_meta", "is_sparse", "is_quantized", "__len__"]
+)  # fmt: skip
+"""Methods and properties of a tensor that need no values."""
 
 
 class FrozenParameter(nn.Parameter):
@@ -59,14 +63,7 @@ class FrozenParameter(nn.Parameter):
         return super().requires_grad_(False)
 
 
-class _NamedByPEFT(type):
-    """PEFT's error about DoRA prints the weight's type, so our advice stands in its name."""
-
-    def __repr__(cls) -> str:
-        return f"<class '{cls.__module__}.{cls.__qualname__}'> ({_NEED_DENSE})"
-
-
-class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
+class PackedParameter(nn.Module):
     """A packed weight in the place of a parameter.
 
     Its tensors are parameters without a gradient, since DDP broadcasts buffers at each forward and
@@ -148,6 +145,27 @@ class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
         """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``."""
         return packed_product(x, self, transpose)
 
+    def rows(self, index: Any) -> Tensor:
+        """``Ŵ[index]``, decoded, ``[..., in]`` in ``dtype``, without a gradient.
+
+        Args:
+            index: an int, a slice, ids, or a mask of rows.
+
+        Raises:
+            IndexError: a row outside of Ŵ, or an index of columns.
+        """
+        count, width = self.layout.shape
+        if not isinstance(index, slice) or index.step not in (None, 1):
+            ids = torch.arange(count, device=self.device)[index]
+            return packed_lookup(ids, self, self.dtype)
+        start, stop, _ = index.indices(count)
+        found = torch.empty(max(0, stop - start), width, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            for a, b in tile_ranges(len(found), width * found.itemsize, tile_bytes(self.device)):
+                tile = (start + a, start + b)
+                found[a:b] = self.quantizer.dequantize_tile(self.packed, tile, self.dtype)
+        return found
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
 
@@ -171,6 +189,9 @@ class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
             x, weight = args
             if not isinstance(weight, Tensor):
                 return weight.multiply(x, transpose=not weight.transposed)
+        for each in (*args, *(kwargs or {}).values()):
+            if isinstance(each, PackedParameter):
+                raise each._refused(_name(func))
         return NotImplemented
 
     def extra_repr(self) -> str:
@@ -185,22 +206,32 @@ class PackedParameter(nn.Module, metaclass=_NamedByPEFT):
             return super().__getattr__(name)
         except AttributeError:
             if hasattr(Tensor, name):
-                raise self._without(name) from None
+                raise self._refused(name) from None
             raise
 
     def __getitem__(self, rows: Any) -> Any:
-        raise self._without("rows to read")
+        raise self._refused("rows")  # of an adapted head too: its rows alone lack the adapter
 
     def to(self, *where: Any, **more: Any) -> Any:
         """Move the tensors. A dtype, as PEFT's methods give to read W, raises ModelError."""
         if any(isinstance(each, torch.dtype) for each in (*where, *more.values())):
-            raise self._without("other dtype")
+            raise self._refused("to(dtype)")
         return super().to(*where, **more)
 
-    def _without(self, name: str) -> DenseWeightError:
+    def _refused(self, tried: str) -> DenseWeightError:
+        out_features, in_features = self.layout.shape
         return DenseWeightError(
-            f"packed weight of {self.layout.quantizer}: it has no {name}; {_NEED_DENSE}"
+            f"{tried} of a {out_features}x{in_features} weight packed by {self.layout.quantizer}: "
+            "expected a product, or rows of an embedding or of an output head without an adapter; "
+            "everything else needs a dense weight: call model.dequantize() first, or use a method "
+            "that does not read the weight, such as LoRA with its usual start"
         )
+
+
+def _name(func: Any) -> str:
+    """The name of a torch function, or of the property whose getter it is."""
+    getter = getattr(func, "__name__", "") == "__get__"
+    return str(getattr(func.__self__ if getter else func, "__name__", func))
 
 
 def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
@@ -217,6 +248,9 @@ class PackedTable(PackedParameter):
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows ``ids``, ``[*ids.shape, hidden]``. Raises IndexError for an id outside the table."""
         return packed_lookup(ids, self, self.dtype)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return self.rows(rows)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -236,6 +270,62 @@ def _embedding_arguments(
 ) -> tuple[Any, Any, Any]:
     del padding_idx  # it and the others concern gradients
     return input, weight, max_norm
+
+
+class HeadWeight(Tensor):
+    """The packed weight of an output head as a tensor without storage, ``[vocabulary, hidden]``.
+
+    TRL's losses read ``lm_head.weight[a:b]`` in a function of their own, and save the weight for
+    the backward, which only a tensor can be. Rows are decoded when they are read. They are
+    constants: hidden states that they multiply get their gradient, and the weight gets none.
+
+    Args:
+        parameter: the packed weight. It must not be transposed.
+    """
+
+    parameter: PackedParameter
+
+    @staticmethod
+    def __new__(cls, parameter: PackedParameter) -> HeadWeight:
+        weight: HeadWeight = Tensor._make_wrapper_subclass(
+            cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
+        )
+        weight.parameter = parameter
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = _name(func), kwargs or {}
+        if name in _FACTS:
+            return super().__torch_function__(func, types, args, kwargs)
+        weight, others = args[0] if args else None, args[1:]
+        if isinstance(weight, HeadWeight):
+            if name == "__getitem__":
+                return weight.parameter.rows(*others)
+            if name == "requires_grad_":
+                weight.parameter.requires_grad_(*others, **kwargs)
+                return weight
+            if name == "to":  # a tensor that is there already, in that dtype, is itself
+                like = torch.empty(0, dtype=weight.dtype, device=weight.device)
+                if like.to(*others, **kwargs) is like:
+                    return weight
+        args = [each.parameter if isinstance(each, HeadWeight) else each for each in args]
+        kwargs = {
+            key: each.parameter if isinstance(each, HeadWeight) else each
+            for key, each in kwargs.items()
+        }
+        return PackedTable.__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise next(each for each in args if isinstance(each, HeadWeight)).parameter._refused(
+            str(func)
+        )
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"HeadWeight({self.parameter.extra_repr()})"
 
 
 class PackedStack(nn.ModuleList):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import rich.progress
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Column
 from rich.text import Text
 
@@ -78,12 +78,19 @@ def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
     drawn = rich.progress.Progress(
         rich.progress.SpinnerColumn(),  # it moves while a count doesn't
         rich.progress.TextColumn("{task.description}", markup=False, table_column=Column()),
-        rich.progress.BarColumn(bar_width=8),
-        rich.progress.DownloadColumn(table_column=whole)
-        if sizes
-        else rich.progress.MofNCompleteColumn(table_column=whole),
-        rich.progress.TransferSpeedColumn(table_column=whole) if sizes else _Rate(unit, whole),
-        rich.progress.TimeRemainingColumn(compact=True, table_column=whole),
+        *map(
+            _Counted,
+            (
+                rich.progress.BarColumn(bar_width=8),
+                rich.progress.DownloadColumn(table_column=whole)
+                if sizes
+                else rich.progress.MofNCompleteColumn(table_column=whole),
+                rich.progress.TransferSpeedColumn(table_column=whole)
+                if sizes
+                else _Rate(unit, whole),
+                rich.progress.TimeRemainingColumn(compact=True, table_column=whole),
+            ),
+        ),
         console=console,
     )
     task = drawn.add_task(what, total=None)
@@ -102,6 +109,18 @@ def bar(console: Console, what: str, unit: str) -> Iterator[Show]:
             raise
         finally:
             drawn.update(task, visible=not uncounted)
+
+
+class _Counted(rich.progress.ProgressColumn):
+    """Show a column once there is a count: before, ``0/? bytes`` would say nothing."""
+
+    def __init__(self, column: rich.progress.ProgressColumn) -> None:
+        super().__init__(column.get_table_column())
+        self._column = column
+
+    def render(self, task: rich.progress.Task) -> RenderableType:
+        begun = task.total is not None or task.completed > 0
+        return self._column(task) if begun else Text("")
 
 
 class _Rate(rich.progress.ProgressColumn):

@@ -40,6 +40,7 @@ from modulora_core.errors import (
     OptionError,
     PluginError,
     UnknownQuantizerError,
+    lacks_memory,
 )
 from modulora_core.hookspecs import CommandSpec, FormatSpec
 from modulora_core.options import parse_options, validate_options
@@ -182,6 +183,14 @@ def providers() -> dict[str, str]:
     return {one[2]: one[1] for one in found if one is not None}
 
 
+def absence(distribution: str) -> str:
+    """Why nothing of one of our distributions is found, and what to do, for a message."""
+    found = (each for each in _cached(*_environment()) if each.distribution == distribution)
+    blocked = (f"is {each.reason}" for each in found if each.status == "blocked")
+    absent = f"isn't installed: {INSTALL}"
+    return f"{distribution}, which {next(blocked, absent)}"
+
+
 def load(name: str, *, distribution: str | None = None) -> type[Quantizer]:
     """Import the class of a quantizer, and so torch.
 
@@ -238,6 +247,8 @@ def _imported(entry: Entry[Any], location: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:
+        if lacks_memory(error):
+            raise
         reason = f"importing {location} failed: {_in_one_line(error)}"
         raise _unusable(entry, "broken", reason) from error
 
@@ -328,6 +339,8 @@ def _read(point: EntryPoint, blocked: frozenset[str]) -> Iterator[Entry[Any]]:
     try:
         specs = _ask(point)
     except (Exception, SystemExit) as error:  # a plugin may do anything when it is imported
+        if lacks_memory(error):
+            raise
         yield replace(entry, status="broken", reason=_in_one_line(error))
         return
     for spec in specs:

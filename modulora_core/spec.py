@@ -355,6 +355,13 @@ class Quantizer(ABC):
         del packed, V
         raise PluginError(f"{self.spec.name}: expected a quantizer that snaps; merge dense weights")
 
+    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
+        """The packed weight of rows (``dim`` 0) or columns (1) ``[start, stop)`` of Ŵ, bit for bit.
+
+        Tensor parallelism gives each process such a part. None, the default, refuses a cut.
+        """
+        del packed, dim, start, stop
+
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a shape that cannot be packed, before any work.
 

@@ -1,7 +1,5 @@
 """Installs the zoo as a distribution, and runs pytest over it in this process."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -1,40 +1,32 @@
 """``modulora check-gpu`` measures quantizers, and lists one that raises."""
 
-from __future__ import annotations
-
-from types import ModuleType
-from typing import Any
-
 import pytest
 import torch
 
 from modulora_core import distributed, registry
-from modulora_core.tests.cli.conftest import Run
 
 
 @pytest.fixture(autouse=True)
-def only_the_toy(monkeypatch: pytest.MonkeyPatch, toy: ModuleType) -> None:
+def only_the_toy(monkeypatch, toy):
     """Other installed plugins would compile kernels for minutes."""
     known = registry.entries
     monkeypatch.setattr(registry, "entries", lambda: [e for e in known() if e.name == "toy"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_is_refused(run_command: Run) -> None:
+def test_without_a_card_is_refused(run_command):
     code, refused, _ = run_command("check-gpu")
     assert code == 2
     assert "expected a GPU" in refused["error"]["message"]
 
 
-def test_a_device_that_is_not_there_is_refused(run_command: Run) -> None:
+def test_a_device_that_is_not_there_is_refused(run_command):
     code, refused, _ = run_command("check-gpu", "--device", "cuda:99")
     assert code == 2
     assert "device 'cuda:99': expected one that torch can use" in refused["error"]["message"]
 
 
-def test_it_measures_no_other_kind_of_device(
-    run_command: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_measures_no_other_kind_of_device(run_command, monkeypatch):
     monkeypatch.setattr(distributed, "pick_device", torch.device)  # a machine that has one
     code, refused, _ = run_command("check-gpu", "--device", "mps")
     assert code == 2
@@ -42,7 +34,7 @@ def test_it_measures_no_other_kind_of_device(
 
 
 @pytest.mark.slow
-def test_a_device_may_be_named_instead_of_a_gpu(run_command: Run) -> None:
+def test_a_device_may_be_named_instead_of_a_gpu(run_command):
     code, found, _ = run_command("check-gpu", "--device", "cpu")
     texts = [each["found"] for each in found["findings"] if each["subject"] == "toy on cpu"]
     assert code == 0
@@ -51,10 +43,8 @@ def test_a_device_may_be_named_instead_of_a_gpu(run_command: Run) -> None:
     assert "tokens/s" in texts[2]
 
 
-def test_it_lists_a_quantizer_that_raises_as_a_fault(
-    run_command: Run, toy: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def matmul(*words: Any) -> None:
+def test_it_lists_a_quantizer_that_raises_as_a_fault(run_command, toy, monkeypatch):
+    def matmul(*words):
         raise ArithmeticError("no such rows")
 
     monkeypatch.setattr(toy.Toy, "matmul", matmul)

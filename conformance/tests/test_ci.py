@@ -1,7 +1,5 @@
 """The GitHub Action and the GitLab template are valid, and call commands that exist."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

@@ -37,23 +37,3 @@ def test_bench_prints_a_table(toy: ModuleType, capsys: pytest.CaptureFixture[str
     assert lines[2].startswith("dtype rows ms dense ms × dense")
     rows = [line.split(" ") for line in lines[3:16]]
     assert [words[0] for words in rows] == ["pack", *2 * ["decode", "x", "y", "x", "y", "LoRA"]]
-
-
-WRONG = {
-    "tyo": "did you mean 'toy'",
-    "toy -o level=3": "levels",
-    "toy --shape 24": "--shape: expected OUTxIN, such as 4096x11008, got '24'",
-    "toy --shape 0x4": "shape: expected positive sizes",
-    "toy --rows 0": "--rows",
-    "toy --dtype float8": "dtype: expected some of",
-    "toy --seconds 0": "seconds: expected more than 0",
-    "toy --device quantum": "device 'quantum'",
-}
-
-
-@pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_request_is_one_sentence_and_exit_code_2(
-    toy: ModuleType, capsys: pytest.CaptureFixture[str], words: str
-) -> None:
-    assert main(["bench", *words.split(), "--json"]) == 2
-    assert WRONG[words] in json.loads(capsys.readouterr().out)["error"]["message"]

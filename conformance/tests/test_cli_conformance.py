@@ -1,13 +1,9 @@
 """``modulora conformance``: its report, and refusals before the first check."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -17,7 +13,7 @@ from modulora_core.tests.conftest import TOY_FORMAT, TOY_INIT, TOY_QUANTIZER, in
 
 
 @pytest.mark.slow
-def test_a_run_prints_the_result_alone_and_leaves_the_reports(tmp_path: Path) -> None:
+def test_a_run_prints_the_result_alone_and_leaves_the_reports(tmp_path):
     site, reports = tmp_path / "site", tmp_path / "reports"
     hook = "import torch\n" + TOY_INIT  # level 0 refuses a hook that imports torch
     files = {"__init__.py": hook, "quantizer.py": TOY_QUANTIZER, "crude.py": TOY_FORMAT}
@@ -62,9 +58,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_request_is_refused_before_any_check(
-    toy: ModuleType, capfd: pytest.CaptureFixture[str], tmp_path: Path, words: str
-) -> None:
+def test_a_wrong_request_is_refused_before_any_check(toy, capfd, tmp_path, words):
     (tmp_path / "file").touch()
     code = main(["conformance", *words.format(file=tmp_path / "file").split(), "--json"])
     printed = capfd.readouterr()
@@ -80,7 +74,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("file", BROKEN)
-def test_the_author_reads_which_line_is_broken(tmp_path: Path, file: str) -> None:
+def test_the_author_reads_which_line_is_broken(tmp_path, file):
     files = {"__init__.py": TOY_INIT, "quantizer.py": TOY_QUANTIZER, "crude.py": TOY_FORMAT}
     line, where = BROKEN[file]
     files[file] = f"\n{line}\n"
@@ -95,9 +89,7 @@ def test_the_author_reads_which_line_is_broken(tmp_path: Path, file: str) -> Non
     assert "report it to its authors" not in ran.stderr
 
 
-def test_checks_and_promises_are_printed_without_a_run(
-    toy: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checks_and_promises_are_printed_without_a_run(toy, capsys):
     assert main(["conformance", "--list", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
     assert len(checks) > 80

@@ -1,7 +1,5 @@
 """The fake device of the kit: it gives the CPU's values, and refuses what a GPU refuses."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Golden vectors: written once, they hold the bytes and their meaning."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """The guard over subclasses, and the command line: no check is lost silently."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

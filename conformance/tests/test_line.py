@@ -1,12 +1,9 @@
 """On a terminal one line shows the running check, in the place of dots."""
 
-from __future__ import annotations
-
 import os
 import pty
 import subprocess
 import sys
-from pathlib import Path
 
 CHECKS = "def test_one(): pass\ndef test_two(): assert False\ndef test_the_third(): pass\n"
 
@@ -18,7 +15,7 @@ sys.exit(pytest.main([*words, sys.argv[1]], plugins=[_Line()]))
 """
 
 
-def test_a_terminal_shows_the_running_check_and_a_pipe_shows_dots(tmp_path: Path) -> None:
+def test_a_terminal_shows_the_running_check_and_a_pipe_shows_dots(tmp_path):
     (tmp_path / "test_checks.py").write_text(CHECKS)
     words = [sys.executable, "-c", RUN, str(tmp_path)]
     environment = {**os.environ, "COLUMNS": "30", "PYTEST_ADDOPTS": "", "NO_COLOR": "1"}

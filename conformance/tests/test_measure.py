@@ -1,7 +1,5 @@
 """A measured promise can be pasted, and the kit then finds it kept."""
 
-from __future__ import annotations
-
 import pytest
 from modulora_conformance.measure import as_code, measured, packing_memory, rounded_up
 

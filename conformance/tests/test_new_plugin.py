@@ -9,13 +9,12 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
-from modulora_conformance.commands.new_plugin import TEMPLATES, new_plugin
+from modulora_conformance.commands.new_plugin import new_plugin
 
 from modulora_core.cli import main
 from modulora_core.errors import DuplicatePluginError, OptionError, OutputError
@@ -23,7 +22,6 @@ from modulora_core.tests.plugin_sites import site_of
 
 NAME = "tried-rounding"
 MODULE = "modulora_tried_rounding"
-KIT = Path(__file__).parents[1]
 
 needs_pip = pytest.mark.skipif(
     find_spec("hatchling") is None or find_spec("pip") is None, reason="needs hatchling and pip"
@@ -111,12 +109,6 @@ def test_its_ci_installs_from_an_index_or_a_repository_and_runs_the_kit_once(
     assert calls[1:-1] == [*installs, "-m pip install -e .[test]"]
     report = f"--conformance-report=conformance --junit-xml=conformance/{NAME}.xml"
     assert calls[-1] == f"-m pytest --certified {report} -q"
-
-
-def test_its_ci_says_what_to_set_where_neither_has_the_core(package: Path, tmp_path: Path) -> None:
-    done, calls = ci(package, tmp_path, 1, "")
-    assert (done.returncode, len(calls)) == (1, 1)
-    assert "set MODULORA_REPOSITORY to its Git URL" in done.stdout
 
 
 def test_its_ci_fails_while_a_text_is_left_to_write(package: Path, tmp_path: Path) -> None:
@@ -253,15 +245,3 @@ def test_pip_installs_it_and_it_is_listed(package: Path, tmp_path: Path) -> None
     (row,) = [row for row in listed if row["name"] == NAME]
     found = (row["status"], row["distribution"], row["version"])
     assert found == ("ok", f"modulora-{NAME}", "0.1.0")
-
-
-@needs_pip
-@pytest.mark.slow
-def test_the_wheel_has_every_template(tmp_path: Path) -> None:
-    done = python(*pip("wheel"), "-w", str(tmp_path), str(KIT), folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    files = [path for path in TEMPLATES.rglob("*") if path.is_file()]
-    there = {path.relative_to(KIT / "src").as_posix() for path in files}
-    assert there <= set(zipfile.ZipFile(wheel).namelist())
-    assert len(there) == len(new_plugin(NAME, tmp_path / "plugin"))

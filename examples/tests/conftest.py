@@ -1,14 +1,10 @@
 """Examples as modules, and a tiny model for them."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -20,7 +16,7 @@ FOLDERS = [str(EXAMPLES), str(EXAMPLES / "benchmarks")]
 
 
 @pytest.fixture(scope="session")
-def module() -> Iterator[Callable[[str], ModuleType]]:
+def module():
     """Imports a script by name. Benchmarks import each other from their own folder."""
     before, known = torch.get_num_threads(), set(sys.modules)
     torch.set_num_threads(1)
@@ -34,7 +30,7 @@ def module() -> Iterator[Callable[[str], ModuleType]]:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_model(tmp_path_factory):
     """A folder with a random Llama of two small layers and a tokenizer."""
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     save_llama_with_tokenizer(folder)
@@ -42,10 +38,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+def run():
     """Runs ``python -m WORDS`` in a folder, with the packages of a site folder too."""
 
-    def run(folder: Path, site: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    def run(folder, site, *words):
         path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.run(
             [sys.executable, "-m", *words],
@@ -59,14 +55,12 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def install(
-    run: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Path], Path]:
+def install(run, tmp_path_factory):
     """Installs a package from a wheel of its own into a new folder, and nothing else."""
     pytest.importorskip("hatchling", reason="builds a wheel without network: pip install hatchling")
     flags = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", "site"]
 
-    def install(package: Path) -> Path:
+    def install(package):
         folder = tmp_path_factory.mktemp(package.name)
         done = run(folder, folder, "pip", "install", *flags, str(package))
         assert done.returncode == 0, done.stderr

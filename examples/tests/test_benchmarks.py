@@ -97,23 +97,6 @@ def test_training_compares_steps(run: Main, models: list[str]) -> None:
     assert min(dense["peak_memory_bytes"], ours["peak_memory_bytes"]) > 10 * 2**20
 
 
-def test_training_packs_heads_and_checkpoints_some_methods(run: Main, models: list[str]) -> None:
-    pytest.importorskip("modulora_int8", reason="pip install ./plugins/int8")
-    flags = ["--quantize-head", "int8", "--peers", "--gradient-checkpointing", "nf4, head int8"]
-    found = run("training", *models, *flags, "--keep-products")
-    losses = {result["method"]: result["loss"] for result in found["results"]}
-    assert losses.keys() == {"dense", "nf4", "nf4, head int8"}
-    assert losses["nf4, head int8"] != losses["nf4"]
-    assert losses["nf4, head int8"] == pytest.approx(losses["nf4"], rel=0.1)
-
-
-def test_training_refuses_wrong_flags(run: Main, models: list[str]) -> None:
-    with pytest.raises(SystemExit, match="expected some of dense, nf4, got nf5"):
-        run("training", *models, "--gradient-checkpointing", "nf5")
-    with pytest.raises(SystemExit, match="expected --gradient-checkpointing too, got none"):
-        run("training", *models, "--keep-products")
-
-
 def test_decoding_compares_rates_in_both_dtypes(run: Main, models: list[str]) -> None:
     found = run("decoding", *models, "--length", "5")
     check_turns(found["results"], of(found, "dense", dtype="float32"))
@@ -141,25 +124,6 @@ def test_quality_measures_perplexity_and_size(run: Main, models: list[str]) -> N
     assert values == ("pydoc[80%:]",)
     perplexity = {r["method"]: r["perplexity"]["pydoc[80%:]"] for r in found["results"]}
     assert len(set(perplexity.values())) == 4, "H = I gives other values too"
-
-
-def test_quality_finetunes_each_seed_alike_and_draws(
-    run: Main, models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text, plot = tmp_path / "news.txt", tmp_path / "curve.svg"
-    text.write_text(" ".join(f"The number {i} follows {i - 1}." for i in range(900)), "utf-8")
-    flags = ["-q", "nf4", "-p", "bitsandbytes-nf4", "--finetune-steps", "1", "--seeds", "0", "1"]
-    flags += ["--batch-size", "1", "--seq-len", "16", "--plot", str(plot)]
-    flags += ["--data", "pydoc[80%:]", str(text)]
-    found = run("quality", *models, *flags)
-    before, after = (of(found, "nf4")[key] for key in ("perplexity", "finetuned"))
-    assert list(before) == list(after) == ["pydoc[80%:]", str(text)]
-    for source, seeds in after.items():
-        assert len({before[source], *seeds}) == 3, "each adapter changes the model"
-    assert "→" in found["printed"]
-    assert "<svg" in plot.read_text()
-    monkeypatch.setattr("modulora_compare.comparison.measure._measured", None)
-    assert run("quality", *models, *flags)["results"] == found["results"], "nothing is done again"
 
 
 def test_summary_joins_the_files_and_takes_packed_heads(
@@ -228,11 +192,6 @@ def test_a_process_that_fails_or_dies_is_a_reason(module: Module) -> None:
     job.end()
 
 
-def test_an_unknown_peer_is_refused(module: Module) -> None:
-    with pytest.raises(SystemExit, match=r"peer 'bitsandbits': expected one of bitsandbytes-nf4, "):
-        module("layer").main(["--quick", "-q", "nf4", "-p", "bitsandbits"])
-
-
 def test_a_wrong_result_is_not_measured(module: Module) -> None:
     class Wrong(module("methods").Dense):  # type: ignore[misc]  # imported at run time
         def layer(
@@ -275,14 +234,6 @@ def test_paper_scores_both_tasks_and_keeps_finished_parts(
     (tmp_path / "nf4-classification.json").write_text(json.dumps(scores | {"after": [12.3]}))
     assert module("paper").main(words) == 0
     assert "12.3" in capsys.readouterr().out, "a finished part is not measured again"
-
-
-def test_the_papers_tasks_hold_no_text_twice(module: Module) -> None:
-    paper = module("paper")
-    for task in paper.TASKS:
-        texts = [each["text"] for each in paper.examples(task)]
-        assert len(texts) == len(set(texts)) > 500
-    assert {each["answer"] for each in paper.examples("classification")} == set(paper.PACKAGES)
 
 
 def test_by_layer_has_a_row_for_each_kind_and_third(

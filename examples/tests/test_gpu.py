@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 from modulora_core.tests.conftest import install_package
 
@@ -86,32 +85,6 @@ def gpu(
     """The script as a module, with those quantizers installed."""
     monkeypatch.syspath_prepend(site)
     return module("gpu")
-
-
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        (["-q", "right"], "error: expected a GPU that torch can use, found none"),
-        (["-q", "rigth", "--interpret"], "did you mean 'right'"),
-    ],
-    ids=["no GPU", "unknown quantizer"],
-)
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_wrong_request_is_refused(
-    gpu: ModuleType, words: list[str], error: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert gpu.main(words) == 2
-    printed = capsys.readouterr()
-    assert error in printed.err
-    assert printed.out == ""
-
-
-def test_without_triton_nothing_is_interpreted(
-    gpu: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    assert gpu.main(["-q", "right", "--interpret"]) == 2
-    assert "--interpret: expected triton, found none" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -54,22 +54,6 @@ def test_random_packed_weights_keep_the_size_of_their_inputs(
     assert 0.5 < float(logits.logits.std()) < 2
 
 
-def test_a_checkpoint_that_is_there_is_used(module: Module, tmp_path: Path) -> None:
-    def write(progress: Callable[..., None] | None = None) -> None:
-        quantizer = Choice.parse("nf4").create()
-        module("llama").write_checkpoint("tiny", quantizer, tmp_path / "a", progress=progress)
-
-    def stop(_: str, done: int, total: int) -> None:
-        if done > total // 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write(stop)
-    assert not (tmp_path / "a").exists(), "half of it never looks whole"
-    write()
-    write(stop)
-
-
 def test_zero_and_infinite_gradients_are_wrong(module: Module, tmp_path: Path) -> None:
     module("llama").write_checkpoint("tiny", Choice.parse("nf4").create(), tmp_path / "a")
     model = load_model(tmp_path / "a", device="cpu", dtype="float32")

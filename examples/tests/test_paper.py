@@ -1,10 +1,7 @@
 """The paper's tasks run as they are configured, on a few rows of the same columns."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,7 +14,7 @@ from modulora_core.training.config import FinetuneConfig
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
 PAPER = Path(__file__).parents[1] / "paper"
-ROWS: dict[str, list[dict[str, Any]]] = {
+ROWS = {
     "mnli": [
         {"premise": "It rains.", "hypothesis": "It is wet.", "label": "entailment", "idx": 0},
         {"premise": "It rains.", "hypothesis": "It is dry.", "label": "contradiction", "idx": 1},
@@ -39,7 +36,7 @@ BATCH = {"mnli": 256, "samsum": 128, "alpaca": 128, "bbh": 16}
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> str:
+def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
     save_llama_with_tokenizer(folder / "dense", max_position_embeddings=512)
     quantize(str(folder / "dense"), folder / "packed", "nf4")
@@ -47,7 +44,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_a_task_has_the_hyperparameters_of_the_paper(task: str) -> None:
+def test_a_task_has_the_hyperparameters_of_the_paper(task):
     config = FinetuneConfig.build({"model": "m", "out": "o"}, file=PAPER / f"{task}.yaml")
     assert (config.rank, config.alpha, config.dropout) == (8, 32, 0.1)
     assert (config.lr, config.scheduler, config.warmup) == (1e-3, "cosine", 0.06)
@@ -59,9 +56,7 @@ def test_a_task_has_the_hyperparameters_of_the_paper(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", ROWS)
-def test_a_task_trains_and_is_measured(
-    task: str, packed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_task_trains_and_is_measured(task, packed, tmp_path, capsys):
     metric, key = MEASURED[task]
     if metric == "rouge":
         pytest.importorskip("rouge_score")

@@ -3,11 +3,7 @@
 tests/test_third_party_plugin.py adds the kit for the quantizer.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 
@@ -25,12 +21,7 @@ PACKAGES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PACKAGES)
-def test_it_passes_its_own_tests(
-    name: str,
-    install: Callable[[Path], Path],
-    run: Callable[..., CompletedProcess[str]],
-    tmp_path: Path,
-) -> None:
+def test_it_passes_its_own_tests(name, install, run, tmp_path):
     package = EXAMPLES / name
     words = ["-q", "-p", "no:cacheprovider", "-c", str(package / "pyproject.toml")]
     certified = [f"--ignore={each}" for each in package.glob("tests/test_*_conformance.py")]
@@ -40,11 +31,11 @@ def test_it_passes_its_own_tests(
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_each_hook_has_a_package_that_implements_it(hook: str) -> None:
+def test_each_hook_has_a_package_that_implements_it(hook):
     assert any(f"def {hook}()" in code for code in PACKAGES.values())
 
 
-def test_one_package_has_a_format_alone_and_one_a_command_alone() -> None:
+def test_one_package_has_a_format_alone_and_one_a_command_alone():
     alone = [[h for h in HOOKS if f"def {h}()" in code] for code in PACKAGES.values()]
     assert ["modulora_formats"] in alone
     assert ["modulora_commands"] in alone

@@ -1,30 +1,21 @@
 """Checks ``examples/third_party_plugin`` with the kit, as an outsider's CI."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from pathlib import Path
-from subprocess import CompletedProcess
-from typing import Any
 
 import pytest
 
 PLUGIN = Path(__file__).parents[1] / "third_party_plugin"
 
-Conformance = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
-def site(install: Callable[[Path], Path]) -> Path:
+def site(install):
     return install(PLUGIN)
 
 
 @pytest.fixture
-def conformance(
-    site: Path, run: Callable[..., CompletedProcess[str]], tmp_path: Path
-) -> Conformance:
-    def conform(*words: str) -> dict[str, Any]:
+def conformance(site, run, tmp_path):
+    def conform(*words):
         command = ["modulora_core.cli", "conformance", "half-quadratic", "--json"]
         done = run(tmp_path, site, *command, *words)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -34,7 +25,7 @@ def conformance(
 
 
 @pytest.mark.slow
-def test_it_passes_the_kit_and_leaves_a_report(conformance: Conformance, tmp_path: Path) -> None:
+def test_it_passes_the_kit_and_leaves_a_report(conformance, tmp_path):
     result = conformance("-o", "bits=3", "--report", "report")
     assert result["distribution"] == "modulora-half-quadratic"
     assert result["failures"] == []
@@ -43,12 +34,12 @@ def test_it_passes_the_kit_and_leaves_a_report(conformance: Conformance, tmp_pat
 
 
 @pytest.mark.slow
-def test_it_keeps_the_promise_of_each_width(conformance: Conformance) -> None:
+def test_it_keeps_the_promise_of_each_width(conformance):
     result = conformance("-k", "test_the_error_keeps_the_promise")
     assert len(result["configurations"]) >= 5
 
 
-def test_no_file_of_the_core_knows_it() -> None:
+def test_no_file_of_the_core_knows_it():
     core = PLUGIN.parents[1] / "modulora_core"
     texts = {
         path: path.read_text("utf-8").lower()

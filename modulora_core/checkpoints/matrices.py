@@ -45,8 +45,8 @@ def pack_matrices(
             packed.append(pack_matrix(name, quantizer, matrix, calibration))
             if packed[-1].layout != site.layout:
                 raise WorkError(
-                    f"{name}: {packed[-1].quantizer} packed it as {packed[-1].layout}, but its "
-                    f"layout() promised {site.layout}; report it to the plugin's author"
+                    f"{name}: layout() and pack() of {packed[-1].quantizer} disagree: "
+                    f"{site.layout.differences(packed[-1].layout)}; tell the plugin's author"
                 )
     return packed
 

@@ -150,10 +150,15 @@ class PackedCheckpoint:
         """Copy tokenizer, chat template and generation config."""
         return tokenizer.copy_tokenizer(self.path, out)
 
-    def write_dense_config(self, out: Path, dtype: str) -> None:
-        """Write config.json of the dense model."""
+    def write_dense_config(
+        self, out: Path, dtype: str, task: PreTrainedModel | None = None
+    ) -> None:
+        """Write config.json of the dense model, or of ``task``, its class with a head of a task."""
         dropped = (*QUANTIZATION_KEYS, "torch_dtype")
         config = {key: value for key, value in self.config.items() if key not in dropped}
+        if task is not None:
+            labels = {key: getattr(task.config, key) for key in ("id2label", "label2id")}
+            config |= {"architectures": [type(task).__name__], **labels}
         (out / "config.json").write_text(json.dumps({**config, "dtype": dtype}, indent=2) + "\n")
 
     @cached_property
@@ -183,8 +188,8 @@ class PackedCheckpoint:
             ModelError, PluginError: as :attr:`outline`.
         """
         model = self.outline
-        wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        stored = {name: list(layout.shape) for name, layout in self._layouts()}
+        wanted = {name: _kind(TensorLayout.of(t)) for name, t in model.state_dict().items()}
+        stored = {name: _kind(layout) for name, layout in self._layouts()}
         tied = set(model.all_tied_weights_keys) - stored.keys()
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         for name in sorted(wanted.keys() | stored.keys()):
@@ -203,3 +208,9 @@ class PackedCheckpoint:
                 yield name, stored
             else:
                 yield from stored.tensors(name)
+
+
+def _kind(layout: TensorLayout) -> str:
+    """``"floats [out, in]"``: a model casts floats to its dtype, and would cast integers too."""
+    kind = "floats" if getattr(torch, layout.dtype).is_floating_point else "integers"
+    return f"{kind} {list(layout.shape)}"

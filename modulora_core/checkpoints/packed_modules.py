@@ -116,7 +116,7 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
             if isinstance(child, TiedHead):
                 heads.append((parent, name, child))
             elif isinstance(child, QuantLinear):
-                setattr(parent, name, _dense_linear(child, child.weight.dense(dtype)))
+                setattr(parent, name, _dense_linear(child, child.packed_weight.dense(dtype)))
             elif isinstance(child, PackedStack):
                 stacks.append((parent, name, child))
             elif isinstance(child, PackedTable):
@@ -126,7 +126,7 @@ def unpack(model: Any, dtype: torch.dtype) -> None:
     for parent, name, stack in sorted(stacks, key=lambda found: found[2].position):
         _unpack_stack(parent, name, stack, dtype)
     for parent, name, head in heads:
-        setattr(parent, name, _dense_linear(head, tables[head.weight]))
+        setattr(parent, name, _dense_linear(head, tables[head.packed_weight]))
     if heads:
         del model._tied_weights_keys  # the class's own: see _untie
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -146,7 +146,7 @@ def _dense_linear(layer: QuantLinear, weight: Tensor) -> nn.Module:
     with torch.device("meta"):
         linear = (
             Conv1D(layer.out_features, layer.in_features)
-            if layer.weight.transposed
+            if layer.packed_weight.transposed
             else nn.Linear(layer.in_features, layer.out_features)
         )
     tied = isinstance(weight, nn.Parameter)

@@ -19,6 +19,7 @@ from modulora_core import distributed, registry
 from modulora_core.cli.arguments import Revision, option
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.help import show_help
+from modulora_core.cli.requests import check_places
 from modulora_core.cli.terminal import Report, Terminal, open_streams, terminal
 from modulora_core.errors import RequestError
 from modulora_core.hookspecs import CommandSpec
@@ -126,7 +127,7 @@ class _Group(typer.core.TyperGroup):
 def _instead(name: str, names: list[str]) -> str:
     """What to do where no installed plugin has a command of this name."""
     if provider := registry.providers().get(name):
-        return f"it is of {provider}, which isn't installed: {registry.INSTALL}"
+        return f"it is of {registry.absence(provider)}"
     near = difflib.get_close_matches(name, {*names, *registry.providers()}, n=2)
     return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"
 
@@ -179,7 +180,8 @@ class _Command(typer.core.TyperCommand):
             with terminal().working():
                 return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            if any("--resume" in parameter.opts for parameter in self.params):
+            resumes = any("--resume" in parameter.opts for parameter in self.params)
+            if resumes and _left_work(ctx.params.get("out") or ctx.params.get("file")):
                 error.add_note("the same command with --resume continues")
             raise
 
@@ -187,12 +189,23 @@ class _Command(typer.core.TyperCommand):
         show_help(self, ctx, self.panels)
 
 
+def _left_work(out: str | Path | None) -> bool:
+    """Whether an interrupted command left a part of OUT: beside it, or as a checkpoint in it."""
+    if out is None:  # a config file has it
+        return True
+    beside = (Path(f"{Path(out)}{suffix}").exists() for suffix in (".partial", ".measured"))
+    return any(beside) or any(Path(out).glob("checkpoints/checkpoint-*"))
+
+
 _MODELS = ("model", "source", "path")
 """The names of first arguments that may be on the Hub."""
 
 
 def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
-    """Let a command of a MODEL take ``--revision REV``: MODEL then is ``MODEL@REV``."""
+    """Let a command of a MODEL take ``--revision REV``: MODEL then is ``MODEL@REV``.
+
+    Its places are checked before (:func:`modulora_core.cli.requests.check_places`).
+    """
     signature = inspect.signature(function, eval_str=True)
     first = next(iter(signature.parameters), "")
     if first not in _MODELS:
@@ -204,6 +217,7 @@ def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
             if given[first] is None:
                 raise RequestError("--revision: expected MODEL beside it, got none")
             given[first] = f"{given[first]}@{revision}"
+        check_places(given)
         return function(**given)
 
     declared = inspect.Parameter(

@@ -52,8 +52,8 @@ def to_bytes(value: str | int) -> int:
         size = parse_size(value)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if size < 1:
-        raise typer.BadParameter(f"expected more than 0 bytes, got {value}")
+    if size < 1024:  # a number without its unit
+        raise typer.BadParameter(f"expected a size such as 24GiB or 800MB, got {value}")
     return size
 
 

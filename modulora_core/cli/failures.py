@@ -14,7 +14,14 @@ import typer
 
 from modulora_core import distributed
 from modulora_core.cli.terminal import Terminal
-from modulora_core.errors import ModuLoRAError, RequestError, WorkError, said_by_system
+from modulora_core.errors import (
+    ModuLoRAError,
+    RequestError,
+    WorkError,
+    first_line,
+    lacks_memory,
+    said_by_system,
+)
 
 SIGNALLED = 128
 """Shells add a signal's number to it: 130 after Ctrl-C, 143 after SIGTERM."""
@@ -71,6 +78,11 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _described(error: BaseException) -> tuple[str, str, int]:
+    if lacks_memory(error):
+        return "MemoryError", (
+            f"out of memory: the system gave this process no more ({first_line(error)}); free "
+            "some, raise the process's limit, or make the work smaller"
+        ), 1  # fmt: skip
     if isinstance(error, ModuLoRAError):
         return error.kind, _one_line(str(error)), error.exit_code
     about = "".join(f" ({note})" for note in _notes(error))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import shlex
+from collections.abc import Mapping
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from modulora_core import registry
 from modulora_core.cli.arguments import Resume, argument, option
+from modulora_core.cli.requests import check_places
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
+from modulora_core.errors import OptionError
 from modulora_core.progress import Bars
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.losses import loss_in_words
@@ -18,7 +21,6 @@ from modulora_core.training.losses import loss_in_words
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from rich.console import RenderableType
-    from rich.text import Text
 
     from modulora_core.training.finetune import FinetuneResult
 
@@ -40,6 +42,8 @@ PANELS = {
     "Output": ("save_every", "report_to", "baseline", "lora_file"),
     "Trainer": ("trainer",),
 }  # fmt: skip
+
+Config = TypeVar("Config", bound=FinetuneConfig)
 
 _ARGUMENTS = ("model", "out")
 _LISTS = {"data": "SOURCE", "eval_data": "SOURCE", "trainer": "KEY=VALUE"}
@@ -79,13 +83,28 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora finetune packed another --config adapter/finetune.yaml --seed 1
         modulora finetune packed adapter --data notes.txt --steps 100 --resume
     """
-    request = FinetuneConfig.build(options, file=config)
+    request = checked_request(FinetuneConfig, options, config)
     from rich.console import Group
 
     from modulora_core.training.finetune import finetune
 
     result = finetune(request, resume=resume, on_eval=note_eval, progress=Bars(terminal().progress))
     return Report(result.to_json(), Group(described(result), _next_commands(result.model, request)))
+
+
+def checked_request(kind: type[Config], options: Mapping[str, object], file: str | None) -> Config:
+    """The config of a run. A plugin that isn't installed and a missing place are refused at once.
+
+    Raises:
+        RequestError: the config or one of its places is wrong.
+    """
+    request = kind.build(options, file=file)
+    if request.data is None:
+        raise OptionError("data: expected training data, got none; give --data SOURCE")
+    if request.quantizer is not None:
+        registry.find(registry.Choice.parse(request.quantizer, "quantizer").quantizer)
+    check_places(dict(request))
+    return request
 
 
 def note_eval(step: int, loss: float) -> None:
@@ -98,6 +117,7 @@ def described(result: FinetuneResult) -> RenderableType:
     if not result.steps:
         return f"{result.out}: it is finished; nothing is left to resume"
     shown = result.to_json()
+    shown["tokens_per_second"] = f"{result.tokens_per_second:,.5g} (mean of the run)"
     shown["losses"] = loss_in_words(result.losses).removeprefix("loss ")
     shown["padding"] = f"{result.padding:.0%} of the batches" if result.padding else None
     before = shown.pop("eval_loss_before")
@@ -111,7 +131,7 @@ def described(result: FinetuneResult) -> RenderableType:
     return facts(shown)
 
 
-def _next_commands(model: str, request: FinetuneConfig) -> Text:
+def _next_commands(model: str, request: FinetuneConfig) -> RenderableType:
     """The commands that use the adapter. A file's own programs take A and B."""
     from modulora_core.models.locate import locate, names_file
 
@@ -128,10 +148,13 @@ def _next_commands(model: str, request: FinetuneConfig) -> Text:
     return next_commands(*commands)
 
 
-def field_parameter(name: str, field: FieldInfo) -> Any:
+def field_parameter(name: str, field: FieldInfo, *, hidden: bool = False) -> Any:
     """Declare the option or the argument of a field. pydantic checks its value, not typer.
 
     The value is None if the option is absent: the config file's value or the default holds then.
+
+    Args:
+        hidden: leave the option out of ``--help``.
     """
     text = field.description or ""
     text = f"{text[:1].upper()}{text[1:]}{'' if text.endswith('.') else '.'}"
@@ -144,7 +167,7 @@ def field_parameter(name: str, field: FieldInfo) -> Any:
     flag = name.replace("_", "-")
     flags = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}{_SHORT.get(name, '')}"
     shown = None if default in (None, "") else str(default)
-    return Annotated[kind | None, option(f"{flags} {metavar}", text, default=shown)]
+    return Annotated[kind | None, option(f"{flags} {metavar}", text, default=shown, hidden=hidden)]
 
 
 def _kind(name: str, kind: Any) -> tuple[Any, str, tuple[str, ...]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modulora_core.cli.arguments import LARGEST
 from modulora_core.cli.terminal import terminal
+from modulora_core.cli.text import continued
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -42,7 +42,8 @@ def show_help(
     rows = _rows(command, context, panels)
     rows |= commands or {}
     shown = [_panel(title, lines) for title, lines in rows.items() if lines]
-    terminal().render(Group(context.get_usage(), "", *_description(command.help), *shown))
+    usage = re.sub(r"[{}]", "", context.get_usage())  # typer's marks of required arguments
+    terminal().render(Group(usage, "", *_description(command.help), *shown))
 
 
 def _rows(command: Any, context: Any, panels: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -52,12 +53,17 @@ def _rows(command: Any, context: Any, panels: Mapping[str, Sequence[str]]) -> di
     titles = ["Arguments", *dict.fromkeys([FIRST_PANEL, *panels])]
     rows: dict[str, list[tuple[str, str]]] = {title: [] for title in titles}
     for title, names in panels.items():
-        rows[title] = [_row(parameters[name], context) for name in names]
+        shown = (parameters[name] for name in names if not _is_hidden(parameters[name]))
+        rows[title] = [_row(parameter, context) for parameter in shown]
     for name, parameter in parameters.items():
-        if name not in listed:
+        if name not in listed and not _is_hidden(parameter):
             title = FIRST_PANEL if parameter.param_type_name == "option" else "Arguments"
             rows[title].append(_row(parameter, context))
     return rows
+
+
+def _is_hidden(parameter: Any) -> bool:
+    return bool(getattr(parameter, "hidden", False))
 
 
 def _row(parameter: Any, context: Any) -> tuple[str, str]:
@@ -88,19 +94,11 @@ def _description(text: str) -> Iterator[Text]:
 
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         verbatim = "\n " in paragraph
-        lines = "\n".join(map(_continued, paragraph.splitlines()))
+        lines = "\n".join(
+            continued(line, EXAMPLE_WIDTH + 2) if line.lstrip().startswith("modulora ") else line
+            for line in paragraph.splitlines()
+        )
         shown = Text(lines if verbatim else paragraph.replace("\n", " "))
         shown.highlight_regex(r"(?m)^ +modulora (.*\\\n)*.*$", "cyan")
         yield shown
         yield Text("")
-
-
-def _continued(line: str) -> str:
-    """A long command on several lines, as a shell takes it."""
-    if not line.lstrip().startswith("modulora "):
-        return line
-    parts = textwrap.wrap(
-        line, EXAMPLE_WIDTH, subsequent_indent=" " * 8, break_long_words=False,
-        break_on_hyphens=False,
-    )  # fmt: skip
-    return " \\\n".join(parts)

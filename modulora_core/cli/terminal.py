@@ -36,7 +36,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
-from modulora_core.cli.text import WordWrap, visible
+from modulora_core.cli.text import WordWrap, continued, visible
 from modulora_core.errors import WorkError
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class Terminal:
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     stderr: TextIO = field(default_factory=lambda: sys.stderr)
     _spinner: Live | None = field(default=None, init=False)
+    _doing: str = field(default="working", init=False)
     _words: WordWrap = field(default_factory=WordWrap, init=False)
 
     @contextmanager
@@ -114,10 +115,18 @@ class Terminal:
 
         # libraries keep the stderr that they find at their import, so it is not replaced
         self._spinner = Live(
-            Spinner("dots", "working"), console=self._errors, transient=True,
+            Spinner("dots", self._doing), console=self._errors, transient=True,
             redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
         self._spinner.start(refresh=True)
+
+    def doing(self, what: str) -> None:
+        """Say beside the spinner what the command does now."""
+        self._doing = what
+        if self._spinner is not None:
+            from rich.spinner import Spinner
+
+            self._spinner.update(Spinner("dots", what))
 
     def stop_working(self) -> bool:
         """End the spinner, and return whether it turned: other text begins on its line."""
@@ -129,11 +138,11 @@ class Terminal:
     def note(self, text: str) -> None:
         """Print a line on stderr, if it can be written. A terminal wraps words, not commands."""
         if not self.silent:
-            wraps = self._errors.is_terminal and not text.lstrip().startswith("$")
+            wraps, text = self._errors.is_terminal, visible(text)
+            if wraps and text.lstrip().startswith("$"):
+                wraps, text = False, continued(text, self._errors.width)
             with suppress(OSError):
-                self._errors.print(
-                    visible(text), markup=False, highlight=False, soft_wrap=not wraps
-                )
+                self._errors.print(text, markup=False, highlight=False, soft_wrap=not wraps)
 
     def write(self, text: str) -> None:
         """Stream a piece of the result to stdout. With ``--json`` nothing is printed.

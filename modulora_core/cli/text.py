@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
-    from rich.text import Text
 
 _UNITS = {
     "b": 1,
@@ -21,6 +22,9 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _CONTROL = re.compile(r"[^\n\t -~\u00a0-\u2027\u202f-\u2065\u206a-\ud7ff\ue000-\U0010ffff]")
 """Characters that move the cursor, set colors, turn the order of writing, or can't be written."""
 
+
+_SHELL_WORD = re.compile(r"""\s*(?:'[^']*'|"[^"]*"|[^\s'"])+""")
+"""A word of a command, with its quotes, and the space before it."""
 
 _BREAK = r"(\s|[\u0e00-\U0010ffff])"
 """A line may break at whitespace, and at the characters of scripts without spaces."""
@@ -72,6 +76,14 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * unit)
 
 
+def size_flag(nbytes: int) -> str:
+    """Write a size as :func:`parse_size` reads it, exactly: ``"24GiB"``, ``"1500000"``."""
+    units = sorted(((size, unit) for unit, size in _UNITS.items()), reverse=True)
+    size, unit = next((size, unit) for size, unit in units if nbytes % size == 0)
+    name = unit.upper().replace("IB", "iB") if size > 1 else ""
+    return f"{nbytes // size}{name}"
+
+
 def format_size(nbytes: float) -> str:
     """Write a size with three or four digits in binary units: ``"1.25 GiB"``, ``"512 B"``."""
     for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "K")):
@@ -117,16 +129,34 @@ def _names(found: Sequence[str]) -> str:
     return ", ".join(found) if len(found) < 3 else f"{len(found):,} tensors"
 
 
-def next_commands(*commands: str) -> Text:
+def next_commands(*commands: str) -> RenderableType:
     """The lines that end a report: the commands that a user may type now, each on a line."""
-    return to_paste("\nNext: " + "\n  or: ".join(commands))
+    return ToPaste("\nNext: " + "\n  or: ".join(commands))
 
 
-def to_paste(text: str) -> Text:
-    """Text with commands: a terminal may break its lines, but a pasted line stays whole."""
-    from rich.text import Text
+@dataclass(frozen=True)
+class ToPaste:
+    """Lines with commands. On a terminal a long one is continued as a shell takes it."""
 
-    return Text(visible(text), no_wrap=True, overflow="ignore")
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.text import Text
+
+        for line in visible(self.text).split("\n"):
+            shown = continued(line, options.max_width) if console.is_terminal else line
+            yield Text(shown, no_wrap=True, overflow="ignore")
+
+
+def continued(command: str, width: int) -> str:
+    """A command on lines of at most ``width`` columns, broken between words by backslashes."""
+    lines = [""]
+    for word in _SHELL_WORD.findall(command):
+        if lines[-1].strip() and len(lines[-1] + word) > width - 2:
+            lines.append(" " * 8 + word.lstrip())
+        else:
+            lines[-1] += word
+    return " \\\n".join(lines)
 
 
 def table(

@@ -8,11 +8,15 @@ SOURCE, :mod:`~modulora_core.data.formats` the fields of a record, and
 
 from __future__ import annotations
 
-from modulora_core.data.examples import Collator, DataReport, Examples, load_examples
+from typing import TYPE_CHECKING, Any
+
 from modulora_core.data.formats import FORMATS, Format, instruction_prompt
 from modulora_core.data.sources import Source
 from modulora_core.data.templates import Template
-from modulora_core.data.text import load_text, token_segments
+
+if TYPE_CHECKING:
+    from modulora_core.data.examples import Collator, DataReport, Examples, load_examples
+    from modulora_core.data.text import load_text, token_segments
 
 __all__ = [
     "FORMATS",
@@ -27,3 +31,12 @@ __all__ = [
     "load_text",
     "token_segments",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch for examples and tokens only: records are read without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from modulora_core.data import examples, text
+
+    return getattr(examples if hasattr(examples, name) else text, name)

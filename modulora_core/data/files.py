@@ -64,6 +64,16 @@ def _decode(data: bytes, path: Path, line: int) -> str:
         ) from None
 
 
+def check_suffix(path: Path) -> None:
+    """Raise DataError if the suffix of a file is none that can be read."""
+    known = [*TEXT_SUFFIXES, *_READERS, _PARQUET]
+    if path.suffix.lower() not in known:
+        raise DataError(
+            f"{path}: expected a file that ends in one of {', '.join(known)}, got "
+            f"{path.suffix or 'no suffix'!r}"
+        )
+
+
 @without_collections()
 def read_records(
     path: Path, check: Check | None = None, columns: Collection[str] = ()
@@ -77,18 +87,14 @@ def read_records(
             named.
 
     Raises:
-        DataError: the suffix is another one, or the file is malformed; the message names the line.
+        DataError: the file is malformed; the message names the line.
         MissingExtraError: a parquet file, and pyarrow isn't installed.
     """
     suffix = path.suffix.lower()
     if suffix == _PARQUET:
         rows = parquet_rows(path, columns, MOST_LINE, MOST_BYTES)
-    elif suffix in _READERS:
-        rows = _READERS[suffix](path)
     else:
-        known = ", ".join([*TEXT_SUFFIXES, *_READERS, _PARQUET])
-        got = path.suffix or "no suffix"
-        raise DataError(f"{path}: expected a file that ends in one of {known}, got {got!r}")
+        rows = _READERS[suffix](path)
     records = []
     for fields, place in rows:
         if not isinstance(fields, dict) or not fields:
@@ -110,8 +116,8 @@ def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
                 yield parse_json(line), f"line {number}"
             except json.JSONDecodeError as error:
                 raise DataError(
-                    f"{path}, line {number}: expected a JSON object, got {error.msg} "
-                    f"(column {error.colno})"
+                    f"{path}, line {number}: expected a JSON object, got a syntax error in "
+                    f"column {error.colno} ({error.msg})"
                 ) from None
             except ValueError as error:
                 raise DataError(f"{path}, line {number}: {error}") from None
@@ -134,8 +140,8 @@ def _json(path: Path) -> Iterator[tuple[Any, str]]:
     except json.JSONDecodeError as error:
         hint = "; one object a line is a .jsonl file" if error.msg == "Extra data" else ""
         raise DataError(
-            f"{path}, line {error.lineno}: expected JSON, got {error.msg} "
-            f"(column {error.colno}){hint}"
+            f"{path}, line {error.lineno}: expected JSON, got a syntax error in column "
+            f"{error.colno} ({error.msg}){hint}"
         ) from None
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None

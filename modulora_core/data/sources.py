@@ -25,7 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modulora_core.data.files import TEXT_SUFFIXES, Check, Record, read_records, read_text
+from modulora_core.data.files import (
+    TEXT_SUFFIXES,
+    Check,
+    Record,
+    check_suffix,
+    read_records,
+    read_text,
+)
 from modulora_core.data.tables import dataset_rows, table_rows
 from modulora_core.errors import DataError, MissingExtraError
 
@@ -162,13 +169,40 @@ def _parts(source: Source) -> list[str | dict[str, Any]]:
         ) from None
 
 
-def _load(text: str, check: Check | None, columns: Collection[str]) -> list[Record]:
+def check_source(text: str) -> None:
+    """Refuse a source with a wrong slice or kind of file, or that isn't there, without reading it.
+
+    Raises:
+        DataError: as :func:`load_records`.
+    """
+    _place(text)
+
+
+def _place(text: str) -> tuple[str, Slice, Path]:
+    """The name of a source, its slice, and its place if it is a file."""
     name, part = _split_slice(text)
     path = _path(name)
     if path is None:
         raise DataError(
             f"{name[:60]!r}: expected a file, a Hub dataset id or pydoc, got no possible name"
         )
+    folder = _path(name.partition(":")[0])
+    if path.is_file():
+        check_suffix(path)
+    elif name != "pydoc" and not (folder is not None and folder.is_dir()):
+        if _LIKE_A_FILE.fullmatch(name):
+            where = path.absolute().parent
+            raise DataError(f"{name}: expected a file, and there is none of that name in {where}")
+        if not _HUB_ID.fullmatch(name):
+            raise DataError(
+                f"{name!r}: expected a file that exists, pydoc, or a Hub dataset as org/name, "
+                'org/name:split or org/name:config:split; in Python, a text itself is {"text": ...}'
+            )
+    return name, part, path
+
+
+def _load(text: str, check: Check | None, columns: Collection[str]) -> list[Record]:
+    name, part, path = _place(text)
     if path.is_file() and path.suffix.lower() not in TEXT_SUFFIXES:
         records = read_records(path, check, columns)
         rows = part.of_records(len(records), str(path))
@@ -181,21 +215,13 @@ def _load(text: str, check: Check | None, columns: Collection[str]) -> list[Reco
                 f"{name}{part}: expected text, and this slice of {len(whole)} characters has none"
             )
         return [Record({"text": cut}, name)]
-    folder = _path(name.partition(":")[0])
-    if folder is not None and folder.is_dir():
+    folder = Path(name.partition(":")[0]).expanduser()
+    if folder.is_dir():
         expected = "a file in this folder, or a folder laid out as a dataset"
         files = itertools.chain.from_iterable(names for _, _, names in os.walk(folder))
         if len(list(itertools.islice(files, _MOST_FILES + 1))) > _MOST_FILES:
             raise DataError(f"{name}: expected {expected}, got more than {_MOST_FILES:,} files")
         return _dataset(name, part, expected, "FOLDER:split")
-    if _LIKE_A_FILE.fullmatch(name):
-        where = path.absolute().parent
-        raise DataError(f"{name}: expected a file, and there is none of that name in {where}")
-    if not _HUB_ID.fullmatch(name):
-        raise DataError(
-            f"{name!r}: expected a file that exists, pydoc, or a Hub dataset as org/name, "
-            'org/name:split or org/name:config:split; in Python, a text itself is {"text": ...}'
-        )
     return _dataset(name, part, "a Hub dataset", "org/name:split or org/name:config:split")
 
 

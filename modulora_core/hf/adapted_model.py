@@ -8,44 +8,16 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modulora_core.distributed import is_first, whole
 from modulora_core.hf.publishing import upload
 from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.layers import LoRALayer
 from modulora_core.lora.adapted import adapter_names
-
-_NO_REFERENCE = (
-    "the base model of an adapter that was trained before; the reference of this training has the "
-    "adapter too: give ref_model, or precompute_ref_log_probs=True"
-)
 
 
 class AdaptedModel:
     """The methods of a transformers model that differ from its own if it has adapters of ours."""
-
-    _name = ""
-
-    def forbid_reference(self) -> None:
-        """Replace the config's name by a sentence, if an adapter changes the model.
-
-        A Trainer that is made calls this. A trainer of TRL then loads the reference of this model
-        by its config's name, which has no adapter. After a training the reference would be another
-        model, and transformers refuses to load the sentence. :meth:`train` restores the name.
-        """
-        assert isinstance(self, PreTrainedModel)
-        if not self._name and any(_has_changed(module) for module in self.modules()):
-            self._name, self.config.name_or_path = self.config.name_or_path, _NO_REFERENCE
-
-    def train(self, mode: bool = True) -> Any:
-        """Turn dropout on or off, as torch does, and restore the config's name."""
-        model: Any = super()
-        if self._name:
-            assert isinstance(self, PreTrainedModel)
-            self.config.name_or_path, self._name = self._name, ""
-        return model.train(mode)
 
     def save_pretrained(
         self, save_directory: str | Path, *, push_to_hub: bool = False, **options: Any
@@ -88,14 +60,3 @@ class AdaptedModel:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         missing = [name for name in result.missing_keys if name in trained]
         return type(result)(missing, result.unexpected_keys)
-
-
-def _has_changed(module: nn.Module) -> bool:
-    """Whether a layer has an adapter that changes its product."""
-    return isinstance(module, LoRALayer) and any(
-        bool((values.detach() != start).any())
-        for start, parameters in (
-            (0, module.lora_B), (1, module.input_scale), (1, module.output_scale)
-        )
-        for values in parameters.values()
-    )  # fmt: skip

@@ -27,8 +27,6 @@ from modulora_core.lora.adapted import head_parameters
 from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.version import VERSION
 
-RECORD_FILE = "modulora.json"
-
 
 class _Quantizer(TypedDict):
     quantizer: str
@@ -117,7 +115,7 @@ def describe_base(
         name: its name before quantization.
         checkpoint: the one whose outline ``model`` is, on the meta device.
     """
-    packed = [module.weight for module in model.modules() if isinstance(module, QuantLinear)]
+    packed = [each.packed_weight for each in model.modules() if isinstance(each, QuantLinear)]
     packed += [module.first for module in model.modules() if isinstance(module, PackedStack)]
     recipes = {
         json.dumps({"quantizer": q.spec.name, "options": q.options.model_dump(mode="json")},

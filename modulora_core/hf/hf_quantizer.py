@@ -29,6 +29,8 @@ from modulora_core.checkpoints.record import QUANT_METHOD, QuantizationRecord
 from modulora_core.errors import ModelError
 from modulora_core.hf.packed_model import PackedModel, packed_class
 from modulora_core.hf.packing_on_load import PackOnLoad, data_free
+from modulora_core.hf.reference import LOADED, refuse_reference
+from modulora_core.layers import QuantLinear
 from modulora_core.models.store import check_finite
 from modulora_core.packed_parameters import check_scales
 from modulora_core.registry import Choice
@@ -113,6 +115,7 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         self.quantizer = None if self.pre_quantized else data_free(quantization_config.choice)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+        refuse_reference(model.config.name_or_path)
         if self.quantizer is not None:
             wanted = self.quantization_config
             self.packer = PackOnLoad(
@@ -138,6 +141,8 @@ class ModuLoRAHfQuantizer(HfQuantizer):
         for part in (model.base_model, model.get_output_embeddings()):
             if part is not None:
                 part.requires_grad_(False)
+            if isinstance(part, QuantLinear):
+                part.is_head = not part.packed_weight.transposed
         for part in model.modules():
             if isinstance(part, PreTrainedModel):
                 part.__class__ = packed_class(type(part))
@@ -147,6 +152,7 @@ class ModuLoRAHfQuantizer(HfQuantizer):
     def follow(self, model: PackedModel) -> None:
         """Remember the model, which owns this quantizer: a weak reference is enough."""
         self._model = weakref.ref(model)
+        LOADED.add(model)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": None}  # the copy of the model calls `follow`
@@ -155,14 +161,10 @@ class ModuLoRAHfQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Whether the Trainer accepts the model without an adapter of PEFT.
 
-        The Trainer refuses a model in which nothing trains, and says to attach an adapter. It asks
-        before TRL loads a reference, so this is the only moment to refuse a wrong one.
+        The Trainer refuses a model in which nothing trains, and says to attach an adapter.
         """
         model = None if self._model is None else self._model()
-        if model is None:
-            return True
-        model.forbid_reference()
-        return any(parameter.requires_grad for parameter in model.parameters())
+        return model is None or any(parameter.requires_grad for parameter in model.parameters())
 
     @property
     def record(self) -> QuantizationRecord:

@@ -5,29 +5,31 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.packed_modules import install
 from modulora_core.distributed import split_like, whole
 from modulora_core.errors import AdapterError
 from modulora_core.hf.base_record import describe_base
 from modulora_core.hf.expert_format import stacks_of
-from modulora_core.hf.peft_format import (
-    AdapterDelta,
-    SavedAdapter,
-    read_adapter,
-)
+from modulora_core.hf.peft_config import TASKS
+from modulora_core.hf.peft_format import WITH_PEFT, AdapterDelta, SavedAdapter, read_adapter
 from modulora_core.layers import LoRALayer, TiedHead
 from modulora_core.lora.adapted import (
     adapter_layers,
     check_name_is_free,
+    forget_dense_name,
     head_parameters,
     model_name,
     packed_layers,
     packed_shape,
 )
 from modulora_core.lora.adapting import make_adaptable, train_only
+from modulora_core.models.skeleton import build_skeleton
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +48,9 @@ def load_adapter(
             warning.
         path: a folder that :func:`save_adapter` or `peft` wrote, or a Hub id.
         name: one model may carry several adapters.
-        trainable: A, B and channel scales train. TRL's trainers load a reference, which lacks the
-            adapter, by the model's name. They stop with an error then, unless they get
-            ``ref_model`` or ``precompute_ref_log_probs``.
+        trainable: A, B and channel scales train. A TRL trainer that would load a reference
+            without the adapter (:mod:`modulora_core.hf.reference`) stops with an error, unless it
+            gets ``ref_model`` or ``precompute_ref_log_probs``.
 
     Returns:
         the paths of the adapted layers.
@@ -63,6 +65,7 @@ def load_adapter(
     _check_fit(adapter, model, model_name(model))
     check_name_is_free(model, name)
     put_on(model, adapter, name)
+    forget_dense_name(model)
     if trainable:
         train_only(model, name)
     return list(adapter.deltas)
@@ -106,16 +109,30 @@ def adapter_for(
     """Read an adapter for the model of a checkpoint, whose weights are not loaded.
 
     Args:
-        heads: whether the caller can use the head of a task; else an adapter with one is refused.
+        heads: the caller can use the head of a task; else an adapter with one is refused.
 
     Raises:
         AdapterError: it is no LoRA adapter, or it does not fit the model.
     """
-    model = checkpoint.outline
-    adapter = read_adapter(path, stacks_of(model), heads=heads)
+    adapter = read_adapter(path, stacks_of(checkpoint.outline), heads=True)
+    model = outline_with(checkpoint, adapter) if heads else checkpoint.outline
     _check_heads(adapter, model)
     _check_fit(adapter, model, str(checkpoint.path), checkpoint)
     return adapter
+
+
+def outline_with(checkpoint: PackedCheckpoint, adapter: SavedAdapter) -> PreTrainedModel:
+    """The packed model with the head of the adapter's task, if it has one, on the meta device."""
+    end = next(
+        (end for end, task in TASKS.items() if task == adapter.config.get("task_type")), None
+    )
+    if not adapter.heads or end is None:
+        return checkpoint.outline
+    config = checkpoint.transformers_config()
+    config.num_labels = len(next(iter(adapter.heads.values())))
+    model = build_skeleton(config, torch.float32, auto=f"AutoModel{end}")
+    install(model, checkpoint.record)
+    return model
 
 
 def _check_fit(
@@ -149,6 +166,7 @@ def _check_fit(
         if dense:
             tied = isinstance(modules[dense[0]], TiedHead)
             reason = f"{dense[0]} is " + ("the embedding's table" if tied else "not packed")
+            more += f"; {WITH_PEFT}"
         raise AdapterError(f"{misfit}: {reason}{more}")
     for module, delta in adapter.deltas.items():
         if delta.shape != packed[module]:
@@ -172,10 +190,17 @@ def _check_heads(adapter: SavedAdapter, model: nn.Module) -> None:
     others = any(isinstance(module, LoRALayer) for module in model.modules())
     for name, values in adapter.heads.items():
         if name not in here:
+            part = any(path and name.startswith(f"{path}.") for path, _ in model.named_modules())
             raise AdapterError(
-                f"adapter {adapter.folder}: expected a model with its module {name}, which it "
-                f"trained beside LoRA, and in {model_name(model)} that is no head of a task; load "
-                "the class that it was trained on, such as AutoModelForSequenceClassification"
+                f"adapter {adapter.folder}: {name}, which it trained beside LoRA: expected the "
+                f"head of a task, and {model_name(model)} has "
+                + (
+                    f"it as a part of the language model; {WITH_PEFT}"
+                    if part
+                    else "none of that "
+                    "name; load the class that it was trained on, such as "
+                    "AutoModelForSequenceClassification"
+                )
             )
         if values.shape != here[name].shape:
             raise AdapterError(

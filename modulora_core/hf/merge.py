@@ -23,7 +23,9 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import (
+    DIGESTS,
     SMALL_FILES,
+    check_digests,
     check_disk_space,
     check_output,
     whole_or_nothing,
@@ -31,7 +33,7 @@ from modulora_core.checkpoints.written.outputs import (
 )
 from modulora_core.checkpoints.written.shards import ShardWriter, plan_shards
 from modulora_core.errors import OptionError, OutputError, WeightError, usable_path
-from modulora_core.hf.load_adapter import adapter_for
+from modulora_core.hf.load_adapter import adapter_for, outline_with
 from modulora_core.hf.peft_format import AdapterDelta
 from modulora_core.models.store import is_finite
 from modulora_core.progress import Display, shown
@@ -47,6 +49,7 @@ class MergeResult:
 
     Attributes:
         bytes: size of all tensors; adapted: number of parameters that the adapter changed.
+        task: transformers' class with the head of the adapter's task; None for a language model.
     """
 
     out: str
@@ -55,6 +58,7 @@ class MergeResult:
     adapted: int
     seconds: float
     peak_memory_bytes: int
+    task: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +79,8 @@ def merge(
         model: a quantized MODEL: a folder, a file, or a Hub id. Another quantization of
             the adapter's base is allowed, and logs a warning.
         out: the folder to write; new or empty.
-        adapter: a LoRA adapter in PEFT's format, a folder or Hub id.
+        adapter: a LoRA adapter in PEFT's format, a folder or Hub id. With the head of a task, such
+            as a classifier's, the folder holds the model of that task.
         dtype: dtype of the written weights: float16, bfloat16 or float32.
         progress: called as ``progress("merging", done, total)`` after each parameter; by default a
             bar on a terminal, and False shows none.
@@ -84,7 +89,8 @@ def merge(
         OptionError: an unknown dtype.
         AdapterError: the adapter does not fit the model.
         PluginError: the quantizer of the model is missing or cannot be used.
-        RequestError: the model is not packed or cannot be read, or ``out`` holds something else.
+        RequestError: the model is not packed or cannot be read, its files of weights differ from
+            their recorded SHA-256, or ``out`` holds something else.
         WeightError: a merged value is NaN or infinite in ``dtype``.
     """
     started, model = time.perf_counter(), os.fspath(model)
@@ -96,24 +102,37 @@ def merge(
         check_output(out)
         checkpoint = open_packed(model)
         checkpoint.check_whole()
-        deltas = {} if adapter is None else adapter_for(checkpoint, adapter).deltas
-        shards = plan_shards(dict(_dense_layouts(checkpoint, dtype)))
+        saved = None if adapter is None else adapter_for(checkpoint, adapter, heads=True)
+        deltas, heads = ({}, {}) if saved is None else (saved.deltas, saved.heads)
+        task = outline_with(checkpoint, saved) if saved is not None and heads else None
+        layouts = dict(_dense_layouts(checkpoint, dtype))
+        if task is not None:  # without the head of the language model
+            base = checkpoint.record.base
+            layouts = {name: layouts[name] for name in layouts if name.startswith(base)}
+            layouts |= {name: TensorLayout(dtype, tuple(W.shape)) for name, W in heads.items()}
+        shards = plan_shards(layouts)
         nbytes = sum(shard.nbytes for shard in shards)
         check_disk_space(out, nbytes + SMALL_FILES)
+        if (checkpoint.path / DIGESTS).is_file():
+            check_digests(checkpoint.path, ".safetensors", progress)
         with whole_or_nothing(out) as folder:
             checkpoint.copy_tokenizer(folder)
             writer = ShardWriter(folder, shards)
-            for done, name in enumerate(checkpoint.parameters, 1):
-                delta = delta_of(checkpoint, name, deltas)
-                W = merged_parameter(checkpoint, name, delta, getattr(torch, dtype))
+            for done, name in enumerate(layouts, 1):
+                if name in heads:
+                    W = heads[name].to(getattr(torch, dtype))
+                else:
+                    delta = delta_of(checkpoint, name, deltas)
+                    W = merged_parameter(checkpoint, name, delta, getattr(torch, dtype))
                 writer.write(name, {name: W})
                 del W
-                progress("merging", done, len(checkpoint.parameters))
+                progress("merging", done, len(layouts))
             writer.finish()
-            checkpoint.write_dense_config(folder, dtype)
+            checkpoint.write_dense_config(folder, dtype, task)
             write_digests(folder)
     seconds = time.perf_counter() - started
-    return MergeResult(str(out), dtype, nbytes, len(deltas), seconds, peak.nbytes)
+    kind = None if task is None else type(task).__name__
+    return MergeResult(str(out), dtype, nbytes, len(deltas), seconds, peak.nbytes, kind)
 
 
 def _dense_layouts(checkpoint: PackedCheckpoint, dtype: str) -> Iterator[tuple[str, TensorLayout]]:

@@ -35,7 +35,7 @@ class PackedModel(AdaptedModel, Publishing, nn.Module):
         embedding: nn.Module = model.get_input_embeddings()
         multiple = next(iter(more), options.get("pad_to_multiple_of"))
         for part in (embedding, model.get_output_embeddings()):
-            weight = getattr(part, "weight", None)
+            weight = getattr(part, "packed_weight", getattr(part, "weight", None))
             if not isinstance(weight, PackedParameter):
                 continue
             if new_num_tokens not in (None, weight.layout.shape[0]) or multiple is not None:

@@ -32,21 +32,27 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modulora_core.checkpoints.written.outputs import write_file
-from modulora_core.errors import AdapterError, CheckpointError, usable_path
-from modulora_core.hf.base_record import RECORD_FILE, AdapterRecord, Dropout
+from modulora_core.errors import AdapterError, CheckpointError
+from modulora_core.hf.base_record import AdapterRecord, Dropout
 from modulora_core.hf.expert_format import Factors, Stack, from_file, to_file
 from modulora_core.hf.peft_config import check_config, check_rank, scale_of
 from modulora_core.layers import ChannelScales
-from modulora_core.models.folders import ADAPTER_CONFIG, check_links
+from modulora_core.models.folders import (
+    ADAPTER_CONFIG,
+    RECORD_FILE,
+    SCALES_FILE,
+    WEIGHTS_FILE,
+)
 from modulora_core.models.json_files import check_json, read_json
-from modulora_core.models.locate import HUB_ID, download, without_revision
+from modulora_core.models.locate import find_adapter
 from modulora_core.models.safetensors_store import read_header
 from modulora_core.models.store import is_finite
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-SCALES_FILE = "modulora_scales.safetensors"
 SCALES_KEY = "modulora_channel_scales"
 """The key of adapter_config.json that names the file of the channel scales."""
+
+WITH_PEFT = "load it with peft: PeftModel.from_pretrained(load_model(MODEL), ADAPTER)"
+"""Advice for adapters of PEFT that change more than packed layers and the head of a task."""
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
@@ -158,7 +164,7 @@ def read_adapter(
     Raises:
         AdapterError: the folder is missing or malformed, or has more than A, B and channel scales.
     """
-    folder = _find(path)
+    folder = find_adapter(path)
     config_file, weights_file = str(folder / ADAPTER_CONFIG), folder / WEIGHTS_FILE
     config = read_json(folder / ADAPTER_CONFIG, dict[str, Any], error=AdapterError)
     check_json(config, _Fields, config_file, error=AdapterError)
@@ -191,11 +197,11 @@ def _read_weights(
         match = _KEY.fullmatch(key)
         if match is None:
             name = key.removeprefix(_PREFIX)
-            if name != key and any(f".{module}." in f".{name}" for module in modules_to_save):
+            if name != key and any(f"{m}." in name for m in modules_to_save):
                 heads[name] = tensor
                 continue
             raise AdapterError(
-                f"{path}: expected names {_PREFIX}<module>.lora_[AB].weight, got {key}"
+                f"{path}: expected names {_PREFIX}<module>.lora_[AB].weight, got {key}; {WITH_PEFT}"
             )
         found.setdefault(match["module"], {})[match["factor"]] = tensor
     if not found:
@@ -231,37 +237,16 @@ def _with_scales(deltas: Mapping[str, AdapterDelta], path: Path) -> dict[str, Ad
     }
 
 
-def _find(path: str | Path) -> Path:
-    folder = usable_path(path, "adapter", AdapterError)
-    if not folder.is_dir():
-        name, revision = without_revision(str(path))
-        if "/" not in name or not HUB_ID.fullmatch(name) or Path(name).exists():
-            raise AdapterError(f"adapter {path}: expected a folder or a Hub id (org/name)")
-        files = [ADAPTER_CONFIG, WEIGHTS_FILE, RECORD_FILE, SCALES_FILE]
-        folder = download(name, revision, files, subject="adapter", error=AdapterError)
-    check_links(folder, AdapterError)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise AdapterError(
-            f"adapter {path}: expected {ADAPTER_CONFIG} in it, found none; an unfinished run has "
-            "its adapters in checkpoints/checkpoint-N"
-        )
-    if not (folder / WEIGHTS_FILE).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        hint = " (adapter_model.bin is a pickle: load it with peft and save it again)"
-        raise AdapterError(
-            f"adapter {path}: expected {WEIGHTS_FILE} in it, found none{hint if pickled else ''}"
-        )
-    return folder
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         read_header(path)  # refuses a huge one
-        tensors: dict[str, Tensor] = safetensors.torch.load_file(path)
+        stored = safetensors.torch.load_file(path)
     except (CheckpointError, SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path}: expected a readable safetensors file: {error}; fetch the whole adapter again"
         ) from None
+    # peft saves the base of an adapted head or embedding too
+    tensors = {n: t for n, t in stored.items() if ".lora_" in n or ".base_layer." not in n}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not is_finite(tensor):
             got = "NaN or Inf" if tensor.is_floating_point() else tensor.dtype

@@ -31,7 +31,8 @@ from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.progress import Display, Progress, no_progress, shown
-from modulora_core.training.chunked_loss import deferred_logits, token_losses
+from modulora_core.training.chunked_loss import token_losses
+from modulora_core.training.readout import read_out
 
 MAX_LABELS = 64
 """Accuracy scores every label for every example, so it refuses more distinct answers than this."""
@@ -284,7 +285,7 @@ def _answered(asked: Conversation, other: Conversation) -> Conversation:
 def _nll(model: Any, batch: dict[str, Tensor]) -> list[float]:
     """Σ -log p of the labels that are not -100, in nats, for each row of the batch."""
     inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-    with deferred_logits(model):
-        logits = model(**inputs, use_cache=False).logits
-    sums: list[float] = token_losses(logits, batch["labels"]).sum(1).tolist()
+    with read_out(model) as readout:
+        model(**inputs, use_cache=False)
+    sums: list[float] = token_losses(readout, batch["labels"]).sum(1).tolist()
     return sums

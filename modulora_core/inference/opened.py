@@ -100,7 +100,7 @@ def open_to_run(
         found.check_plugins()
         if mapped:
             check_mapped(found, device)
-        saved = None if adapter is None else adapter_for(found, adapter, heads=True)
+        saved = None if adapter is None else adapter_for(found, adapter)
         return Opened(model, found, saved, dtype, device, mapped, parity_check)
     if adapter is not None:
         raise AdapterError(

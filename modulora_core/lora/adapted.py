@@ -45,7 +45,7 @@ def packed_layers(model: nn.Module) -> dict[str, QuantLinear | PackedStack]:
 def packed_shape(layer: QuantLinear | PackedStack) -> tuple[int, ...]:
     """``(out, in)`` of a layer, ``(experts, out, in)`` of a stack."""
     if isinstance(layer, QuantLinear):
-        return layer.weight.layout.shape
+        return layer.packed_weight.layout.shape
     return len(layer), *layer.first.layout.shape
 
 
@@ -56,6 +56,15 @@ def check_name_is_free(model: nn.Module, name: str) -> None:
         raise AdapterError(
             f"adapter {name!r}: {model_name(model)} already has an adapter of that name, on {taken}"
         )
+
+
+def forget_dense_name(model: nn.Module) -> None:
+    """Empty the config's name of a model that was packed while it was loaded.
+
+    TRL's trainers load a reference by that name, which would be the dense model.
+    """
+    if not getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True):
+        model.config.name_or_path = ""  # type: ignore[union-attr]
 
 
 def task_heads(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,6 +10,7 @@ may also train channel scales u [in] and v [out] of linear layers, which start a
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ from modulora_core.layers import LoRALayer, LoRALinear, QuantLinear, TiedHead
 from modulora_core.lora.adapted import (
     adapter_layers,
     check_name_is_free,
+    forget_dense_name,
+    model_name,
     output_head,
     packed_layers,
     packed_shape,
@@ -28,8 +31,10 @@ from modulora_core.lora.adapted import (
 )
 from modulora_core.lora.experts import LoRAExperts
 from modulora_core.lora.settings import LoRASettings
-from modulora_core.lora.targets import select_layers
+from modulora_core.lora.targets import ALL_LINEAR, ATTENTION, select_layers
 from modulora_core.packed_parameters import PackedStack
+
+logger = logging.getLogger(__name__)
 
 
 @checked
@@ -74,6 +79,7 @@ def add_lora(
                 channel_scales=settings.train_scales and not layer.stacked,
             )
     train_only(model, name)
+    forget_dense_name(model)
     return paths
 
 
@@ -83,15 +89,18 @@ def selected_layers(model: nn.Module, targets: str | Sequence[str], rank: int) -
     shapes = {path: packed_shape(layer) for path, layer in packed.items()}
     modules = dict(model.named_modules())
     tied = next((path for path, module in modules.items() if isinstance(module, TiedHead)), None)
-    return select_layers(
-        shapes,
-        targets,
-        rank,
-        modules,
-        head=_head(model, packed),
-        decoder=_decoder(model),
-        tied=tied,
-    )
+    head, decoder = _head(model, packed), _decoder(model)
+    paths = select_layers(shapes, targets, rank, modules, head=head, decoder=decoder, tied=tied)
+    outside = [path for path in shapes.keys() - {head, *paths} if not path.startswith(decoder)]
+    asked = [targets] if isinstance(targets, str) else targets
+    if outside and {ALL_LINEAR, ATTENTION} & {*asked}:
+        logger.warning(
+            "%s: targets %s: %d of %d packed layers are outside of the text decoder, such as %s, "
+            "and get no adapter; to adapt them too, give targets=%s",
+            model_name(model), " ".join(asked), len(outside), len(shapes), min(outside),
+            [*asked, *sorted({path.rpartition(".")[2] for path in outside})],
+        )  # fmt: skip
+    return paths
 
 
 def make_adaptable(model: nn.Module, path: str) -> LoRALayer:
@@ -129,9 +138,14 @@ def _head(model: nn.Module, packed: Mapping[str, nn.Module]) -> str | None:
 
 
 def _decoder(model: Any) -> str:
-    """The beginning of the paths of a multimodal model's text decoder; "" of a text model."""
+    """The beginning of the paths of a multimodal model's text decoder.
+
+    "" of a text model, and of a base model alone, such as CLIP, which has no head that uses text.
+    """
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return ""
+    if model.base_model is model and output_head(model) is None:
         return ""
     decoder = model.get_decoder()
     return next((f"{p}." for p, module in model.named_modules() if p and module is decoder), "")

@@ -5,7 +5,8 @@
     experts      the fused experts of a mixture, but no shared expert
     name         each layer or stack whose dotted path is the name or ends with ``.name``
 
-Of a multimodal model a group has layers of the text decoder alone; a name selects any layer.
+Of a multimodal model a group has layers of the text decoder alone, and a warning names the others;
+a name selects any layer. Of a base model alone, such as CLIP, a group has layers of all parts.
 A group never has a router or another gate of a mixture: that would move tokens to other experts.
 """
 

@@ -9,7 +9,18 @@
 
 from __future__ import annotations
 
-from modulora_core.models.source import ModelSource, open_dense
-from modulora_core.models.weights import ParameterInfo
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ModelSource", "ParameterInfo", "open_dense"]
+if TYPE_CHECKING:
+    from modulora_core.models.source import ModelSource, open_dense
+
+__all__ = ["ModelSource", "open_dense"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch for these names only: a place is found without it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from modulora_core.models import source
+
+    return getattr(source, name)

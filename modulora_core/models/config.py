@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field
 
 from modulora_core.errors import ModelError, first_line
-from modulora_core.hookspecs import PROJECT, QUANTIZATION_KEYS
+from modulora_core.hookspecs import PROJECT, QUANTIZATION_KEYS, FormatSpec
 from modulora_core.models.folders import no_config
-from modulora_core.models.formats import FormatSpec
 from modulora_core.models.installed_formats import method_of, recognise, unread_method
 from modulora_core.models.json_files import read_json
 

@@ -91,6 +91,7 @@ def plan_conversions(
             unexpected.append(name)
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}  # old files' buffers
+    patterns |= {r"\.[kv]_scale$"}  # of a cache in 8 bits, which is a choice of serving
     unexpected = [name for name in unexpected if not has_any(name, patterns)]
     return [found[target] for target in state if target in found], unexpected
 

@@ -19,6 +19,15 @@ RUN_FILE = "finetune.yaml"
 ADAPTER_CONFIG = "adapter_config.json"
 """The file that only the folder of an adapter has, in PEFT's format."""
 
+WEIGHTS_FILE, SCALES_FILE = "adapter_model.safetensors", "modulora_scales.safetensors"
+"""The files of A and B, in PEFT's format, and of channel scales."""
+
+RECORD_FILE = "modulora.json"
+"""The file that identifies the base of an adapter."""
+
+INDEX = "model.safetensors.index.json"
+"""The file that names the shard of each tensor."""
+
 TEMPLATES = "additional_chat_templates"
 """The subfolder whose files are read too."""
 

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from modulora_core import registry
 from modulora_core.errors import ModelError, OptionError, PluginError
 from modulora_core.hookspecs import QUANTIZATION_KEYS, FormatSpec
-from modulora_core.models.formats import CheckpointFormat, FormatReader
 from modulora_core.models.json_files import read_json
+
+if TYPE_CHECKING:
+    from modulora_core.models.formats import CheckpointFormat, FormatReader
 
 Class = TypeVar("Class")
 
@@ -50,6 +52,25 @@ def specs() -> dict[str, FormatSpec]:
     return {name: found[name] for name in sorted(found)}
 
 
+def find(name: str) -> InstalledFormat:
+    """The installed format called ``name``, whose class is not imported.
+
+    Raises:
+        OptionError: no installed plugin has it.
+        PluginError: several plugins have it, or its plugin can't be used.
+    """
+    named = [entry for entry in registry.formats() if entry.name == name]
+    if not named:
+        sentence = f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}"
+        provider = registry.providers().get(f"format-{name}")
+        raise OptionError(
+            sentence + (f"; it is of {registry.absence(provider)}" if provider else "")
+        )
+    entry = registry.usable(named)
+    assert entry.spec is not None  # usable() returns usable entries only
+    return InstalledFormat(entry.spec, entry)
+
+
 def create(name: str) -> FormatReader:
     """The installed format called ``name``.
 
@@ -57,27 +78,23 @@ def create(name: str) -> FormatReader:
         OptionError: no installed plugin has it, or it is a format of files.
         PluginError: several plugins have it, or its class can't be used.
     """
-    named = [entry for entry in registry.formats() if entry.name == name]
-    if not named:
-        sentence = f"format {name!r}: expected one of {', '.join(['modulora', *specs()])}"
-        provider = registry.providers().get(f"format-{name}")
-        hint = f"; it is of {provider}, which isn't installed: {registry.INSTALL}"
-        raise OptionError(sentence + (hint if provider else ""))
-    entry = registry.usable(named)
-    assert entry.spec is not None  # usable() returns usable entries only
-    if entry.spec.adapters:
+    from modulora_core.models.formats import FormatReader  # torch
+
+    found = find(name)
+    if found.spec.adapters:
         raise OptionError(f"format {name!r}: expected a format of models, got one of adapters")
-    if suffix := entry.spec.file_suffix:
+    if suffix := found.spec.file_suffix:
         raise OptionError(
             f"format {name!r}: expected a format of folders, got one of files *{suffix}, "
             "which merge writes"
         )
-    found = InstalledFormat(entry.spec, entry)
-    return found.create(entry.spec.location, FormatReader)  # type: ignore[type-abstract]
+    return found.create(found.spec.location, FormatReader)  # type: ignore[type-abstract]
 
 
 def create_writer(name: str) -> CheckpointFormat:
     """As :func:`create`, for writing. Raises OptionError also for a format that is only read."""
+    from modulora_core.models.formats import CheckpointFormat
+
     found = create(name)
     if not isinstance(found, CheckpointFormat):
         raise OptionError(
@@ -89,6 +106,8 @@ def create_writer(name: str) -> CheckpointFormat:
 
 def _written() -> Iterator[str]:
     """The formats of folders that plugins write too."""
+    from modulora_core.models.formats import CheckpointFormat
+
     for name in specs():
         with suppress(OptionError, PluginError):  # of files, or broken
             if isinstance(create(name), CheckpointFormat):
@@ -158,8 +177,8 @@ def unread_file(path: str | Path) -> str:
     """Say for a message that no installed plugin reads ``path``, and which one to install."""
     suffix = Path(path).suffix.lower()
     plugin = _known_suffixes().get(suffix)
-    sentence = f"expected a plugin that reads files *{suffix}, got none"
-    return f"{sentence}; install {'one' if plugin is None else f'{plugin}: {registry.INSTALL}'}"
+    sentence = f"expected a plugin that reads files *{suffix}, got none; "
+    return sentence + (f"it is {registry.absence(plugin)}" if plugin else "install one")
 
 
 def _known_suffixes() -> dict[str, str]:

@@ -19,15 +19,30 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modulora_core import registry
-from modulora_core.errors import ModelError, RequestError, first_line, usable_path
+from modulora_core.errors import (
+    AdapterError,
+    ModelError,
+    RequestError,
+    first_line,
+    usable_path,
+)
 from modulora_core.models import installed_formats
-from modulora_core.models.folders import ADAPTER_CONFIG, check_links
-from modulora_core.models.formats import ModelFile
+from modulora_core.models.folders import (
+    ADAPTER_CONFIG,
+    INDEX,
+    RECORD_FILE,
+    SCALES_FILE,
+    WEIGHTS_FILE,
+    check_links,
+)
 from modulora_core.models.installed_formats import InstalledFormat
-from modulora_core.models.safetensors_store import INDEX, shards_of
 from modulora_core.models.tokenizer import COPIED_FILES
+
+if TYPE_CHECKING:
+    from modulora_core.models.formats import ModelFile
 
 _PACKAGE = "package:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -43,6 +58,8 @@ class FoundFile:
 
     def open(self) -> ModelFile:
         """Open the file. Raises PluginError, or as :class:`ModelFile`."""
+        from modulora_core.models.formats import ModelFile  # torch, which no place needs
+
         entry, spec = self.format.entry, self.format.spec
         # mypy's type[T] takes no abstract class; import_class refuses one
         opened = registry.import_class(entry, spec.location, ModelFile)  # type: ignore[type-abstract]
@@ -198,12 +215,42 @@ def fetch_weights(location: Location) -> Location:
         ModelError: a file can't be downloaded.
         CheckpointError: the index of the shards is broken.
     """
+    from modulora_core.models.safetensors_store import shards_of  # torch
+
     if location.kind != "hub":
         return location
     names = shards_of(location.folder)
     if all((location.folder / name).is_file() for name in names):
         return location
     return replace(location, folder=download(location.name, location.revision, names))
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The folder of an adapter, which is a folder or ``org/name`` on the Hub.
+
+    Raises:
+        AdapterError: nothing is there, or it lacks the files of an adapter in PEFT's format.
+    """
+    folder = usable_path(path, "adapter", AdapterError)
+    if not folder.is_dir():
+        name, revision = without_revision(str(path))
+        if "/" not in name or not HUB_ID.fullmatch(name) or Path(name).exists():
+            raise AdapterError(f"adapter {path}: expected a folder or a Hub id (org/name)")
+        files = [ADAPTER_CONFIG, WEIGHTS_FILE, RECORD_FILE, SCALES_FILE]
+        folder = download(name, revision, files, subject="adapter", error=AdapterError)
+    check_links(folder, AdapterError)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise AdapterError(
+            f"adapter {path}: expected {ADAPTER_CONFIG} in it, found none; an unfinished run has "
+            "its adapters in checkpoints/checkpoint-N"
+        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        hint = " (adapter_model.bin is a pickle: load it with peft and save it again)"
+        raise AdapterError(
+            f"adapter {path}: expected {WEIGHTS_FILE} in it, found none{hint if pickled else ''}"
+        )
+    return folder
 
 
 def download(

@@ -23,13 +23,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modulora_core.errors import CheckpointError
-from modulora_core.models.folders import ADAPTER_CONFIG, HOLDS_AN_ADAPTER
+from modulora_core.models.folders import ADAPTER_CONFIG, HOLDS_AN_ADAPTER, INDEX
 from modulora_core.models.installed_formats import file_suffixes
 from modulora_core.models.json_files import MOST_BYTES, check_json, read_json, without_collections
 from modulora_core.models.store import StoredTensor
 
 SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MOST_TENSORS = 100_000
 """The most tensors of one file. A published file has at most 30,000, a model 210,000."""
 

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
@@ -214,7 +217,7 @@ def _linear(
     """The site of a parameter; None if it isn't a linear weight."""
     from transformers.pytorch_utils import Conv1D
 
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or _is_read(model, path):
         return None
     kind: Kind
     experts, bias = None, "bias"
@@ -231,6 +234,26 @@ def _linear(
     shape = (columns, rows) if transposed else (rows, columns)
     has_bias = getattr(module, bias, None) is not None
     return LinearSite(f"{path}.{parameter}", path, kind, *shape, experts, transposed, has_bias)
+
+
+_READ = re.compile(r"\b(\w+)\.(\w+)\.weight\s*(?:@|\.(?!dtype|device|shape|size|requires_grad))")
+"""A line such as ``self.dt_proj.weight @ x`` (Mamba), ``attention.output.weight.div_`` (RWKV)."""
+
+
+def _is_read(model: PreTrainedModel, path: str) -> bool:
+    """Whether the model's code reads a layer's weight, so that calling the layer is not all."""
+    parent, _, leaf = path.rpartition(".")
+    names = {("self", leaf), (parent.rpartition(".")[2], leaf)}
+    return not names.isdisjoint(_weights_read(type(model.get_submodule(parent))))
+
+
+@cache
+def _weights_read(kind: type[nn.Module]) -> set[tuple[str, str]]:
+    """The last two names of each layer whose weight is read in the file of a module's class."""
+    try:
+        return {*_READ.findall(inspect.getsource(inspect.getmodule(kind)))}  # type: ignore[arg-type]
+    except (OSError, TypeError):  # a class without a file
+        return set()
 
 
 def _computes_linear(module: nn.Linear) -> bool:

@@ -22,7 +22,11 @@ PACK_IN_PYTHON = (
 
 
 def build_skeleton(
-    config: PretrainedConfig, dtype: torch.dtype, *, buffers: bool = False
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    buffers: bool = False,
+    auto: str = "AutoModelForCausalLM",
 ) -> PreTrainedModel:
     """Build the causal language model of a config on the meta device: it takes no memory.
 
@@ -30,17 +34,19 @@ def build_skeleton(
         config: of the model; it isn't changed.
         dtype: the dtype that the model is loaded in.
         buffers: compute buffers, such as rotary frequencies, on the CPU, not on the meta device.
+        auto: transformers' name of another kind of model, such as a classifier.
 
     Raises:
         ModelError: transformers has no causal language model for this config, or can't build it.
     """
+    import transformers
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = deepcopy(config)
     try:
         with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            kind = getattr(transformers, auto)
+            model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         # a config may hold any nonsense, and the classes raise what they like
         raise ModelError(

@@ -136,12 +136,12 @@ def open_dense(model: str | Location, *, revision: str | None = None) -> ModelSo
         store = SafetensorsStore(location.folder)
         dtype = load_dtype(config, store.tensors.values())
         source = source_with(location, build_skeleton(config, dtype), dtype, values, store)
-    _refuse_integers(source)
+    refuse_integers(source)
     _refuse_unplaced(source)
     return source
 
 
-def _refuse_integers(source: ModelSource) -> None:
+def refuse_integers(source: ModelSource) -> None:
     """Refuse integers in the place of weights, which transformers casts without a word."""
     floats = {name for name, info in source.parameters.items() if info.dtype.is_floating_point}
     stored = source.store.tensors
@@ -164,22 +164,6 @@ def _refuse_unplaced(source: ModelSource) -> None:
             f"model {source.location.model}: expected the tensors of {kind}, got "
             f"{len(source.unplaced)} that it has no place for, such as {named}; {PACK_IN_PYTHON}"
         )
-
-
-def open_config(location: Location) -> PretrainedConfig:
-    """The config of a model of safetensors, with the dtype that transformers loads it in.
-
-    The weights need not be there: those of a Hub model are not downloaded.
-
-    Raises:
-        ModelError: as :func:`open_dense`.
-    """
-    with quiet():
-        config, _ = read_config(location.folder)
-        dtype = load_dtype(config, ())
-        config = build_skeleton(config, dtype).config  # refuses other models than language models
-    config.name_or_path, config.dtype = location.model, dtype
-    return config
 
 
 def source_with(

@@ -4,14 +4,10 @@
 folder, which the real importlib.metadata finds on the path.
 """
 
-from __future__ import annotations
-
 import importlib
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import huggingface_hub.constants
 import pytest
@@ -30,9 +26,7 @@ TOY_INIT, TOY_QUANTIZER, TOY_FORMAT = (
 )
 
 
-def install_package(
-    root: Path, distribution: str, entry_point: str, package: str, files: dict[str, str]
-) -> None:
+def install_package(root, distribution, entry_point, package, files):
     """Lay out ``package`` and its dist-info below ``root`` as pip would."""
     folder = root / package
     folder.mkdir(parents=True)
@@ -45,12 +39,12 @@ def install_package(
 
 
 @pytest.fixture(scope="session")
-def toy_root() -> Path:
+def toy_root():
     return TOY_SITE
 
 
 @pytest.fixture(scope="session")
-def toy(toy_root: Path) -> Iterator[ModuleType]:
+def toy(toy_root):
     """The module with ``Toy`` and ``Verbatim``, installed as a plugin for the session."""
     sys.path.insert(0, str(toy_root))
     importlib.invalidate_caches()
@@ -59,7 +53,7 @@ def toy(toy_root: Path) -> Iterator[ModuleType]:
 
 
 @pytest.fixture
-def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def offline_hub(tmp_path, monkeypatch):
     """The Hub's cache in a folder of this test, without a network: the files of org/tiny."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -70,23 +64,19 @@ def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def generator() -> torch.Generator:
+def generator():
     return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="session")
-def pack(
-    toy: ModuleType, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., tuple[Path, Path]]:
+def pack(toy, tmp_path_factory):
     """``pack(architecture, quantizer)`` gives the folders of a tiny model, dense and packed."""
     from modulora_core.quantization.quantize import quantize
     from modulora_core.tests.tiny_models import save_tiny_model
 
-    made: dict[tuple[object, ...], tuple[Path, Path]] = {}
+    made = {}
 
-    def folders(
-        architecture: str, quantizer: str = "verbatim", exclude: tuple[str, ...] = ()
-    ) -> tuple[Path, Path]:
+    def folders(architecture, quantizer="verbatim", exclude=()):
         key = (architecture, quantizer, exclude)
         if key not in made:
             root = tmp_path_factory.mktemp(architecture)
@@ -99,7 +89,7 @@ def pack(
 
 
 @pytest.fixture(scope="session")
-def tunable(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tunable(toy, tmp_path_factory):
     """The folder of a tiny packed Llama with a tokenizer and a window of 128 tokens."""
     from modulora_core.quantization.quantize import quantize
     from modulora_core.tests.adapted_models import save_llama_with_tokenizer
@@ -111,7 +101,7 @@ def tunable(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
+def one_thread():
     """Tiny products on several threads mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -120,7 +110,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
+def site(tmp_path, monkeypatch):
     """A site-packages folder on the path of this process; its modules are forgotten afterwards."""
     monkeypatch.delenv(registry.BLOCK_VARIABLE, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from hypothesis import HealthCheck, event, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from modulora_core.checkpoints.opening import open_packed
@@ -65,6 +65,18 @@ def run_once(model: Path) -> None:
     checkpoint.check_whole()
     with torch.no_grad():
         load_model(checkpoint)(torch.arange(3, 11)[None])
+
+
+def refused_or_runs(folder: Path, count: int = 60) -> None:
+    """Change a folder of a packed model so many times. It is refused in one line, or runs."""
+    run_once(folder)
+
+    @cases(count)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        read_changed(folder, ["config.json", "*.safetensors"], data, lambda: run_once(folder))
+
+    check()
 
 
 def read_changed(

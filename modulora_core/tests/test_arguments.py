@@ -23,6 +23,7 @@ api: Any = modulora_core
 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "null byte": (lambda _: api.load_model("a\0b"), "null"),
+    "bytes": (lambda _: api.load_model("a\udcff"), "model 'a\\udcff': expected a name in UTF-8"),
     "out": (lambda _: api.quantize("m", None, "toy"), "out: expected str or Path, got None"),
     "include": (
         lambda _: api.quantize("m", "o", "toy", include="q_proj"),

@@ -1,23 +1,18 @@
 """torch.compile around packed layers: the packed product is one operation of the graph."""
 
-from __future__ import annotations
-
-import copy
 import subprocess
 import sys
-from collections.abc import Callable
-from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.packed_parameters import PackedParameter, PackedTable
 
 
 @pytest.fixture
-def layer(toy: ModuleType) -> LoRALinear:
+def layer(toy):
     quantizer = toy.Toy()
     torch.manual_seed(0)
     packed = quantizer.pack(torch.randn(11, 7))
@@ -29,29 +24,8 @@ def layer(toy: ModuleType) -> LoRALinear:
     return layer
 
 
-def compiled(layer: LoRALinear) -> Callable[[Tensor], Tensor]:
+def compiled(layer):
     return torch.compile(layer, backend="aot_eager", fullgraph=True)
-
-
-def results(layer: LoRALinear, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Output, dX, dA, dB and dbias."""
-    layer.zero_grad()
-    x = torch.linspace(-1, 1, 21).view(3, 7).requires_grad_()
-    y = run(x)
-    y.square().sum().backward()
-    gradients = [leaf.grad for leaf in (x, *layer.parameters()) if leaf.grad is not None]
-    assert len(gradients) == 4
-    return [y.detach(), *gradients]
-
-
-def test_a_compiled_layer_gives_the_eager_results_without_a_warning(layer: LoRALinear) -> None:
-    expected = results(layer, layer)
-    # pytest turns warnings into errors, and fullgraph a break of the graph
-    for another in (layer, copy.deepcopy(layer), copy.deepcopy(layer).to("cpu")):
-        found = results(another, compiled(another))
-        for exact, got in zip(expected, found, strict=True):
-            torch.testing.assert_close(got, exact, rtol=0, atol=0)
-    torch._dynamo.reset()
 
 
 EAGER = """
@@ -74,7 +48,7 @@ print(y[0, 0].item(), x.grad[0, 0].item(), "torch._dynamo" in sys.modules)
 """
 
 
-def test_a_product_that_is_not_compiled_imports_no_compiler() -> None:
+def test_a_product_that_is_not_compiled_imports_no_compiler():
     """Importing it takes seconds."""
     done = subprocess.run([sys.executable, "-c", EAGER], capture_output=True, text=True)
     assert done.stdout.split() == ["3.0", "4.0", "False"], done.stderr
@@ -82,13 +56,13 @@ def test_a_product_that_is_not_compiled_imports_no_compiler() -> None:
 
 # torch 2.15's check reads it itself
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_the_products_operation_keeps_torchs_rules(layer: LoRALinear) -> None:
+def test_the_products_operation_keeps_torchs_rules(layer):
     """Schema, fake tensors, autograd registration and AOT dispatch, as torch checks them."""
     x = torch.randn(3, 7, requires_grad=True)
     torch.library.opcheck(torch.ops.modulora.product.default, (x, layer.weight.number, False))
 
 
-def test_a_compiled_lookup_gives_the_eager_rows(toy: ModuleType) -> None:
+def test_a_compiled_lookup_gives_the_eager_rows(toy):
     quantizer = toy.Toy()
     table = PackedTable(quantizer, quantizer.pack(torch.randn(11, 7)))
     ids = torch.tensor([[0, 10], [3, 3]])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modulora_core.errors import AdapterError, CheckpointError, ShapeError
+from modulora_core.errors import AdapterError, CheckpointError, DenseWeightError, ShapeError
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.spec import PackedWeight
@@ -41,21 +39,6 @@ def test_a_bias_of_another_size_is_refused(weight: PackedParameter) -> None:
         QuantLinear(weight, nn.Parameter(torch.randn(4)))
 
 
-@pytest.mark.parametrize(
-    "cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to(torch.float16)]
-)
-def test_casting_the_model_never_casts_packed_tensors(
-    weight: PackedParameter, cast: Callable[[nn.Module], nn.Module]
-) -> None:
-    layer = QuantLinear(weight, nn.Parameter(torch.randn(6)))
-    before = {name: tensor.clone() for name, tensor in weight.packed.tensors.items()}
-    cast(layer)
-    assert layer.bias.dtype != torch.float32
-    for name, tensor in layer.weight.packed.tensors.items():
-        assert tensor.dtype == before[name].dtype
-        assert torch.equal(tensor, before[name])
-
-
 def test_tensors_are_parameters_without_a_gradient(toy: ModuleType) -> None:
     """DDP broadcasts buffers at each forward; FSDP2 shards parameters of at least one dimension."""
     tensors = {"codes": torch.ones(6, 4, dtype=torch.int8), "scale": torch.ones(6, 1).half()}
@@ -77,43 +60,10 @@ def test_widened_tensors_are_narrowed_again(toy: ModuleType) -> None:
     assert weight.packed.tensors["scale"].dtype is torch.float16
 
 
-def test_moving_the_model_moves_packed_tensors(weight: PackedParameter) -> None:
-    weight.to("meta")
-    assert weight.packed.device.type == "meta"
-
-
-def test_a_replaced_tensor_is_what_the_next_product_uses(weight: PackedParameter) -> None:
-    x = torch.randn(2, 4)
-    before = F.linear(x, weight)
-    weight.scale = nn.Parameter(weight.scale * 2, requires_grad=False)
-    torch.testing.assert_close(F.linear(x, weight), 2 * before)
-
-
 def test_a_tensor_of_another_shape_is_refused(weight: PackedParameter) -> None:
     weight.scale = nn.Parameter(torch.ones(5, 1), requires_grad=False)
     with pytest.raises(CheckpointError, match="expected"):
         _ = weight.packed
-
-
-def test_state_dict_round_trip_and_deepcopy_keep_every_bit(
-    weight: PackedParameter, toy: ModuleType
-) -> None:
-    layer = LoRALinear(QuantLinear(weight))
-    layer.add_adapter("default", 2, alpha=4)
-    other = LoRALinear(
-        QuantLinear(PackedParameter(toy.Toy(), weight.layout.empty(torch.device("cpu"))))
-    )
-    other.add_adapter("default", 2, alpha=4)
-    other.load_state_dict(layer.state_dict())
-    x = torch.randn(3, 4)
-    assert torch.equal(other(x), layer(x))
-    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
-    assert set(layer.state_dict()) == {
-        "weight.codes",
-        "weight.scale",
-        "lora_A.default",
-        "lora_B.default",
-    }
 
 
 def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy: ModuleType) -> None:
@@ -143,7 +93,8 @@ def test_another_torch_function_on_a_packed_weight_says_so(weight: PackedParamet
         (torch.matmul, weight, torch.ones(4, 2)),
         (F.linear, weight, torch.ones(2, 4)),
     ):
-        with pytest.raises(TypeError, match="PackedParameter"):
+        name = function.__name__
+        with pytest.raises(DenseWeightError, match=f"^{name} of a 6x4 weight packed by toy: "):
             function(*operands)
 
 
@@ -178,17 +129,6 @@ def test_several_adapters_of_different_ranks_add_up(weight: PackedParameter) -> 
     )
 
 
-def test_dropout_is_off_outside_of_training(weight: PackedParameter) -> None:
-    layer = LoRALinear(QuantLinear(weight))
-    layer.add_adapter("default", 2, alpha=4, dropout=0.5)
-    nn.init.normal_(layer.lora_B["default"])
-    x = torch.randn(64, 4)
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-    layer.train()
-    assert not torch.equal(layer(x), layer(x))
-
-
 @pytest.mark.parametrize(
     ("kwargs", "message"), [({"rank": 0}, "rank"), ({"rank": 2, "dropout": 1.0}, "dropout")]
 )
@@ -201,18 +141,6 @@ def test_an_adapter_with_impossible_settings_is_refused(
     layer.add_adapter("default", 1, alpha=1)
     with pytest.raises(AdapterError, match="one of that name"):
         layer.add_adapter("default", 1, alpha=1)
-
-
-def test_new_scales_are_float32_and_change_no_bit(weight: PackedParameter) -> None:
-    scaled = LoRALinear(QuantLinear(weight))
-    scaled.add_adapter("default", 2, alpha=4, channel_scales=True)
-    parameters = scaled.parameters_of("default")
-    shapes = {"lora_A": (2, 4), "lora_B": (6, 2), "input_scale": (4,), "output_scale": (6,)}
-    assert {name: tuple(p.shape) for name, p in parameters.items()} == shapes
-    assert {p.dtype for p in parameters.values()} == {torch.float32}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(3, 4).to(dtype)
-        assert torch.equal(scaled(x), QuantLinear(weight)(x))
 
 
 def test_scales_of_several_adapters_multiply_and_all_train(weight: PackedParameter) -> None:

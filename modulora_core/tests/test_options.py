@@ -1,9 +1,6 @@
 """Options: words of a command line become a validated model."""
 
-from __future__ import annotations
-
 import re
-from types import ModuleType
 from typing import Literal
 
 import pytest
@@ -21,7 +18,7 @@ class Choices(BaseModel):
     flag: Literal[True] | int = 0
 
 
-def test_parse_options_keeps_everything_after_the_first_equals_sign() -> None:
+def test_parse_options_keeps_everything_after_the_first_equals_sign():
     assert parse_options(["a=1", "b=x=y", "c=", " d =e"]) == {
         "a": "1",
         "b": "x=y",
@@ -31,7 +28,7 @@ def test_parse_options_keeps_everything_after_the_first_equals_sign() -> None:
 
 
 @pytest.mark.parametrize("words", [["group_size"], ["=64"], ["group_size 64"], ["a=1", "a=2"]])
-def test_parse_options_refuses_what_is_not_one_value_for_one_key(words: list[str]) -> None:
+def test_parse_options_refuses_what_is_not_one_value_for_one_key(words):
     with pytest.raises(OptionError, match="expected"):
         parse_options(words)
 
@@ -48,16 +45,14 @@ def test_parse_options_refuses_what_is_not_one_value_for_one_key(words: list[str
         (["flag=7"], {"flag": 7}),
     ],
 )
-def test_a_word_is_read_as_the_number_of_a_literal(
-    words: list[str], meant: dict[str, object]
-) -> None:
+def test_a_word_is_read_as_the_number_of_a_literal(words, meant):
     read = validate_options("alpha", Choices, parse_options(words)).model_dump()
     expected = Choices(**meant).model_dump()
     assert read == expected
     assert [type(value) for value in read.values()] == [type(value) for value in expected.values()]
 
 
-def test_a_word_that_is_none_of_a_literal_is_refused() -> None:
+def test_a_word_that_is_none_of_a_literal_is_refused():
     with pytest.raises(OptionError, match="option 'bits': expected 2, 3 or 4, got '5'"):
         validate_options("alpha", Choices, {"bits": "5"})
 
@@ -76,7 +71,7 @@ def test_a_word_that_is_none_of_a_literal_is_refused() -> None:
         ),  # a value may have what separates
     ],
 )
-def test_a_label_equals_the_parsed_text(text: str, expected: Choice) -> None:
+def test_a_label_equals_the_parsed_text(text, expected):
     assert Choice.parse(text) == expected
     assert expected.label == text
 
@@ -91,12 +86,12 @@ def test_a_label_equals_the_parsed_text(text: str, expected: Choice) -> None:
         ("toy:levels=9,levels=8", "'levels': expected once, got '9' and '8'"),
     ],
 )
-def test_a_malformed_choice_is_refused_in_the_name_of_its_flag(text: str, message: str) -> None:
+def test_a_malformed_choice_is_refused_in_the_name_of_its_flag(text, message):
     with pytest.raises(OptionError, match=re.escape(message)):
         Choice.parse(text, "--some")
 
 
-def test_options_are_checked_when_the_quantizer_is_made(toy: ModuleType) -> None:
+def test_options_are_checked_when_the_quantizer_is_made(toy):
     quantizer = Choice.parse("toy:levels=9").create()
     assert quantizer.options.model_dump() == {"levels": 9}
     with pytest.raises(OptionError, match="levels"):

@@ -1,14 +1,10 @@
 """The whole job works where Linux's own parts are missing, as on macOS and Windows."""
 
-from __future__ import annotations
-
 import mmap
 import os
 import signal
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -20,12 +16,12 @@ TEXT = "The with statement wraps a block. " * 60
 
 
 @pytest.fixture(params=["macOS", "Windows"])
-def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def elsewhere(request, monkeypatch):
     """Hide /proc, and what the standard library lacks on that system."""
     for name in ("exists", "is_file", "read_text", "write_text", "open"):
         real = getattr(Path, name)
 
-        def without_proc(self: Path, *words: Any, _real: Any = real, **more: Any) -> Any:
+        def without_proc(self, *words, _real=real, **more):
             if self.parts[:2] == ("/", "proc"):
                 if _real.__name__ in ("exists", "is_file"):
                     return False
@@ -43,9 +39,7 @@ def elsewhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return str(request.param)
 
 
-def test_quantizing_finetuning_and_measuring_work(
-    elsewhere: str, tmp_path: Path, toy: ModuleType
-) -> None:
+def test_quantizing_finetuning_and_measuring_work(elsewhere, tmp_path, toy):
     save_llama_with_tokenizer(tmp_path / "dense")
     (tmp_path / "notes.txt").write_text(TEXT, "utf-8")
     packed, adapter, notes = (str(tmp_path / name) for name in ("packed", "adapter", "notes.txt"))
@@ -55,7 +49,7 @@ def test_quantizing_finetuning_and_measuring_work(
     )
     result = finetune(config, progress=False)
     assert len(result.losses) == 2
-    measured: Any = evaluate(packed, notes, adapter=adapter, seq_len=16, segments=2)
+    measured = evaluate(packed, notes, adapter=adapter, seq_len=16, segments=2)
     assert measured.perplexity > 1
     with PeakMemory() as peak:
         pass
@@ -63,9 +57,7 @@ def test_quantizing_finetuning_and_measuring_work(
 
 
 @pytest.mark.slow
-def test_mapped_weights_need_no_advice_to_the_kernel(
-    elsewhere: str, tmp_path: Path, toy: ModuleType
-) -> None:
+def test_mapped_weights_need_no_advice_to_the_kernel(elsewhere, tmp_path, toy):
     save_llama_with_tokenizer(tmp_path / "dense")
     (tmp_path / "notes.txt").write_text(TEXT, "utf-8")
     quantize(tmp_path / "dense", tmp_path / "packed", "toy")

@@ -1,7 +1,5 @@
 """Discovery: each plugin on its own, with a status and a reason."""
 
-from __future__ import annotations
-
 import json
 import sys
 
@@ -15,18 +13,17 @@ from modulora_core.errors import (
     IncompatiblePluginError,
     UnknownQuantizerError,
 )
-from modulora_core.registry import Entry
-from modulora_core.tests.fake_site import HOOK, FakeSite, failing, spec
+from modulora_core.tests.fake_site import HOOK, failing, spec
 
 
-def named(name: str) -> list[Entry]:
+def named(name):
     return [entry for entry in registry.entries() if entry.name == name]
 
 
 # --- listing -------------------------------------------------------------------------------------
 
 
-def test_an_installed_plugin_is_listed_with_its_distribution(site: FakeSite) -> None:
+def test_an_installed_plugin_is_listed_with_its_distribution(site):
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha", version="2.3")
     (entry,) = named("alpha")
     assert (entry.distribution, entry.version, entry.status, entry.reason) == (
@@ -39,7 +36,7 @@ def test_an_installed_plugin_is_listed_with_its_distribution(site: FakeSite) -> 
     assert entry.spec.location == "fake_alpha_quantizer:Mine"
 
 
-def test_listing_imports_neither_the_quantizer_module_nor_torch(site: FakeSite) -> None:
+def test_listing_imports_neither_the_quantizer_module_nor_torch(site):
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     result = site.run("""
         import json, sys
@@ -53,18 +50,11 @@ def test_listing_imports_neither_the_quantizer_module_nor_torch(site: FakeSite) 
     assert imported == []
 
 
-def test_one_entry_point_may_bring_several_quantizers(site: FakeSite) -> None:
+def test_one_entry_point_may_bring_several_quantizers(site):
     both = f"{spec('alpha', 'fake_both_q:A')}, {spec('beta', 'fake_both_q:B')}"
     site.install("fake-both", {"both": "fake_both"}, {"fake_both": HOOK.format(specs=both)})
     assert [e.status for e in named("alpha") + named("beta")] == ["ok", "ok"]
     assert named("both") == []
-
-
-def test_entry_points_of_other_groups_are_not_read(site: FakeSite) -> None:
-    site.install(
-        "fake-other", {"other": "fake_other"}, {"fake_other": failing("read")}, group="modulora2"
-    )
-    assert named("other") == []
 
 
 BROKEN = {
@@ -103,9 +93,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("source", "reason"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_plugin_is_listed_with_its_reason_and_harms_no_other(
-    site: FakeSite, source: str, reason: str
-) -> None:
+def test_a_broken_plugin_is_listed_with_its_reason_and_harms_no_other(site, source, reason):
     site.install("fake-broken", {"broken": "fake_broken"}, {"fake_broken": source})
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     (broken,) = named("broken")
@@ -120,16 +108,10 @@ def test_a_broken_plugin_is_listed_with_its_reason_and_harms_no_other(
     assert reason in str(raised.value)
 
 
-def test_a_plugin_without_metadata_is_still_listed(site: FakeSite) -> None:
-    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-    (site.path / "fake_alpha-1.0.dist-info" / "METADATA").unlink()
-    assert [entry.status for entry in named("alpha")] == ["ok"]
-
-
 # --- versions, duplicates, the block list --------------------------------------------------------
 
 
-def test_a_plugin_of_another_protocol_is_incompatible_and_says_both(site: FakeSite) -> None:
+def test_a_plugin_of_another_protocol_is_incompatible_and_says_both(site):
     site.install_quantizer("future", distribution="fake-future", module="fake_future", protocol=9)
     (entry,) = named("future")
     assert entry.status == "incompatible"
@@ -140,7 +122,7 @@ def test_a_plugin_of_another_protocol_is_incompatible_and_says_both(site: FakeSi
     assert "fake-future 1.0" in str(raised.value)
 
 
-def test_two_distributions_with_one_name_are_an_error_that_names_both(site: FakeSite) -> None:
+def test_two_distributions_with_one_name_are_an_error_that_names_both(site):
     site.install_quantizer("twin", distribution="fake-one", module="fake_one", version="1.1")
     site.install_quantizer("twin", distribution="fake-two", module="fake_two", version="2.2")
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
@@ -157,19 +139,7 @@ def test_two_distributions_with_one_name_are_an_error_that_names_both(site: Fake
     assert registry.find("alpha").status == "ok"
 
 
-def test_two_quantizers_of_one_name_behind_different_entry_points_are_an_error(
-    site: FakeSite,
-) -> None:
-    for distribution, module in (("fake-one", "fake_one"), ("fake-two", "fake_two")):
-        hook = HOOK.format(specs=spec("twin", f"{module}_q:Mine"))
-        site.install(distribution, {f"point-of-{module}": module}, {module: hook})
-    with pytest.raises(DuplicatePluginError):
-        registry.find("twin")
-
-
-def test_blocking_one_distribution_of_a_duplicate_frees_the_other(
-    site: FakeSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocking_one_distribution_of_a_duplicate_frees_the_other(site, monkeypatch):
     site.install_quantizer("twin", distribution="fake-one", module="fake_one")
     site.install_quantizer("twin", distribution="fake-two", module="fake_two")
     monkeypatch.setenv(registry.BLOCK_VARIABLE, "fake-two")
@@ -177,9 +147,7 @@ def test_blocking_one_distribution_of_a_duplicate_frees_the_other(
 
 
 @pytest.mark.parametrize("block", ["alpha", "other, alpha", "ALPHA", "fake-alpha", "Fake_Alpha"])
-def test_a_blocked_plugin_is_not_imported_and_says_so(
-    site: FakeSite, monkeypatch: pytest.MonkeyPatch, block: str
-) -> None:
+def test_a_blocked_plugin_is_not_imported_and_says_so(site, monkeypatch, block):
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     monkeypatch.setenv(registry.BLOCK_VARIABLE, block)
     assert [entry.status for entry in named("alpha")] == ["blocked"]
@@ -190,19 +158,10 @@ def test_a_blocked_plugin_is_not_imported_and_says_so(
     assert registry.find("alpha").status == "ok"
 
 
-def test_one_quantizer_of_a_plugin_can_be_blocked(
-    site: FakeSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both = f"{spec('alpha', 'fake_both_q:A')}, {spec('beta', 'fake_both_q:B')}"
-    site.install("fake-both", {"both": "fake_both"}, {"fake_both": HOOK.format(specs=both)})
-    monkeypatch.setenv(registry.BLOCK_VARIABLE, "beta")
-    assert [e.status for e in named("alpha") + named("beta")] == ["ok", "blocked"]
-
-
 # --- unknown names -------------------------------------------------------------------------------
 
 
-def test_a_name_with_options_in_it_says_where_they_go(site: FakeSite) -> None:
+def test_a_name_with_options_in_it_says_where_they_go(site):
     """``--choices`` and the benchmarks take them so."""
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     with pytest.raises(
@@ -216,7 +175,7 @@ def test_a_name_with_options_in_it_says_where_they_go(site: FakeSite) -> None:
         registry.create("other:bits=3")
 
 
-def test_an_unknown_name_says_near_misses_and_what_is_installed(site: FakeSite) -> None:
+def test_an_unknown_name_says_near_misses_and_what_is_installed(site):
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     site.install("fake-broken", {"beta": "fake_broken"}, {"fake_broken": failing("oh")})
     with pytest.raises(UnknownQuantizerError) as raised:
@@ -228,7 +187,7 @@ def test_an_unknown_name_says_near_misses_and_what_is_installed(site: FakeSite) 
     assert "Install its package" not in message
 
 
-def test_an_unknown_name_from_a_checkpoint_says_what_to_install(site: FakeSite) -> None:
+def test_an_unknown_name_from_a_checkpoint_says_what_to_install(site):
     with pytest.raises(UnknownQuantizerError, match="Install its package, fake-gamma, from a fol"):
         registry.find("gamma", distribution="fake-gamma")
     site.install_quantizer("delta", distribution="fake-gamma", module="fake_gamma", version="0.9")
@@ -239,14 +198,7 @@ def test_an_unknown_name_from_a_checkpoint_says_what_to_install(site: FakeSite) 
 @pytest.mark.parametrize(
     "hostile", ["-r evil.txt", "evil; rm -rf /", "git+https://evil", "--index-url=x", ""]
 )
-def test_a_checkpoint_can_not_put_a_command_into_the_message(site: FakeSite, hostile: str) -> None:
+def test_a_checkpoint_can_not_put_a_command_into_the_message(site, hostile):
     with pytest.raises(UnknownQuantizerError) as raised:
         registry.find("gamma", distribution=hostile)
     assert "Install its package" not in str(raised.value)
-
-
-def test_a_plugin_that_is_installed_later_is_found(site: FakeSite) -> None:
-    with pytest.raises(UnknownQuantizerError):
-        registry.find("alpha")
-    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-    assert registry.find("alpha").status == "ok"

@@ -107,3 +107,22 @@ def test_a_quantizer_without_options_says_so(site: FakeSite) -> None:
     )
     with pytest.raises(OptionError, match="unknown option 'bits' \\(it takes no options\\)"):
         registry.create("plain", {"bits": "4"})
+
+
+STARVED = """
+try:
+    raise OSError("libllvmlite.so: failed to map segment from shared object")
+except OSError:
+    raise OSError("Could not find/load shared object file 'libllvmlite.so'")
+"""
+
+
+def test_a_lack_of_memory_is_no_fault_of_a_plugin(site: FakeSite) -> None:
+    hook = HOOK.format(specs=spec("alpha", "fake_starved_q:Mine"))
+    modules = {"fake_starved": hook, "fake_starved_q": STARVED}
+    site.install("fake-starved", {"alpha": "fake_starved"}, modules)
+    with pytest.raises(OSError, match="find/load shared object"):
+        registry.create("alpha")
+    (site.path / "fake_starved_q.py").write_text("raise OSError('no such library')")
+    with pytest.raises(BrokenPluginError, match="no such library"):
+        registry.create("alpha")

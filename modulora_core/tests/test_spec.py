@@ -16,11 +16,9 @@ from modulora_core.errors import CheckpointError, OptionError, PluginError, Shap
 from modulora_core.layers import ChannelScales
 from modulora_core.spec import (
     Calibration,
-    NoOptions,
     PackedLayout,
     PackedWeight,
     QuantizerSpec,
-    TensorLayout,
     check_rows,
 )
 
@@ -144,23 +142,6 @@ def test_a_tensor_name_that_cannot_be_stored_is_refused(name: str) -> None:
         PackedWeight("mine", 1, (2, 3), {name: torch.ones(2)})
 
 
-def test_a_weight_without_tensors_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="of a toy weight: expected at least one"):
-        PackedWeight("toy", 1, (4, 4), {})
-
-
-def test_tensors_are_kept_contiguous() -> None:
-    transposed = torch.arange(6).reshape(2, 3).t()
-    kept = PackedWeight("mine", 1, (2, 3), {"codes": transposed}).tensors["codes"]
-    assert kept.is_contiguous()
-    assert torch.equal(kept, transposed)
-
-
-def test_a_dtype_that_cannot_be_stored_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="complex64"):
-        TensorLayout.of(torch.ones(2, dtype=torch.complex64))
-
-
 @pytest.mark.parametrize("rows", [(-1, 2), (3, 2), (0, 5), (5, 5)])
 def test_rows_outside_of_the_weight_are_refused(rows: tuple[int, int]) -> None:
     with pytest.raises(ShapeError, match="rows of a"):
@@ -175,10 +156,6 @@ def test_the_base_class_multiplies_by_tiles_in_both_directions(toy: ModuleType) 
     x, y = torch.randn(2, 4), torch.randn(2, 6)
     torch.testing.assert_close(quantizer.matmul(x, weight), x @ W.t())
     torch.testing.assert_close(quantizer.matmul(y, weight, transpose=True), y @ W)
-
-
-def test_the_base_class_finds_the_layout_by_packing(toy: ModuleType) -> None:
-    assert toy.Toy().layout((6, 4)) == toy.Toy().pack(torch.randn(6, 4)).layout
 
 
 def test_the_base_class_refuses_shapes_by_the_specs_multiples(toy: ModuleType) -> None:
@@ -200,8 +177,3 @@ def test_the_base_class_has_no_place_for_scales(toy: ModuleType) -> None:
         match=r"toy: expected rescales=True, got a quantizer without",
     ):
         toy.Toy().rescaled(weight, torch.ones(4), torch.ones(6))
-
-
-def test_options_of_another_class_are_refused(toy: ModuleType) -> None:
-    with pytest.raises(OptionError, match="expected options of ToyOptions"):
-        toy.Toy(NoOptions())

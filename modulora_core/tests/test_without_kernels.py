@@ -1,7 +1,5 @@
 """A quantizer of three methods needs the core alone: no toolkit, no numba and no Triton."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -43,7 +41,7 @@ assert losses[-1] < losses[0] / 2, losses
 """
 
 
-def test_a_quantizer_of_three_methods_packs_multiplies_and_trains_without_the_toolkit() -> None:
+def test_a_quantizer_of_three_methods_packs_multiplies_and_trains_without_the_toolkit():
     process = subprocess.run(
         [sys.executable, "-c", WORK], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": str(TOY_SITE)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -70,6 +71,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),  # one tensor becomes q, k and v
 }
 ARCHITECTURES = {name: entry for name, entry in ARCHITECTURES.items() if entry[0] in CONFIG_MAPPING}
+
+FAMILIES = ("llama-biased", "gpt2", "gemma3_text", "falcon", "mixtral", "gpt_oss")
+"""One for each kind of layer: biased, Conv1D, sliding, fused, experts, experts ``[in, out]``."""
+
+EVERY_ARCHITECTURE = pytest.mark.parametrize(
+    "architecture",
+    [n if n in FAMILIES else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES],
+)
+"""Each push tests the families, ``make test-all`` all architectures."""
 
 
 def tiny_config(architecture: str) -> Any:

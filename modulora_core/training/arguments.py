@@ -148,6 +148,9 @@ def _warmup_steps(config: FinetuneConfig, steps: int) -> int:
 LEAST_TOKENS = 1000
 """Trained tokens below which an adapter learns little but those tokens by heart."""
 
+LEAST_STEPS = 10
+"""Steps below which an epoch, the default, is likely shorter than its user thinks."""
+
 MOST_TIMES = 50.0
 """A learning rate this many times above or below the default is likely a slip of the exponent."""
 
@@ -169,13 +172,18 @@ def warn_of_settings(config: FinetuneConfig, examples: Any, steps: int) -> None:
     tokens = getattr(getattr(examples, "report", None), "trained_tokens", LEAST_TOKENS)
     batch = config.batch_size * config.grad_accum
     reached = steps * batch * config.seq_len * world_size()
-    if tokens < LEAST_TOKENS or len(examples) < batch:
+    if len(examples) < batch:
+        logger.warning("data: %d examples, fewer than a batch of %d", len(examples), batch)
+    if tokens < LEAST_TOKENS:
         logger.warning(
-            "data: %d examples with %d trained tokens, less than a batch of %d or than %d tokens; "
-            "a run learns little from that",
-            len(examples), tokens, batch, LEAST_TOKENS,
+            "data: %d trained tokens; a run learns little from less than %d", tokens, LEAST_TOKENS
+        )
+    if config.steps is None and config.epochs is None and steps < LEAST_STEPS:
+        logger.warning(
+            "steps: one epoch of %d examples is %d steps, which change little; give more with "
+            "--steps N or --epochs N", len(examples), steps,
         )  # fmt: skip
-    elif reached < LEAST_TOKENS:
+    elif len(examples) >= batch and reached < LEAST_TOKENS:
         logger.warning(
             "steps %d: the run reads at most %d tokens, and learns little from less than %d",
             steps, reached, LEAST_TOKENS,

@@ -15,10 +15,11 @@ The loss is exact: no approximation, and sums in fp32 or wider.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from modulora_core.data.rendering import IGNORED
-from modulora_core.training.deferred_logits import DeferredLogits, Head, deferred_head
+from modulora_core.training.readout import WHOLE, Head, Readout, read_out
 
 CHUNK_BYTES_CPU = 32 * 2**20
 """Size of a chunk's logits in fp32: 170 rows of a vocabulary of 49,152. Matrix products are at full
@@ -68,9 +69,10 @@ def chunked_loss(
 ) -> Iterator[None]:
     """Let ``model`` compute its loss from ``labels`` without whole logits, in this block.
 
-    It sets ``model.loss_function``, which transformers provides for this, and hooks on the head.
-    The usual loss with whole logits remains in three cases. The head is no plain linear layer; the
-    loss is not transformers' causal loss; or a step between them is not pointwise.
+    It sets ``model.loss_function``, which transformers provides for this, and torch's hooks. The
+    output then has the logits of the last position alone. The usual loss with whole logits remains
+    in three cases. The head is no plain linear layer. The loss is not transformers' causal loss.
+    The model does more with its logits than scale and cap them.
 
     Args:
         model: a transformers model, not wrapped.
@@ -79,62 +81,69 @@ def chunked_loss(
         row_loss: the loss of a row, for a model with transformers' causal loss.
     """
     before = model.loss_function
-    if before is not ForCausalLMLoss:
+    forward = inspect.unwrap(type(model).forward)
+    if before is not ForCausalLMLoss or "loss_function" not in forward.__code__.co_names:
         assert row_loss is cross_entropy, "the model has a loss of its own"
         yield
         return
-    with deferred_logits(model):
-        model.loss_function = partial(_causal_lm_loss, chunk_bytes=chunk_bytes, row_loss=row_loss)
+    with read_out(model) as readout:
+        model.loss_function = partial(
+            _causal_lm_loss, readout, chunk_bytes=chunk_bytes, row_loss=row_loss
+        )
         try:
             yield
         finally:
             model.loss_function = before
 
 
-def deferred_logits(model: Any) -> AbstractContextManager[None]:
-    """Let ``model`` return logits that are computed when they are read, in this block."""
-    return deferred_head(model.get_output_embeddings())
-
-
-def token_losses(logits: Tensor, labels: Tensor, chunk_bytes: int | None = None) -> Tensor:
+def token_losses(
+    readout: Readout | Tensor, labels: Tensor, chunk_bytes: int | None = None
+) -> Tensor:
     """-log p of each label, in nats, and 0 for an ignored one; without a gradient.
 
     Args:
-        logits: ``[batch, length, vocabulary]``, deferred or whole. Row t predicts label t + 1.
+        readout: of a forward; or whole logits, ``[batch, length, vocabulary]``. Row t predicts
+            label t + 1.
         labels: int64 ``[batch, length]``; -100 is ignored.
         chunk_bytes: as for :func:`chunked_loss`.
 
     Returns:
         ``[batch, length - 1]``, in fp32 or wider.
     """
-    goals = labels[:, 1:].to(logits.device)
-    losses = torch.zeros(goals.shape, dtype=_wide(logits.dtype), device=logits.device)
+    readout = Readout(readout) if isinstance(readout, Tensor) else readout
+    assert readout.hidden is not None
+    goals = labels[:, 1:].to(readout.hidden.device)
+    losses = torch.zeros(goals.shape, dtype=_wide(readout.hidden.dtype), device=goals.device)
     with torch.no_grad():
-        for at, z in _chunks(logits, goals, chunk_bytes):
+        for at, z in _chunks(readout, goals, chunk_bytes):
             losses[at] = _row_losses(z, goals[at], cross_entropy, gradient=False)
             del z  # before the next chunk is computed
     return losses
 
 
-def label_logits(logits: Tensor, labels: Tensor) -> Iterator[Tensor]:
+def label_logits(readout: Readout, labels: Tensor) -> Iterator[Tensor]:
     """The logits of each label that is not ignored, ``[n, vocabulary]`` of some rows at a time.
 
     The arguments are those of :func:`token_losses`.
     """
-    for _, z in _chunks(logits, labels[:, 1:].to(logits.device), None):
+    assert readout.hidden is not None
+    for _, z in _chunks(readout, labels[:, 1:].to(readout.hidden.device), None):
         yield z
 
 
 def _chunks(
-    logits: Tensor, goals: Tensor, chunk_bytes: int | None
+    readout: Readout, goals: Tensor, chunk_bytes: int | None
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
     """The places of goals that are not ignored, and their logits, of some rows at a time."""
-    for rows in (goals != IGNORED).nonzero().split(_chunk_rows(logits, chunk_bytes)):
+    hidden, head = readout.hidden, readout.head
+    assert hidden is not None
+    for rows in (goals != IGNORED).nonzero().split(_chunk_rows(hidden, head, chunk_bytes)):
         at = rows.unbind(1)
-        yield at, logits.head(logits.hidden[at]) if _is_deferred(logits) else logits[at]
+        yield at, head(hidden[at])
 
 
 def _causal_lm_loss(
+    readout: Readout,
     logits: Tensor,
     labels: Tensor,
     vocab_size: int,
@@ -146,21 +155,27 @@ def _causal_lm_loss(
     row_loss: RowLoss = cross_entropy,
     **options: Any,
 ) -> Tensor:
-    """The loss, with the arguments of transformers' ``ForCausalLMLoss``, and a loss of a row."""
+    """The loss, with the arguments of transformers' ``ForCausalLMLoss``, and a loss of a row.
+
+    It takes the hidden states out of ``readout``, which would keep them until the backward.
+    """
     goals = shift_labels
     if goals is None:  # tokens < t predict t
         goals = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    hidden, head = logits, Head(lambda z: z, ())  # whole logits
-    if _is_deferred(logits) and logits.shape == (*goals.shape, vocab_size):
-        hidden, head = logits.hidden, logits.head
-    elif row_loss is cross_entropy:
+    hidden, head = readout.hidden, readout.head
+    readout.hidden = None
+    if readout.is_alone and hidden is None:  # the forward will run again
+        return logits.new_zeros(())
+    if hidden is None and row_loss is not cross_entropy:
+        hidden, head = logits, WHOLE
+    if hidden is None:
         return ForCausalLMLoss(  # type: ignore[no-any-return]
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options
         )
-    goals = goals.reshape(-1).to(logits.device)
+    goals = goals.reshape(-1).to(hidden.device)
     rows = (goals != ignore_index).nonzero().squeeze(1)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    size = _chunk_rows(logits, chunk_bytes)
+    size = _chunk_rows(hidden, head, chunk_bytes)
     loss: Tensor = _SummedLoss.apply(hidden, goals, rows, size, head, row_loss, *head.parameters)
     count = len(rows) if num_items_in_batch is None else num_items_in_batch
     return loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
@@ -221,9 +236,7 @@ def _chunk_loss(
     x = hidden[rows].requires_grad_(0 in needed)  # [size, hidden], a copy
     with torch.set_grad_enabled(bool(needed)):
         z = head(x)
-    dz = z.detach()
-    if needed and head.steps:  # the backward of a step may need z
-        dz = dz.clone()
+    dz = z.detach()  # no step of the head's backward needs z
     loss = _row_losses(dz, goals[rows], row_loss, start, gradient=bool(needed)).sum()
     if needed:
         sources = [x, *head.parameters]
@@ -261,18 +274,11 @@ def _row_losses(
     return torch.cat(losses)
 
 
-def _is_deferred(logits: Tensor) -> TypeGuard[DeferredLogits]:
-    return (
-        isinstance(logits, DeferredLogits)
-        and not logits.is_whole
-        and logits.device == logits.hidden.device
-    )
-
-
-def _chunk_rows(logits: Tensor, chunk_bytes: int | None) -> int:
+def _chunk_rows(hidden: Tensor, head: Head, chunk_bytes: int | None) -> int:
     if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES_CPU if logits.device.type == "cpu" else CHUNK_BYTES_GPU
-    return max(1, chunk_bytes // (logits.shape[-1] * _wide(logits.dtype).itemsize))
+        chunk_bytes = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
+    size = head.size or hidden.shape[-1]
+    return max(1, chunk_bytes // (size * _wide(hidden.dtype).itemsize))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

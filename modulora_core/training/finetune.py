@@ -42,7 +42,7 @@ from modulora_core.progress import Display, quiet, shown
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.training.batches import check_joined
 from modulora_core.training.checked_run import CheckedRun, checked_run
-from modulora_core.training.checkpoints import remove_half_written
+from modulora_core.training.checkpoints import remove_half_written, trainer_state
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.held_out import held_out
@@ -53,7 +53,13 @@ from modulora_core.training.outputs import Trained, write_outputs
 from modulora_core.training.resuming import CHECKPOINTS, record_examples
 from modulora_core.training.run_log import HeldOut
 from modulora_core.training.sharding import is_sharded
-from modulora_core.training.trainer import AdapterTrainer, OnEval, OnStep, Watcher
+from modulora_core.training.trainer import (
+    AdapterTrainer,
+    OnEval,
+    OnStep,
+    Watcher,
+    last_eval_loss,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +119,8 @@ def finetune(
     """Train an adapter and write it to ``config.out``, in PEFT's format.
 
     In a distributed run all processes call it, and the first one writes. Ctrl-C and SIGTERM end the
-    run after the step, with a checkpoint to resume from; a second one ends it at once.
+    run at its next decoder block, or in several processes after the forward and backward pass. Its
+    last whole step becomes a checkpoint to resume from. A second signal ends the run at once.
 
     Args:
         config: the run. :meth:`FinetuneConfig.build` makes it from options and a file.
@@ -188,11 +195,10 @@ def _train(
         with together(), shown(progress, "loading the model", "layers"):
             with trainer_refused(config.trainer, out / CHECKPOINTS):
                 arguments = method.arguments(config, out / CHECKPOINTS, run.steps, device)
-            begins = run.begun.checkpoint is None
-            arguments.eval_on_start = config.baseline and "eval" in examples and begins
+            arguments.eval_on_start = "eval" in examples and _is_due(config, run.begun.checkpoint)
             model = _loaded(checkpoint, config, device)
-            method.check_model(model, checkpoint.name)
             settings = _put_adapter(model, config)
+            method.check_model(model, checkpoint.name)
             if config.packing:
                 check_joined(model, config.batch_size)
             check_disk_space(out, _nbytes(model) + method.nbytes)
@@ -214,17 +220,26 @@ def _train(
                 method.prepare(device, progress)
         with shown(progress, "training", "steps") as watcher.show:
             started = time.perf_counter()
-            with interruption.watched():
+            with interruption.watched(model):
                 tokens = trainer.run(run.begun.checkpoint)
-            interruption.check()
-            seconds = time.perf_counter() - started
-            eval_loss = trainer.final_eval_loss() if "eval" in examples else None
-            asked = config.baseline and "eval" not in examples
-            unread = held_out(trainer) if asked and isinstance(trainer, AdapterTrainer) else None
+                interruption.check()
+                seconds = time.perf_counter() - started
+                eval_loss = trainer.final_eval_loss() if "eval" in examples else None
+                asked = config.baseline and "eval" not in examples
+                plain = trainer if isinstance(trainer, AdapterTrainer) else None
+                unread = held_out(plain) if asked and plain else None
     return Trained(
         model=model, trainer=trainer, settings=settings, tokens=tokens, seconds=seconds,
         peak_bytes=peak.nbytes, eval_loss=eval_loss, held_out=unread,
     )  # fmt: skip
+
+
+def _is_due(config: FinetuneConfig, checkpoint: Path | None) -> bool:
+    """Whether an evaluation comes first: the one without training, or one that was interrupted."""
+    if checkpoint is None:
+        return config.baseline
+    state, every = trainer_state(checkpoint), config.eval_every
+    return every is not None and state.global_step % every == 0 and last_eval_loss(state) is None
 
 
 def _packed(base: PackedCheckpoint | CachedModel, progress: Display) -> PackedCheckpoint:

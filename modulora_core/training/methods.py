@@ -20,7 +20,7 @@ from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
 from modulora_core.errors import MissingExtraError, ModuLoRAError, OptionError
-from modulora_core.layers import QuantLinear
+from modulora_core.layers import LoRALinear
 from modulora_core.progress import Display
 from modulora_core.training.arguments import training_arguments
 from modulora_core.training.config import FinetuneConfig
@@ -159,11 +159,10 @@ class Preferences(Method):
 
     @override
     def check_model(self, model: PreTrainedModel, name: str) -> None:
-        if isinstance(model.get_output_embeddings(), QuantLinear):
+        if isinstance(model.get_output_embeddings(), LoRALinear):
             raise OptionError(
-                f"method dpo: expected a dense output head, by which TRL multiplies itself, and "
-                f"the head of {name} is packed; quantize without --quantize-head and "
-                "--quantize-embeddings"
+                f"method dpo: expected an output head without an adapter, since TRL multiplies by "
+                f"its weight alone, got one on the head of {name}; leave the head out of targets"
             )
 
     @override

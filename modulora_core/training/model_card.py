@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.hf.peft_format import SCALES_FILE
+from modulora_core.models.folders import SCALES_FILE
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.losses import loss_in_words
 from modulora_core.version import VERSION

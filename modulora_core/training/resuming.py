@@ -109,7 +109,7 @@ def _last_checkpoint(out: Path, *, resume: bool) -> Path | None:
     if not (out / RUN_FILE).is_file():
         partial = partial_name(out / RUN_FILE)  # of a run that was killed while it wrote the file
         if not partial.is_file() or len(list(out.iterdir())) > 1:
-            check_output(out)
+            check_output(out.resolve())  # a run is written in its place, so a link may lead there
         return None
     checkpoint = latest_checkpoint(out / CHECKPOINTS)
     if checkpoint is None:

@@ -55,8 +55,8 @@ class RunLog(BaseModel):
         """Read the log of the run that wrote ``folder``. Raises AdapterError."""
         file = folder / LOG_FILE
         if not file.is_file():
+            got = f"a folder without {LOG_FILE}" if folder.is_dir() else "no such folder"
             raise AdapterError(
-                f"{folder}: expected the folder of a finished run of finetune, got none with "
-                f"{LOG_FILE}"
+                f"{folder}: expected the folder of a finished run of finetune, got {got}"
             )
         return read_json(file, cls, error=AdapterError, advice="copy it again, or train again")

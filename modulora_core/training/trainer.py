@@ -40,16 +40,16 @@ from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.progress import Progress
 from modulora_core.training.batches import SimilarLengths, attending_within_parts
-from modulora_core.training.checkpoints import seal, trainer_state
+from modulora_core.training.checkpoints import is_sealed, seal, trainer_state
 from modulora_core.training.chunked_loss import (
     RowLoss,
     chunked_loss,
     cross_entropy,
-    deferred_logits,
     token_losses,
 )
-from modulora_core.training.interruption import Interruption
+from modulora_core.training.interruption import Interruption, Stopped
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
+from modulora_core.training.readout import read_out
 from modulora_core.training.sharding import split_without_gpus
 
 
@@ -113,22 +113,38 @@ class AdapterRun(Trainer):
             self.is_fsdp_enabled: bool = True
 
     def run(self, resume_from: Path | None) -> int:
-        """Train, or resume from a whole checkpoint. Returns the number of tokens of this call."""
+        """Train, or resume from a whole checkpoint. Returns the number of tokens of this call.
+
+        Raises:
+            Stopped: a signal came; a checkpoint has the last whole step.
+        """
         before = TrainerState() if resume_from is None else trainer_state(resume_from)
         self._clock, self._tokens = time.perf_counter(), before.num_input_tokens_seen
         if resume_from is None or before.global_step < self.args.max_steps:
-            self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+            try:
+                self.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+            except Stopped:
+                if self.state.global_step > before.global_step:
+                    self._save_last_step()
+                raise
         else:  # Trainer would make one more step
             restore_adapter(self.model, resume_from)
             self.state: TrainerState = before
         return int(self.state.num_input_tokens_seen - before.num_input_tokens_seen)
 
+    def _save_last_step(self) -> None:
+        """Save a checkpoint of the last whole step, as if no work had followed it."""
+        if not is_sealed(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"):
+            self.state.num_input_tokens_seen = self._tokens
+            torch.set_rng_state(self._random[0])
+            torch.cuda.set_rng_state_all(self._random[1:])
+            self._save_checkpoint(self.model, None)
+            self.callback_handler.on_save(self.args, self.state, self.control)
+
     def final_eval_loss(self) -> float:
         """The loss on the evaluation data after the last step, measured now unless it just was."""
-        for entry in self.state.log_history:
-            if "eval_loss" in entry and entry["step"] == self.state.global_step:
-                return float(entry["eval_loss"])
-        return float(self.evaluate()["eval_loss"])
+        found = last_eval_loss(self.state)
+        return float(self.evaluate()["eval_loss"]) if found is None else found
 
     def padding(self) -> float | None:
         """The share of padding in this process's training batches of this call, if counted."""
@@ -164,6 +180,12 @@ class AdapterRun(Trainer):
             logs["memory_bytes"] = self._memory.nbytes
         super().log(logs, start_time)
         self._clock, self._tokens = now, tokens
+        self._random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+    @override
+    def evaluation_loop(self, *arguments: Any, **options: Any) -> EvalLoopOutput:
+        with torch.random.fork_rng([]):  # a run that is resumed behind it draws the same numbers
+            return super().evaluation_loop(*arguments, **options)
 
     @override
     def create_model_card(self, *_: Any, **__: Any) -> None:
@@ -178,6 +200,12 @@ class AdapterRun(Trainer):
     @override
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # transformers estimates it from parameters, and packed weights are none
+
+
+def last_eval_loss(state: TrainerState) -> float | None:
+    """The loss on the evaluation data after the last step; None if it was not measured."""
+    found = [e for e in state.log_history if "eval_loss" in e and e["step"] == state.global_step]
+    return float(found[-1]["eval_loss"]) if found else None
 
 
 class AdapterTrainer(AdapterRun):
@@ -250,8 +278,11 @@ class AdapterTrainer(AdapterRun):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         inputs = attending_within_parts(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")
-        with torch.no_grad(), deferred_logits(self.model), self.compute_loss_context_manager():
-            losses = token_losses(model(**inputs).logits, labels).sum(1, dtype=torch.float64)
+        with (
+            torch.no_grad(), read_out(self.model) as readout, self.compute_loss_context_manager()
+        ):  # fmt: skip
+            model(**inputs)
+            losses = token_losses(readout, labels).sum(1, dtype=torch.float64)
         counts = (labels[:, 1:] != IGNORED).sum(1)
         # of all processes, without the examples that fill up the last batch
         losses, counts = self.gather_function((losses, counts))
@@ -280,6 +311,12 @@ class Watcher(TrainerCallback):
     ) -> None:
         if self._interruption.asked():
             control.should_save = control.should_training_stop = True
+
+    @override
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._interruption.check()
 
     @override
     def on_log(
@@ -322,6 +359,7 @@ class Watcher(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        self._interruption.check()
         if state.is_world_process_zero:
             self.show("evaluating", state.global_step, state.max_steps)
 

@@ -104,7 +104,12 @@ class _Line:
         self._failed += category in ("failed", "error")
         return (category, letter, word) if self._reporter is None else (category, "", "")
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self) -> None:
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self) -> Generator[None, Any, Any]:
         if self._reporter is not None:
             self._reporter.rewrite("", erase=True)
+        try:
+            return (yield)
+        except BaseException:
+            print()  # an error's message does not go on the line of dots
+            raise

@@ -29,6 +29,7 @@ from modulora_conformance.levels.protected import Protected
 from modulora_conformance.levels.real_products import RealProducts
 from modulora_conformance.levels.real_weights import RealWeights
 from modulora_conformance.levels.rescaled import Rescaled
+from modulora_conformance.levels.sliced import Sliced
 from modulora_conformance.levels.snapped import Snapped
 from modulora_conformance.levels.state import State
 from modulora_conformance.levels.tiles import Tiles
@@ -46,6 +47,7 @@ class QuantizerConformance(
     State,
     Lookups,
     Rescaled,
+    Sliced,
     Snapped,
     RealWeights,
     Products,

@@ -1,7 +1,5 @@
 """A sound and a broken Triton kernel for the checks of interpreted kernels. Tests run it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_conformance.interpreted_kernels import InterpretedKernels

@@ -1,7 +1,5 @@
 """An entry point that computes when the kit's check of metadata imports it."""
 
-from __future__ import annotations
-
 import sys
 import time
 

@@ -1,7 +1,5 @@
 """``modulora weigh`` adds up what a model's files hold, and is listed with its distribution."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 from modulora_conformance.fixtures import generator, plain_torch  # noqa: F401 - for the tests
 from modulora_half_quadratic import packing, reference

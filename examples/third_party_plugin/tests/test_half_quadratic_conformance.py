@@ -1,7 +1,5 @@
 """The conformance kit, for each configuration that the spec makes promises for."""
 
-from __future__ import annotations
-
 import pytest
 from modulora_conformance import QuantizerConformance
 from modulora_half_quadratic import SPEC

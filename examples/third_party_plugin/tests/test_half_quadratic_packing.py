@@ -1,8 +1,6 @@
 """Codes of every width take as many bits as they have: nothing is lost or padded except plane
 ends."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Compiled kernels: mapped files, threads, out-of-bounds reads, memory, no numba."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

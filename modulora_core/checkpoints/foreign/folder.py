@@ -24,7 +24,7 @@ from modulora_core.models.locate import Location
 from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.skeleton import build_skeleton, tied_names, untie
-from modulora_core.models.source import load_dtype, source_with
+from modulora_core.models.source import load_dtype, refuse_integers, source_with
 from modulora_core.models.store import StoredTensor
 from modulora_core.packed import BITS_OF_DTYPE, TensorLayout
 from modulora_core.progress import quiet
@@ -71,6 +71,7 @@ def packed_in_folder(location: Location, recognised: Recognised) -> ForeignCheck
         }
         source = source_with(location, skeleton, dtype, values, headers)
         source.check_whole()
+        refuse_integers(source)
         return ForeignCheckpoint(source, raw, placed, recognised.spec.name)
 
 
@@ -161,16 +162,21 @@ def _fit(
 
 
 def _check_unexpected(model: str, kind: str, headers: _Headers, unexpected: list[str]) -> None:
-    """Refuse a packed weight, or the bias of one, that the model has no place for."""
-    for name in headers.packed:
-        module = name.removesuffix(".weight")
-        if name in unexpected:
+    """Refuse tensors that nobody would read. Raises ModelError, CheckpointError."""
+    for name in unexpected:
+        module = name.removesuffix(".weight").removesuffix(".bias")
+        if name in headers.packed:
             raise ModelError(
                 f"{model}: {module} is quantized there, and transformers' {kind} has no such layer"
             )
+        if name != f"{module}.bias" or f"{module}.weight" not in headers.packed:
+            raise CheckpointError(
+                f"{model}: {name}: expected a tensor that {kind} or the format reads, got one that "
+                "neither knows, which would be left out; quantize the original model"
+            )
         # some tools write a bias of zeros for layers that have none
-        if f"{module}.bias" in unexpected and bool(headers.read(f"{module}.bias").any()):
+        if bool(headers.read(name).any()):
             raise ModelError(
-                f"{module}.bias: the files have a bias that isn't zero, and the layer of the model "
-                "has none"
+                f"{name}: the files have a bias that isn't zero, and the layer of the model has "
+                "none"
             )

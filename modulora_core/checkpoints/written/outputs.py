@@ -18,6 +18,7 @@ from modulora_core.errors import (
 )
 from modulora_core.models.folders import MARKER, REQUEST
 from modulora_core.models.json_files import read_bytes
+from modulora_core.progress import Progress, no_progress
 
 DIGESTS = "SHA256SUMS"
 """The file of digests: ``sha256sum --check SHA256SUMS`` verifies a folder too."""
@@ -46,6 +47,9 @@ def check_output(out: Path, *, resume: bool = False) -> None:
     """
     usable_path(partial_name(out), "output folder", OutputError)
     _check_outside_models(out)
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        got = "link; give the folder itself" if out.is_symlink() else "file; choose another name"
+        raise OutputError(f"output folder {out}: expected a folder or nothing, found a {got}")
     if out.is_dir():
         entries = sorted(path.name for path in out.iterdir())
         if entries:
@@ -54,10 +58,6 @@ def check_output(out: Path, *, resume: bool = False) -> None:
                 f"output folder {out}: expected it new or empty, found {len(entries)} entries "
                 f"({some}); choose another name or remove it"
             )
-    elif out.exists() or out.is_symlink():
-        raise OutputError(
-            f"output folder {out}: expected a folder or nothing, found a file; choose another name"
-        )
     parent = _nearest_folder(out)
     if not os.access(parent, os.W_OK):
         raise OutputError(f"output folder {out}: {parent} is not writable; choose another place")
@@ -111,8 +111,9 @@ def _nearest_folder(path: Path) -> Path:
 def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
     """Give a folder to write into; it becomes ``out`` when the block ends well.
 
-    An ``out`` that exists is always whole. After a failure ``out.partial`` stays for the next call
-    with ``resume``. Without ``resume`` it is emptied, or refused if it holds a :data:`REQUEST`.
+    An ``out`` that exists is always whole. After a failure ``out.partial`` is removed, unless it
+    holds a :data:`REQUEST`: then it stays for a call with ``resume``, and others are refused. A
+    process that was killed leaves it too, and the next call empties it.
 
     Raises:
         OutputError: see :func:`check_output`.
@@ -124,22 +125,33 @@ def whole_or_nothing(out: Path, *, resume: bool = False) -> Iterator[Path]:
         if not resume:
             _empty(partial)
         try:
-            with full_disk_named(out):
+            with full_disk_named(out), _named_if_gone(partial, "temporary folder"):
                 yield partial
                 sync_folder(partial)
-            if out.exists():
-                out.rmdir()  # empty, as checked; some systems don't replace a folder
+        except BaseException:
+            if not (partial / REQUEST).is_file():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if out.exists():
+            out.rmdir()  # empty, as checked; some systems don't replace a folder
+        with _named_if_gone(partial, "temporary folder"):
             partial.replace(out)
-        except FileNotFoundError as error:
-            if partial.is_dir():
-                raise
-            raise OutputError(
-                f"temporary folder {partial}: somebody removed it while it was written; run the "
-                "command again"
-            ) from error
         # last, since a run killed before its renaming is known by the marker
         (out / MARKER).unlink()
     _sync(out.absolute().parent)
+
+
+@contextmanager
+def _named_if_gone(folder: Path, subject: str) -> Iterator[None]:
+    """Name the cause if work in a folder fails after somebody removed it. Raises OutputError."""
+    try:
+        yield
+    except Exception as error:
+        if folder.is_dir():
+            raise
+        raise OutputError(
+            f"{subject} {folder}: somebody removed it while it was written; run the command again"
+        ) from error
 
 
 def check_new_file(out: Path, suffix: str) -> None:
@@ -189,7 +201,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder, f"output folder {folder}: expected it free"), full_disk_named(folder):
         try:
-            yield
+            with _named_if_gone(folder, "output folder"):
+                yield
         finally:
             with suppress(OSError):  # it has files
                 folder.rmdir()
@@ -274,8 +287,11 @@ def digests_of(folder: Path, without: Collection[str] = ()) -> dict[str, str]:
     return {name: digest(path) for name, path in names if name not in without}
 
 
-def check_digests(folder: Path) -> int:
+def check_digests(folder: Path, suffix: str = "", progress: Progress = no_progress) -> int:
     """Compare each file of a folder with its recorded SHA-256, and return the number of files.
+
+    Args:
+        suffix: only files whose name ends with it.
 
     Raises:
         CheckpointError: there are no digests, or none of a weight file; or a file is missing or has
@@ -288,12 +304,13 @@ def check_digests(folder: Path) -> int:
             "and merge write them"
         )
     text = read_bytes(listed, CheckpointError).decode("utf-8", "replace")
-    lines = [line.partition("  ") for line in text.splitlines()]
+    lines = [line.partition("  ") for line in text.splitlines() if line.endswith(suffix)]
     names = {name for _, _, name in lines}
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in names:
             raise CheckpointError(f"{listed}: expected a digest of {path.name}, found none")
-    for expected, _, name in lines:
+    for done, (expected, _, name) in enumerate(lines):
+        progress("checking", done, len(lines))
         if not _is_inside(name):
             raise CheckpointError(f"{listed}: expected names in the folder, got {name!r:.60}")
         path = folder / name

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from modulora_core.distributed import from_first, is_first
 from modulora_core.errors import CheckpointError, WorkError
+from modulora_core.models.folders import INDEX
 from modulora_core.models.json_files import repair_journal
-from modulora_core.models.safetensors_store import DTYPE_CODES, INDEX, MOST_TENSORS
+from modulora_core.models.safetensors_store import DTYPE_CODES, MOST_TENSORS
 from modulora_core.spec import TensorLayout
 
 JOURNAL = "written.jsonl"

@@ -21,7 +21,7 @@ from modulora_core.calibration import (
 )
 from modulora_core.calibration.gradients import Sensitivity
 from modulora_core.calibration.output_moments import OutputMoments
-from modulora_core.calibration.sensitivity import draw, loss_sensitivities
+from modulora_core.calibration.sensitivity import loss_sensitivities
 from modulora_core.calibration.token_weights import token_weights
 from modulora_core.errors import WorkError
 from modulora_core.models import open_dense
@@ -97,15 +97,6 @@ def test_outputs_and_tokens_get_the_mean_squares_of_their_gradients(
             if norms.sum() > 1e-9 * largest:
                 tokens = torch.cat(sensitivity.tokens).double()
                 close(tokens, norms / norms.mean(), atol=1e-4)
-
-
-def test_indices_are_drawn_by_their_probabilities() -> None:
-    p = torch.tensor([0.0, 0.125, 0.0, 0.625, 0.25, 0.0])
-    rows = 40_000
-    found = draw(p.expand(rows, -1), torch.Generator().manual_seed(3))
-    counts = found.flatten().bincount(minlength=len(p)).double()
-    deviation = (rows * p.double() * (1 - p.double())).sqrt()
-    assert ((counts - rows * p).abs() <= 5 * deviation).all()  # 0 of those with p = 0
 
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "falcon", "mixtral"])

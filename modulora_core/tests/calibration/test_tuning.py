@@ -1,18 +1,12 @@
 """Tuning a quantized block towards the dense block: its effect, its judge, and its limits."""
 
-from __future__ import annotations
-
 import gc
 import weakref
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import (
@@ -23,13 +17,12 @@ from modulora_core.calibration import (
     find_blocks,
 )
 from modulora_core.calibration.observe import Key, ObservedWeight
-from modulora_core.calibration.tuning import learning_rate_factor, relative_error
 from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import ChannelScales
 from modulora_core.models import open_dense
 from modulora_core.packed import PackedWeight
-from modulora_core.quantization.quantize import QuantizeResult, quantize
+from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.scaled_quantizer import installed, save_model_with_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,39 +32,39 @@ TEXT = {"samples": 18, "seq_len": 24, "batch_size": 4}
 
 
 @pytest.fixture(scope="module")
-def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+def scaled(tmp_path_factory):
     with installed(tmp_path_factory.mktemp("scaled-site")) as module:
         yield module
 
 
 @pytest.fixture(scope="module")
-def llama(scaled: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(scaled, tmp_path_factory):
     return save_model_with_tokenizer("llama", tmp_path_factory.mktemp("models") / "llama")
 
 
-def run(source: Path, out: Path, tuning: TuningConfig | None = TUNING) -> QuantizeResult:
-    config = CalibrationConfig("pydoc[:10%]", tuning=tuning, **TEXT)  # type: ignore[arg-type]
+def run(source, out, tuning=TUNING):
+    config = CalibrationConfig("pydoc[:10%]", tuning=tuning, **TEXT)
     return quantize(str(source), out, "scaled", calibration=config, seed=1)
 
 
-def samples_of(source: Path, text: str = "pydoc[:10%]") -> Tensor:
-    config = CalibrationConfig(text, **TEXT)  # type: ignore[arg-type]
+def samples_of(source, text="pydoc[:10%]"):
+    config = CalibrationConfig(text, **TEXT)
     return calibration_text(open_dense(str(source)), config, seed=1).ids
 
 
-def dense(source: Path) -> Any:
+def dense(source):
     model = AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.float32, experts_implementation="eager"
     )
     return model.eval()
 
 
-def block_outputs(model: nn.Module, blocks: Iterable[str], ids: Tensor) -> dict[str, Tensor]:
+def block_outputs(model, blocks, ids):
     """The hidden state after each of these decoder blocks of a whole model in memory."""
-    outputs: dict[str, Tensor] = {}
+    outputs = {}
     for path in blocks:
 
-        def note(_module: Any, _given: Any, output: Any, path: str = path) -> None:
+        def note(_module, _given, output, path=path):
             outputs[path] = output if isinstance(output, Tensor) else output[0]
 
         model.get_submodule(path).register_forward_hook(note)
@@ -80,7 +73,7 @@ def block_outputs(model: nn.Module, blocks: Iterable[str], ids: Tensor) -> dict[
     return outputs
 
 
-def error(output: Tensor, target: Tensor) -> float:
+def error(output, target):
     tokens = zip(output.flatten(0, -2).double(), target.flatten(0, -2).double(), strict=True)
     errors = [float((y - t).norm() ** 2 / t.norm() ** 2) for y, t in tokens]
     return sum(errors) / len(errors)
@@ -90,16 +83,15 @@ def error(output: Tensor, target: Tensor) -> float:
     ("architecture", "dtype"),
     [
         ("llama-biased", "bfloat16"),
-        ("gpt2", "float32"),
-        ("deepseek_v3", "float32"),
-        ("gemma3_text", "bfloat16"),
-        ("mixtral", "float32"),
         ("gpt_oss", "float32"),
+        pytest.param("gpt2", "float32", marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", "float32", marks=pytest.mark.slow),
+        pytest.param("gemma3_text", "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_the_reported_error_is_the_checkpoints_own_and_smaller_than_before(
-    architecture: str, dtype: str, scaled: ModuleType, tmp_path: Path
-) -> None:
+    architecture, dtype, scaled, tmp_path
+):
     source = save_model_with_tokenizer(architecture, tmp_path / "model", dtype)
     errors = run(source, tmp_path / "out").tuning_errors
     assert errors is not None
@@ -113,9 +105,7 @@ def test_the_reported_error_is_the_checkpoints_own_and_smaller_than_before(
     assert sum(after for _, after in errors.values()) < sum(before for before, _ in errors.values())
 
 
-def test_tuned_logits_on_other_text_are_nearer_to_the_dense_models(
-    llama: Path, tmp_path: Path
-) -> None:
+def test_tuned_logits_on_other_text_are_nearer_to_the_dense_models(llama, tmp_path):
     errors = run(llama, tmp_path / "tuned").tuning_errors
     run(llama, tmp_path / "untuned", None)
     tuned, untuned = (load_model(tmp_path / name, device="cpu") for name in ("tuned", "untuned"))
@@ -131,7 +121,7 @@ def test_tuned_logits_on_other_text_are_nearer_to_the_dense_models(
     assert errors[first][0] == pytest.approx(error(output[first], target[first]), rel=1e-3)
 
 
-def changed(tuned: Path, untuned: Path) -> set[str]:
+def changed(tuned, untuned):
     """The tensors whose values differ."""
     a, b = (load_file(folder / "model.safetensors") for folder in (tuned, untuned))
     for name, tensor in a.items():
@@ -139,10 +129,10 @@ def changed(tuned: Path, untuned: Path) -> set[str]:
     return {name for name in a if not torch.equal(a[name], b[name])}
 
 
-@pytest.mark.parametrize("architecture", ["llama-biased", "gpt2", "deepseek_v3"])
-def test_scales_norms_and_biases_change_and_nothing_else_does(
-    architecture: str, scaled: ModuleType, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "architecture", ["llama-biased", pytest.param("deepseek_v3", marks=pytest.mark.slow)]
+)
+def test_scales_norms_and_biases_change_and_nothing_else_does(architecture, scaled, tmp_path):
     source = save_model_with_tokenizer(architecture, tmp_path / "model", "bfloat16")
     run(source, tmp_path / "tuned")
     run(source, tmp_path / "untuned", None)
@@ -168,9 +158,9 @@ def test_scales_norms_and_biases_change_and_nothing_else_does(
 
 
 def test_a_block_that_did_not_become_better_stays_as_it_was_quantized(
-    llama: Path, scaled: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def ruined(self: Any, packed: PackedWeight, *scales: Tensor) -> PackedWeight:
+    llama, scaled, tmp_path, monkeypatch
+):
+    def ruined(self, packed, *scales):
         tensors = {**packed.tensors, "rows": -1e3 * packed.tensors["rows"]}
         return PackedWeight("scaled", 1, packed.shape, tensors)
 
@@ -184,10 +174,8 @@ def test_a_block_that_did_not_become_better_stays_as_it_was_quantized(
         assert all(before == after for before, after in result.tuning_errors.values())
 
 
-def test_a_rescaled_weight_of_another_layout_is_refused(
-    llama: Path, scaled: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wider(self: Any, packed: PackedWeight, *scales: Tensor) -> PackedWeight:
+def test_a_rescaled_weight_of_another_layout_is_refused(llama, scaled, tmp_path, monkeypatch):
+    def wider(self, packed, *scales):
         tensors = {**packed.tensors, "rows": packed.tensors["rows"].float()}
         return PackedWeight("scaled", 1, packed.shape, tensors)
 
@@ -196,17 +184,15 @@ def test_a_rescaled_weight_of_another_layout_is_refused(
         run(llama, tmp_path / "out")
 
 
-def test_one_block_is_dense_at_a_time_while_it_is_tuned(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alive: weakref.WeakSet[ObservedWeight] = weakref.WeakSet()
+def test_one_block_is_dense_at_a_time_while_it_is_tuned(llama, tmp_path, monkeypatch):
+    alive = weakref.WeakSet()
     made, tune, counts = ObservedWeight.__init__, Tuner.tune, list[int]()
 
-    def counted(self: ObservedWeight, *given: Any) -> None:
+    def counted(self, *given):
         made(self, *given)
         alive.add(self)
 
-    def watched(self: Tuner, *given: Any) -> Any:
+    def watched(self, *given):
         found = tune(self, *given)
         counts.append(len(alive))
         return found
@@ -222,16 +208,14 @@ def test_one_block_is_dense_at_a_time_while_it_is_tuned(
     assert not alive
 
 
-def test_scales_multiply_columns_and_rows_and_have_exact_gradients(
-    generator: torch.Generator,
-) -> None:
+def test_scales_multiply_columns_and_rows_and_have_exact_gradients(generator):
     shapes = ((5, 3), (2, 4, 3), (5,), (3,), (5,))
     W, x, b, u, v = (
         torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
     )
     observed = ObservedWeight(Key("weight"), W)
 
-    def product(x: Tensor, b: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    def product(x, b, u, v):
         observed.scales = ChannelScales(u, v)
         return observed.multiply(x, b)
 
@@ -239,41 +223,15 @@ def test_scales_multiply_columns_and_rows_and_have_exact_gradients(
     assert torch.autograd.gradcheck(product, [tensor.requires_grad_() for tensor in (x, b, u, v)])
 
 
-def test_each_token_counts_alike_in_the_error(generator: torch.Generator) -> None:
-    target = torch.randn(2, 3, 8, generator=generator)
-    output = target + torch.randn(2, 3, 8, generator=generator)
-    plain = float(relative_error(output, target))
-    assert plain == pytest.approx(error(output, target), rel=1e-5)
-    size = torch.tensor([1000.0, 1, 1])[:, None]
-    assert float(relative_error(output * size, target * size)) == pytest.approx(plain, rel=1e-5)
-
-
-def test_the_learning_rate_rises_and_falls_to_zero() -> None:
-    factors = [learning_rate_factor(step, 100) for step in range(100)]
-    assert max(factors) == factors[4] == 1
-    assert factors == sorted(factors[:5]) + sorted(factors[5:], reverse=True)
-    assert 0 < factors[0] < 0.25
-    assert 0 < factors[-1] < 0.01
-    assert learning_rate_factor(0, 1) == 1
-
-
-@pytest.mark.parametrize(("samples", "trained"), [(2, 1), (15, 14), (16, 15), (33, 31)])
-def test_every_sample_is_trained_on_or_held_out(samples: int, trained: int) -> None:
-    steps, held_out = TuningConfig(batch_size=4).batches(samples, 512)
-    assert [i for batch in steps for i in range(samples)[batch]] == list(range(trained))
-    assert [i for batch in held_out for i in range(samples)[batch]] == list(range(trained, samples))
-    assert max(batch.stop - batch.start for batch in steps) <= 4
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("epochs", -1), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("batch_size", 0)],
 )
-def test_a_number_out_of_its_range_is_refused(name: str, value: Any) -> None:
+def test_a_number_out_of_its_range_is_refused(name, value):
     with pytest.raises(OptionError, match=f"tuning {name}: expected"):
         TuningConfig(**{name: value})
 
 
-def test_one_sample_is_refused() -> None:
+def test_one_sample_is_refused():
     with pytest.raises(DataError, match="at least 2 calibration samples"):
         TuningConfig().batches(1, 512)

@@ -1,31 +1,24 @@
 """A loaded model lets its quantizers compare their kernels, once for each layout."""
 
-from __future__ import annotations
-
 import warnings
-from types import ModuleType
 
-import pytest
 import torch
 
 from modulora_core.hf.load_model import check_kernels
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.progress import no_progress
-from modulora_core.spec import PackedWeight
 
 
-def weights(toy: ModuleType) -> list[PackedParameter]:
+def weights(toy):
     quantizer = toy.Toy()
     shapes = ((6, 4), (6, 4), (3, 4))
     return [PackedParameter(quantizer, quantizer.pack(torch.randn(shape))) for shape in shapes]
 
 
-def test_each_layout_is_compared_once_and_a_difference_is_a_warning(
-    toy: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_layout_is_compared_once_and_a_difference_is_a_warning(toy, monkeypatch):
     asked = []
 
-    def differences(self: object, packed: PackedWeight, dtype: torch.dtype) -> list[str]:
+    def differences(self, packed, dtype):
         asked.append((packed.shape, dtype))
         return ["mine.kernels: tile of [6, 4]: error 1.0"] if packed.shape == (6, 4) else []
 
@@ -39,5 +32,5 @@ def test_each_layout_is_compared_once_and_a_difference_is_a_warning(
     assert "doctor --gpu" in message
 
 
-def test_a_quantizer_without_kernels_has_nothing_to_compare(toy: ModuleType) -> None:
+def test_a_quantizer_without_kernels_has_nothing_to_compare(toy):
     check_kernels(weights(toy), torch.float32, no_progress)  # warnings are errors here

@@ -105,12 +105,6 @@ def test_ours_to_foreign_writes_its_config_in_every_file_of_it(tmp_path: Path) -
     assert torch.equal(logits(tmp_path / "theirs"), logits(tmp_path / "ours"))
 
 
-def test_one_foreign_format_becomes_another(theirs: Path, tmp_path: Path) -> None:
-    assert convert(str(theirs), tmp_path / "other", "crude_2").format == "crude_2"
-    assert_same(tmp_path / "other", theirs)
-    assert config_of(tmp_path / "other")["quantization_config"]["version"] == "crude_2"
-
-
 def refused(source: Path, tmp_path: Path, to: str, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         convert(str(source), tmp_path / "out", to)

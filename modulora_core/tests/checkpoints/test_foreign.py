@@ -116,6 +116,28 @@ def test_a_bias_without_a_place_must_be_zero(tmp_path: Path) -> None:
         open_packed(tmp_path / "ones")
 
 
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_norm.weight", "layers.0.mlp.up_proj.perm"])
+def test_a_tensor_that_nobody_reads_is_refused(name: str, tmp_path: Path) -> None:
+    save_crude(tmp_path, **{f"model.{name}": torch.ones(8)})
+    with pytest.raises(CheckpointError, match=rf"{name}: expected a tensor that LlamaFor.* reads"):
+        open_packed(tmp_path)
+
+
+def test_scales_of_an_8_bit_cache_are_left_out(tmp_path: Path) -> None:
+    dense = save_crude(tmp_path, **{"model.layers.0.self_attn.k_scale": torch.ones(1)})
+    assert_loads_as(tmp_path, dense)
+
+
+def test_integers_in_a_dense_tensor_are_refused(tmp_path: Path) -> None:
+    save_crude(tmp_path)
+    change_tensors(
+        tmp_path,
+        lambda name, t: {name: t.view(torch.int32) if name == "model.norm.weight" else t},
+    )
+    with pytest.raises(CheckpointError, match=r"norm\.weight: expected floating-point .* got I32"):
+        open_packed(tmp_path)
+
+
 def change_tensors(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
     stored = load_file(folder / "model.safetensors")
     changed = [change(name, tensor) for name, tensor in stored.items()]

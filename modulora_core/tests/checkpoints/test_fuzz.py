@@ -3,8 +3,6 @@
 Each is refused in one line, or the model loads and runs.
 """
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -25,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def packed(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed(tunable, tmp_path_factory):
     """A packed folder with a tokenizer."""
     folder = Path(shutil.copytree(tunable, tmp_path_factory.mktemp("fuzz") / "packed"))
     run_once(folder)
@@ -33,7 +31,7 @@ def packed(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def crude(toy: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def crude(toy, tmp_path_factory):
     folder = tmp_path_factory.mktemp("crude")
     save_crude(folder, files=2)
     run_once(folder)
@@ -41,7 +39,7 @@ def crude(toy: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def adapter(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(packed, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     save_adapter(trained(load_model(packed)), folder)
     return folder
@@ -49,28 +47,26 @@ def adapter(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @cases(150)
 @given(data=st.data())
-def test_a_changed_packed_folder_is_refused_or_runs(packed: Path, data: st.DataObject) -> None:
+def test_a_changed_packed_folder_is_refused_or_runs(packed, data):
     read_changed(packed, ["*config.json", "*.safetensors"], data, lambda: run_once(packed))
 
 
 @cases(50)
 @given(data=st.data())
-def test_a_changed_tokenizer_is_refused_or_read(packed: Path, data: st.DataObject) -> None:
+def test_a_changed_tokenizer_is_refused_or_read(packed, data):
     read_changed(packed, ["tokenizer*.json"], data, lambda: load_tokenizer("a model", packed))
 
 
 @cases(75)
 @given(data=st.data())
-def test_a_changed_foreign_folder_is_refused_or_runs(crude: Path, data: st.DataObject) -> None:
+def test_a_changed_foreign_folder_is_refused_or_runs(crude, data):
     read_changed(crude, ["*.json", "*.safetensors"], data, lambda: run_once(crude))
 
 
 @cases(150)
 @given(data=st.data())
-def test_a_changed_adapter_is_refused_or_loaded(
-    packed: Path, adapter: Path, data: st.DataObject
-) -> None:
-    def read() -> None:
+def test_a_changed_adapter_is_refused_or_loaded(packed, adapter, data):
+    def read():
         read_adapter(adapter)  # the most are refused here, where no model is needed yet
         load_adapter(load_model(packed), adapter)
 

@@ -1,22 +1,16 @@
 """A mapped model gives the same numbers, copies no packed weight, and holds one block at a time."""
 
-from __future__ import annotations
-
 import json
 import re
 import struct
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modulora_core.checkpoints.mapped import MappedFiles, keep_one_block
+from modulora_core.checkpoints.mapped import MappedFiles
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.data.sources import pydoc_text
@@ -34,13 +28,11 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
-Pack = Callable[..., tuple[Path, Path]]
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def mapped_rss(folder: Path) -> int:
+def mapped_rss(folder):
     """Bytes of the folder's files in this process's resident set."""
     ours, total = False, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
@@ -51,26 +43,26 @@ def mapped_rss(folder: Path) -> int:
     return total
 
 
-def on_file(tensor: Tensor, folder: Path) -> bool:
+def on_file(tensor, folder):
     lines = Path("/proc/self/maps").read_text().splitlines()
     ranges = [line.split()[0].split("-") for line in lines if str(folder) in line]
     return any(int(start, 16) <= tensor.data_ptr() < int(stop, 16) for start, stop in ranges)
 
 
-def packed_llama(root: Path, **sizes: int) -> Path:
+def packed_llama(root, **sizes):
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).save_pretrained(root / "dense")
     quantize(str(root / "dense"), root / "packed", "toy")
     return root / "packed"
 
 
-def packed_modules(model: nn.Module) -> list[PackedParameter]:
+def packed_modules(model):
     return [module for module in model.modules() if isinstance(module, PackedParameter)]
 
 
 @linux_only
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "mixtral"])
-def test_a_mapped_model_is_the_same_model_on_its_files(pack: Pack, architecture: str) -> None:
+def test_a_mapped_model_is_the_same_model_on_its_files(pack, architecture):
     _, folder = pack(architecture)
     mapped = load_model(folder, mapped=True)
     assert torch.equal(logits(mapped), logits(load_model(folder)))
@@ -79,22 +71,8 @@ def test_a_mapped_model_is_the_same_model_on_its_files(pack: Pack, architecture:
     assert mapped.name_or_path == str(folder), "the name of the adapter's base"
 
 
-@linux_only
-def test_the_pages_of_cast_tensors_are_dropped(toy: ModuleType, tmp_path: Path) -> None:
-    """If this fails: embeddings and head of a model in another dtype are in memory twice."""
-    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
-    folder = packed_llama(tmp_path, **sizes, vocab_size=2**14)
-    table = load_model(folder, mapped=True, dtype="bfloat16").get_input_embeddings().weight
-    assert not on_file(table, folder)
-    assert table.abs().max() > 0
-    # the file has 8 MiB of it, and as much of the head; the kernel may read 2 MiB ahead
-    assert mapped_rss(folder) < 4 * 2**20
-
-
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_training_on_a_mapped_model_changes_no_bit(
-    tunable: Path, tmp_path: Path, checkpointing: bool
-) -> None:
+def test_training_on_a_mapped_model_changes_no_bit(tunable, tmp_path, checkpointing):
     (tmp_path / "text.txt").write_text(pydoc_text()[:1500])
     before = {file.name: file.read_bytes() for file in tunable.iterdir()}
     adapters = []
@@ -112,9 +90,7 @@ def test_training_on_a_mapped_model_changes_no_bit(
 
 @linux_only
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_one_block_is_in_memory_at_a_time(
-    toy: ModuleType, tmp_path: Path, checkpointing: bool
-) -> None:
+def test_one_block_is_in_memory_at_a_time(toy, tmp_path, checkpointing):
     """Measured after each block, before the next one is entered, forward and back."""
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
     folder = packed_llama(tmp_path, **sizes, vocab_size=64)
@@ -123,12 +99,12 @@ def test_one_block_is_in_memory_at_a_time(
     randomize(model)
     if checkpointing:
         checkpoint_activations(model.train())
-    seen: list[int] = []
+    seen = []
 
-    def look(*_: Any) -> None:
+    def look(*_):
         seen.append(mapped_rss(folder))
 
-    def on_output(_: nn.Module, __: Any, hidden: Tensor) -> None:
+    def on_output(_, __, hidden):
         look()
         hidden.register_hook(look)
 
@@ -145,34 +121,7 @@ def test_one_block_is_in_memory_at_a_time(
     assert bound < packed / 2, "or the bound would prove nothing"
 
 
-def test_dropped_pages_come_back(tunable: Path) -> None:
-    checkpoint = open_packed(tunable)
-    files, in_memory = checkpoint.mapped(), checkpoint.tensors()
-    views = files.views()
-    for pages in files.ranges(views):
-        pages.drop()
-        pages.prefetch()
-    assert views.keys() == in_memory.keys()
-    assert all(torch.equal(views[name], tensor) for name, tensor in in_memory.items())
-    assert keep_one_block(nn.Linear(2, 2), files).inside is None, "a model without blocks"
-
-
-def test_ranges_are_whole_pages_of_these_tensors_alone(tmp_path: Path) -> None:
-    sizes, start, entries = {"a": 5000, "b": 20_000, "c": 3000, "d": 9000}, 0, {}
-    for name, size in sizes.items():
-        entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
-        start += size
-    text = json.dumps(entries).encode().ljust(256 - 8)  # data begins at 256
-    data = struct.pack("<Q", len(text)) + text + bytes(start)
-    (tmp_path / "model.safetensors").write_bytes(data)
-    files = MappedFiles(SafetensorsStore(tmp_path), tmp_path)
-    # b is at 5256 to 25256, d at 28256 to 37256
-    assert [pages.nbytes for pages in files.ranges(["b", "d"])] == [4 * 4096, 2 * 4096]
-    assert [pages.nbytes for pages in files.ranges(["d", "c"])] == [2 * 4096], "neighbours"
-    assert files.ranges(["c"]) == []
-
-
-def test_a_tensor_that_is_not_aligned_or_empty_is_a_copy(tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_aligned_or_empty_is_a_copy(tmp_path):
     entries = {
         "odd": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
         "wide": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]},
@@ -187,9 +136,7 @@ def test_a_tensor_that_is_not_aligned_or_empty_is_a_copy(tmp_path: Path) -> None
     assert views["none"].shape == (0,)
 
 
-def test_a_model_that_cannot_be_mapped_is_refused(
-    tunable: Path, tmp_path: Path, pack: Pack
-) -> None:
+def test_a_model_that_cannot_be_mapped_is_refused(tunable, tmp_path, pack):
     with pytest.raises(OptionError, match="mapped: expected the device cpu, got cuda:0"):
         check_mapped(open_packed(tunable), "cuda:0")
     save_crude(tmp_path / "crude")
@@ -200,9 +147,7 @@ def test_a_model_that_cannot_be_mapped_is_refused(
         open_to_run(str(dense), mapped=True, device="cpu")
 
 
-def test_the_commands_that_run_a_model_take_mapped(
-    tunable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_commands_that_run_a_model_take_mapped(tunable, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(pydoc_text()[:1500])
     evaluate = ["evaluate", str(tunable), "--data", str(tmp_path / "text.txt"), "--seq-len", "32"]
     told = []

@@ -1,11 +1,7 @@
 """Fixtures of the commands' tests: a small model, packed, and text to train on."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,10 +21,10 @@ Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], toy: ModuleType) -> Run:
+def run(capsys, toy):
     """``run("info", path)`` gives the exit code, the JSON object of stdout, and stderr."""
 
-    def run(*words: object) -> tuple[int, dict[str, Any], str]:
+    def run(*words):
         capsys.readouterr()
         code = main([*map(str, words), "--json"])
         captured = capsys.readouterr()
@@ -38,10 +34,10 @@ def run(capsys: pytest.CaptureFixture[str], toy: ModuleType) -> Run:
 
 
 @pytest.fixture
-def text_of(capsys: pytest.CaptureFixture[str], toy: ModuleType) -> Callable[..., str]:
+def text_of(capsys, toy):
     """``text_of("info", path)`` gives the stdout of a command that succeeds, in one line."""
 
-    def text_of(*words: object) -> str:
+    def text_of(*words):
         capsys.readouterr()
         assert main([str(word) for word in words]) == 0
         return " ".join(capsys.readouterr().out.split())
@@ -49,7 +45,7 @@ def text_of(capsys: pytest.CaptureFixture[str], toy: ModuleType) -> Callable[...
     return text_of
 
 
-def save_source(folder: Path, architecture: str = "llama") -> Path:
+def save_source(folder, architecture="llama"):
     """Save a tiny model with a tokenizer that has a chat template."""
     tokenizer = make_tokenizer(template=TEMPLATE)
     torch.manual_seed(0)
@@ -61,12 +57,12 @@ def save_source(folder: Path, architecture: str = "llama") -> Path:
 
 
 @pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     return save_source(tmp_path_factory.mktemp("cli") / "source")
 
 
 @pytest.fixture(scope="session")
-def packed(source: Path, toy: ModuleType) -> Path:
+def packed(source, toy):
     from modulora_core.quantization.quantize import quantize
 
     quantize(str(source), source.parent / "packed", "toy")
@@ -74,7 +70,7 @@ def packed(source: Path, toy: ModuleType) -> Path:
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
+def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog. " * 60)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -21,6 +22,8 @@ import modulora_core
 from modulora_core import cli, registry
 from modulora_core.cli import app, main
 from modulora_core.cli.commands import modulora_commands
+from modulora_core.cli.failures import report_failure
+from modulora_core.cli.terminal import Terminal
 from modulora_core.tests.cli.conftest import Run
 from modulora_core.tests.fake_site import FakeSite, failing
 
@@ -238,7 +241,8 @@ USAGE = {
     "probe well --rank many": "invalid value for '--rank'",
     "probe well --rank 0": "invalid value for '--rank': expected greater than or equal to 1",
     "probe well --budget 24gigs": "expected a size such as 24GiB",
-    "probe well --budget 0GB": "expected more than 0 bytes, got 0GB",
+    "probe well --budget 0GB": "expected a size such as 24GiB or 800MB, got 0GB",
+    "probe well --budget 1": "expected a size such as 24GiB or 800MB, got 1",
     "probe well --rank": "'--rank' requires",
     "probe well --rank 1 --rank 2": "--rank: expected once, got 2 times",
     "probe well --names": "--names: expected one or more words after it, got none",
@@ -273,6 +277,44 @@ def test_ctrl_c_ends_a_process_with_one_line_and_130(tmp_path: Path) -> None:
             process.kill()
     assert process.returncode == 130
     assert (out, err) == ("", "interrupted; the same command with --resume continues\n")
+
+
+def starved() -> OSError:
+    """llvmlite's error if the system's loader gets no memory for its library."""
+    found = OSError("Could not find/load shared object file 'libllvmlite.so'")
+    found.__context__ = OSError("libllvmlite.so: failed to map segment from shared object")
+    return found
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "file"),
+        starved(),
+    ],
+    ids=lambda error: str(error)[:20] or "MemoryError",
+)
+def test_a_lack_of_memory_is_one_sentence(error: BaseException, capsys: Captured) -> None:
+    assert report_failure(error, Terminal()) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: the system gave this process no more (")
+    assert said.count("\n") == 1
+    assert "plugin" not in said
+    assert "install" not in said
+
+
+def test_only_work_that_is_left_is_resumed(tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    assert not app._left_work(out)
+    (out / "checkpoints").mkdir(parents=True)
+    assert not app._left_work(f"{out}/")
+    (out / "checkpoints" / "checkpoint-1").mkdir()
+    assert app._left_work(f"{out}/")
+    (tmp_path / "packed.partial").mkdir()
+    assert app._left_work(f"{tmp_path}/packed/")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX pipe")
@@ -366,6 +408,17 @@ def test_a_known_command_that_is_not_installed_names_its_distribution(
     assert "pip install -r plugins/requirements.txt" in error
 
 
+def test_a_command_of_a_blocked_distribution_is_not_called_absent(
+    site: FakeSite, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(registry, "requires", lambda _: ["modulora-weigh>=0.1; extra == 'weigh'"])
+    site.install("modulora-weigh", {"weigh": "fake_weigh"}, {})
+    monkeypatch.setenv(registry.BLOCK_VARIABLE, "modulora-weigh")
+    assert main(["weigh", "MODEL"]) == 2
+    error = capsys.readouterr().err
+    assert "it is of modulora-weigh, which is disabled by MODULORA_BLOCK=modulora-weigh" in error
+
+
 def test_the_install_line_of_messages_is_in_readme() -> None:
     """If this fails: README installs in another way than messages say."""
     (line,) = re.findall("`(.*)`", registry.INSTALL)
@@ -385,7 +438,8 @@ def test_the_help_of_a_command_has_examples_that_parse(name: str, capsys: Captur
         command.make_context(name, words[words.index(name) + 1 :])  # raises a usage error
     for parameter in command.params:
         names = [*parameter.opts, *parameter.secondary_opts]
-        assert all(name in shown for name in names if name.startswith("--"))
+        hidden = getattr(parameter, "hidden", False)  # the page of the command line has it
+        assert all((name in shown) != hidden for name in names[:1] if name.startswith("--"))
     assert command.panels.keys() <= set(re.findall(r"─ (\w+) ─", shown))
 
 

@@ -12,7 +12,6 @@ import pytest
 
 from modulora_core.errors import DataError
 from modulora_core.inference.generate import Generation
-from modulora_core.inference.opened import Opened
 from modulora_core.tests.cli.conftest import Run, save_source
 from modulora_core.tests.tiny_models import save_tiny_model
 
@@ -32,17 +31,6 @@ def test_quantize_prints_the_promised_keys(run: Run, source: Path, tmp_path: Pat
     assert (found["quantizer"], found["options"]) == ("toy", {"levels": 7})
     assert "lm_head.weight" in found["kept"]["output head"]
     assert (tmp_path / "out" / "tokenizer.json").exists()
-
-
-def test_quantize_names_what_each_quantizer_packed(text_of: TextOf, tmp_path: Path) -> None:
-    source = save_tiny_model("llama-tied", tmp_path / "source")
-    text = text_of("quantize", source, tmp_path / "one", "-q", "toy")
-    assert re.search(r"quantizer toy options levels=127 bits per weight \d+\.\d+ size ", text)
-    assert "lm_head.weight (tied to model.embed_tokens.weight)" in text
-    words = ("-q", "toy", "--quantize-embeddings", "verbatim")
-    text = text_of("quantize", source, tmp_path / "two", *words)
-    assert re.search(r"packed by toy [\d,]+ weights, verbatim 3,072 weights", text)  # 96 x 32
-    assert "tied to" not in text
 
 
 def test_a_source_without_a_tokenizer_is_reported(
@@ -134,19 +122,6 @@ def test_chat_on_a_terminal_continues_after_an_error_and_after_ctrl_c(
     assert "the model's window is 8 (the message is left out;" in notes
     assert "no such command: /rest" in notes
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))  # through a pipe an error is final
-    assert run("chat", packed)[0] == 2
-
-
-def test_bytes_that_are_no_text_are_refused(
-    run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caf = b"caf\xe9".decode(errors="surrogateescape")
-    with monkeypatch.context() as without_weights:
-        without_weights.setattr(Opened, "load", None)
-        code, found, _ = run("generate", packed, caf, "--raw", "--max-new-tokens", 1)
-    assert code == 2
-    assert "expected text in UTF-8" in found["error"]["message"]
-    monkeypatch.setattr("sys.stdin", io.StringIO(caf + "\n"))
     assert run("chat", packed)[0] == 2
 
 

@@ -1,10 +1,7 @@
 """``modulora finetune`` in this process, on a tiny packed model."""
 
-from __future__ import annotations
-
 import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -17,11 +14,9 @@ from modulora_core.training.finetune import FinetuneResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Captured = pytest.CaptureFixture[str]
-
 
 @pytest.fixture
-def text(tmp_path: Path) -> str:
+def text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(pydoc_text()[:1000])
     return str(file)
@@ -31,7 +26,7 @@ OWN = {"config", "resume", "revision", "json", "debug"}
 """Options that are no field of FinetuneConfig."""
 
 
-def test_the_options_are_the_fields_of_the_config() -> None:
+def test_the_options_are_the_fields_of_the_config():
     """If this fails: an option is a field of FinetuneConfig, and has its panel in PANELS."""
     params = {param.name: param for param in load_command("finetune").params}
     fields = FinetuneConfig.model_fields
@@ -50,7 +45,7 @@ def test_the_options_are_the_fields_of_the_config() -> None:
             assert param.show_default == str(field.default)
 
 
-def test_it_trains_and_reports(tunable: Path, text: str, tmp_path: Path, capsys: Captured) -> None:
+def test_it_trains_and_reports(tunable, text, tmp_path, capsys):
     out = tmp_path / "out"
     short = ["--batch-size", "2", "--grad-accum", "1", "--seq-len", "32"]
     words = ["finetune", str(tunable), str(out), "--data", text, "--steps", "2", *short]
@@ -69,12 +64,10 @@ def test_it_trains_and_reports(tunable: Path, text: str, tmp_path: Path, capsys:
     assert (out / "adapter_config.json").is_file()
 
 
-def test_flags_and_file_become_the_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
-    asked: list[tuple[FinetuneConfig, bool]] = []
+def test_flags_and_file_become_the_config(tmp_path, monkeypatch, capsys):
+    asked = []
 
-    def finetune(config: FinetuneConfig, *, resume: bool, **_: object) -> FinetuneResult:
+    def finetune(config, *, resume, **_):
         asked.append((config, resume))
         return FinetuneResult(
             out="out", model="m", steps=1, losses=[2.0], seconds=1.0, tokens_per_second=1.0
@@ -117,9 +110,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_request_is_one_sentence_and_exit_code_2(
-    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["finetune", *words.split()]) == 2
     printed = capsys.readouterr()

@@ -44,6 +44,28 @@ def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(
         assert "--:--" in last, "the time left belongs to other work"
 
 
+def test_a_bar_without_a_count_says_what_runs_and_no_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    with Terminal(stderr=screen).progress("reading", "bytes"):
+        wait_until(screen, "reading")
+        time.sleep(0.2)  # longer than a refresh
+    assert not re.search(
+        r"reading.*[?\d━]", re.sub("\x1b\\[[^a-zA-Z]*[a-zA-Z]", "", screen.getvalue())
+    )
+
+
+def test_the_spinner_says_what_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = Screen()
+    terminal = Terminal(stderr=screen)
+    with terminal.working():
+        terminal.doing("loading torch")
+        wait_until(screen, "loading torch")
+
+
 def wait_until(screen: Screen, text: str) -> None:
     """A thread draws ten times a second, and less often on a busy machine."""
     end = time.monotonic() + 60

@@ -1,39 +1,31 @@
 """Folders of strangers: each command names the file and the field, in one line, exit code 2."""
 
-from __future__ import annotations
-
 import json
 import re
 import resource
 import shutil
 import struct
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from modulora_core.cli import main
-from modulora_core.tests.cli.conftest import Run
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 
-Edit = Callable[[Any], object]
 
-
-def in_json(folder: Path, name: str, **values: object) -> None:
+def in_json(folder, name, **values):
     path = folder / name
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def in_site(folder: Path, **values: object) -> None:
+def in_site(folder, **values):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["sites"][0] |= values
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def in_header(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+def in_header(folder, edit):
     path = folder / "model.safetensors"
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
@@ -43,17 +35,17 @@ def in_header(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
 
-def many_tensors(header: dict[str, Any]) -> None:
+def many_tensors(header):
     end = max(entry["data_offsets"][1] for name, entry in header.items() if name[0] != "_")
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [end, end]}
     header.update({f"w{number}": entry for number in range(400_000)})
 
 
-def integers(header: dict[str, Any]) -> None:
+def integers(header):
     header["model.norm.weight"]["dtype"] = "I32"
 
 
-PACKED: dict[str, tuple[Edit, str]] = {
+PACKED = {
     "layers": (
         lambda f: in_json(f, "config.json", num_hidden_layers=10**12),
         "config.json: num_hidden_layers: expected 0 to 512",
@@ -82,7 +74,7 @@ PACKED: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize("case", PACKED)
-def test_a_packed_folder_of_a_stranger(case: str, packed: Path, tmp_path: Path, run: Run) -> None:
+def test_a_packed_folder_of_a_stranger(case, packed, tmp_path, run):
     edit, message = PACKED[case]
     folder = tmp_path / "folder"
     shutil.copytree(packed, folder)
@@ -99,7 +91,7 @@ def test_a_packed_folder_of_a_stranger(case: str, packed: Path, tmp_path: Path, 
     assert time.process_time() - started < 20
 
 
-def test_integers_are_no_weights(source: Path, tmp_path: Path, run: Run) -> None:
+def test_integers_are_no_weights(source, tmp_path, run):
     folder = tmp_path / "folder"
     shutil.copytree(source, folder)
     in_header(folder, integers)
@@ -108,9 +100,7 @@ def test_integers_are_no_weights(source: Path, tmp_path: Path, run: Run) -> None
     assert "model.norm.weight: expected floating-point values, got I32" in found["error"]["message"]
 
 
-def test_settings_of_the_folder_do_not_change_an_answer(
-    packed: Path, tmp_path: Path, run: Run
-) -> None:
+def test_settings_of_the_folder_do_not_change_an_answer(packed, tmp_path, run):
     folder = tmp_path / "folder"
     shutil.copytree(packed, folder)
     in_json(folder, "generation_config.json", stop_strings=["a"], eos_token_id=10**9)
@@ -120,9 +110,7 @@ def test_settings_of_the_folder_do_not_change_an_answer(
     assert answer["text"] == run("generate", packed, *words)[1]["text"]
 
 
-def test_control_characters_are_not_printed(
-    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_control_characters_are_not_printed(packed, tmp_path, capsys):
     folder = tmp_path / "folder"
     shutil.copytree(packed, folder)
     in_json(folder, "config.json", architectures=["\x1b[31mred\x07"])
@@ -147,9 +135,7 @@ def test_control_characters_are_not_printed(
         "quantize SOURCE OUT -q toy --calibration DATA --seq-len 8",
     ],
 )
-def test_tokens_beyond_the_vocabulary_are_refused(
-    words: str, source: Path, packed: Path, tmp_path: Path, run: Run
-) -> None:
+def test_tokens_beyond_the_vocabulary_are_refused(words, source, packed, tmp_path, run):
     rows = [{"prompt": "a fox", "completion": "a", "chosen": "a", "rejected": "b"}] * 9
     rows += [{**rows[0], "completion": "b"}]
     keys = ("prompt", "chosen", "rejected") if "dpo" in words else ("prompt", "completion")
@@ -185,9 +171,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(
     ],
     ids=str,
 )
-def test_requests_that_cannot_be(
-    words: list[object], packed: Path, tmp_path: Path, run: Run
-) -> None:
+def test_requests_that_cannot_be(words, packed, tmp_path, run):
     (tmp_path / "folder.svg").mkdir()
     places = {"MODEL": packed, "OUT": tmp_path / "out", "FOLDER": tmp_path / "folder"}
     filled = [str(word) for word in words]
@@ -208,9 +192,7 @@ def test_requests_that_cannot_be(
         "finetune MODEL OUT --data pydoc[:1%] --seq-len 16 --steps 16 --no-baseline",
     ],
 )
-def test_a_full_disk_is_one_sentence_and_loses_nothing(
-    words: str, source: Path, packed: Path, tmp_path: Path, run: Run
-) -> None:
+def test_a_full_disk_is_one_sentence_and_loses_nothing(words, source, packed, tmp_path, run):
     places = {"SOURCE": source, "MODEL": packed, "OUT": tmp_path / "out"}
     filled = [places.get(word, word) for word in words.split()]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -235,12 +217,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}, "model /no: no such"),  # all alone
     ],
 )
-def test_wrong_variables_of_a_launcher_are_one_sentence(
-    variables: dict[str, str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_wrong_variables_of_a_launcher_are_one_sentence(variables, message, monkeypatch, capsys):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

@@ -1,7 +1,5 @@
 """Tokenizers and a data file for the tests of this folder."""
 
-from __future__ import annotations
-
 import pytest
 
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, smol_tokenizer, write_jsonl

@@ -1,7 +1,5 @@
 """Records become examples of at most seq_len tokens; others are refused with their line."""
 
-from __future__ import annotations
-
 import json
 import logging
 from pathlib import Path
@@ -40,16 +38,6 @@ def test_text_is_joined_by_eos_and_cut_into_windows(plain, save):
     assert plain.decode(whole) == "The first document.</s>The second one.</s>And a third."
     assert {len(example["input_ids"]) for example in list(examples)[:-1]} == {7}
     assert all(example["labels"] == example["input_ids"] for example in examples)
-
-
-@pytest.mark.parametrize("left", [0, 1, 2])
-def test_a_last_window_of_one_token_is_dropped(plain, save, left):
-    ids = plain("word " * 40)["input_ids"][: 16 + left]
-    examples = load_examples(save({"text": plain.decode(ids)}), plain, seq_len=8)
-    lengths = [len(example["input_ids"]) for example in examples]
-    assert lengths == [8, 8] + [2] * (left == 2)
-    assert examples.report.tokens == sum(lengths)
-    assert examples.report.trained_tokens == sum(lengths) - len(lengths)
 
 
 def test_examples_longer_than_the_window_are_cut_counted_and_logged_once(plain, save, caplog):
@@ -194,17 +182,6 @@ def test_segments_are_consecutive_tokens_of_the_text_without_bos(tmp_path, add_b
     assert segments.shape == (len(ids) // 64, 64)
     assert segments.flatten().tolist() == ids[: segments.numel()]
     assert torch.equal(token_segments(tmp_path / "d.txt", tokenizer, 64, 3), segments[:3])
-
-
-def test_a_seed_draws_segments_without_repeats_and_repeats_itself(plain):
-    every, drawn, again, other = (
-        token_segments("pydoc[:5%]", plain, 64, count, seed=seed).tolist()
-        for count, seed in ((None, None), (10, 1), (10, 1), (10, 2))
-    )
-    rows = [every.index(row) for row in drawn]
-    assert len(set(rows)) == 10
-    assert rows != sorted(rows)
-    assert drawn == again != other
 
 
 def test_too_short_a_text_is_refused_with_its_length(plain, tmp_path):

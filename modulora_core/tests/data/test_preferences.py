@@ -1,10 +1,5 @@
 """Preference data: its spellings, its rows for TRL, and refused records."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from modulora_core.data import load_examples
@@ -18,7 +13,7 @@ TEMPLATE = (
 )
 
 
-def turns(*contents: str) -> list[dict[str, str]]:
+def turns(*contents):
     return [
         {"role": ("user", "assistant")[i % 2], "content": content}
         for i, content in enumerate(contents)
@@ -43,25 +38,23 @@ SPELLINGS = {
 }  # fmt: skip
 
 
-def rows(tmp_path: Path, *records: dict[str, Any], template: str | None = TEMPLATE) -> Any:
+def rows(tmp_path, *records, template=TEMPLATE):
     file = write_jsonl(tmp_path / "data.jsonl", *records)
     return load_preferences(file, make_tokenizer(template=template), seq_len=16)
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_becomes_the_same_messages(tmp_path: Path, spelling: str) -> None:
+def test_every_spelling_becomes_the_same_messages(tmp_path, spelling):
     assert rows(tmp_path, SPELLINGS[spelling]) == [CHAT]
 
 
-def test_without_a_chat_template_strings_stay_strings(tmp_path: Path) -> None:
+def test_without_a_chat_template_strings_stay_strings(tmp_path):
     assert rows(tmp_path, PLAIN, template=None) == [PLAIN]
     with pytest.raises(DataError, match="line 1: a chat needs a chat template"):
         rows(tmp_path, CHAT, template=None)
 
 
-def test_a_prompt_that_fills_the_window_is_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_prompt_that_fills_the_window_is_left_out(tmp_path, caplog):
     long = {**PLAIN, "prompt": "why so long " * 20}
     assert rows(tmp_path, long, PLAIN) == [CHAT]
     assert "1 of 2 records are left out because their prompt alone has seq_len 16" in caplog.text
@@ -82,20 +75,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_a_wrong_record_is_refused_with_its_place(tmp_path: Path, message: str) -> None:
+def test_a_wrong_record_is_refused_with_its_place(tmp_path, message):
     with pytest.raises(
         DataError, match=f"data.jsonl, line 1: .*{message.removeprefix('line 1: ')}"
     ):
         rows(tmp_path, WRONG[message])
 
 
-def test_other_training_names_the_method(tmp_path: Path) -> None:
+def test_other_training_names_the_method(tmp_path):
     file = write_jsonl(tmp_path / "data.jsonl", PLAIN)
     with pytest.raises(DataError, match="preferences: train on them with method dpo"):
         load_examples(file, make_tokenizer(), seq_len=16)
 
 
-def test_a_token_of_an_answer_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+def test_a_token_of_an_answer_that_the_model_lacks_is_refused(tmp_path):
     tokenizer = make_tokenizer(template=TEMPLATE)
     known = len(tokenizer)
     tokenizer.add_tokens(["nobody"])

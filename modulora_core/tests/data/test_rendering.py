@@ -1,7 +1,5 @@
 """A conversation has the tokens that the model is asked with, and only answers are trained."""
 
-from __future__ import annotations
-
 import pytest
 
 from modulora_core.data import instruction_prompt, load_examples
@@ -98,13 +96,6 @@ def test_a_chat_that_the_template_cannot_render_is_refused(save, template, recor
         example(save(record), make_tokenizer(template=template))
 
 
-@pytest.mark.parametrize("input", ["", "1 + 1"])
-def test_without_a_template_an_instruction_is_asked_with_alpacas_prompt(plain, save, input):
-    found = example(save({"instruction": "Add.", "input": input, "output": "It is 2."}), plain)
-    assert plain.decode(found["input_ids"]) == instruction_prompt("Add.", input) + "It is 2.</s>"
-    assert trained(plain, found) == "It is 2.</s>"
-
-
 def test_alpacas_prompt_is_the_published_one():
     paired = ", paired with an input that provides further context"
     for input, shown, more in (("1 + 1", "### Input:\n1 + 1\n\n", paired), ("", "", "")):
@@ -125,12 +116,6 @@ def test_a_prompt_has_the_tokens_that_it_has_alone(plain, save, prompt):
     assert found["input_ids"][: len(asked)] == asked
     assert plain.decode(found["input_ids"]) == prompt + "meter is</s>"
     assert trained(plain, found) == "meter is</s>"
-
-
-def test_a_label_is_trained_after_the_word_label(plain, save):
-    found = example(save({"text": "Good.", "label": 1}), plain)
-    assert plain.decode(found["input_ids"]) == "Good.\nLabel: 1</s>"
-    assert trained(plain, found) == " 1</s>"
 
 
 def test_special_tokens_and_spaces_are_the_tokenizers(save):

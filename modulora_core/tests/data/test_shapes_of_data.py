@@ -1,10 +1,6 @@
 """Data as people have it: tool calls, parts, lists of messages, tables, saved datasets, tokens."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow.parquet
@@ -29,7 +25,7 @@ ASKED = {"role": "user", "content": "Rain in Oslo?"}
 TOOLS = [{"type": "function", "function": {"name": "rain", "parameters": {"type": "object"}}}]
 
 
-def calling(arguments: Any) -> dict[str, Any]:
+def calling(arguments):
     function = {"name": "rain", "arguments": arguments}
     return {"role": "assistant", "content": None,
             "tool_calls": [{"type": "function", "function": function}]}  # fmt: skip
@@ -44,15 +40,15 @@ TOOL_CHAT = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def tokenizer():
     return make_tokenizer(template=TEMPLATE)
 
 
-def trained(tokenizer: Any, record: dict[str, Any] | Any) -> tuple[str, list[str]]:
+def trained(tokenizer, record):
     """The text of a record's only example, and the parts of it that are trained."""
     source = [record] if isinstance(record, dict) else record
     (example,) = load_examples(source, tokenizer, seq_len=512)
-    parts: list[list[int]] = [[]]
+    parts = [[]]
     for label in example["labels"]:
         if label != -100:
             parts[-1].append(label)
@@ -61,7 +57,7 @@ def trained(tokenizer: Any, record: dict[str, Any] | Any) -> tuple[str, list[str
     return tokenizer.decode(example["input_ids"]), [tokenizer.decode(p) for p in parts if p]
 
 
-def test_tool_calls_are_trained_as_the_template_writes_them(tokenizer: Any) -> None:
+def test_tool_calls_are_trained_as_the_template_writes_them(tokenizer):
     text, answers = trained(tokenizer, {"messages": TOOL_CHAT, "tools": TOOLS})
     expected = tokenizer.apply_chat_template(
         [turn | {"content": turn["content"] or ""} for turn in TOOL_CHAT], tools=TOOLS,
@@ -80,7 +76,7 @@ def test_tool_calls_are_trained_as_the_template_writes_them(tokenizer: Any) -> N
 NULLS = {"city": None, "n": [1, None], "o": {"k": None}}
 
 
-def test_nulls_that_the_user_wrote_are_trained(tokenizer: Any, tmp_path: Path) -> None:
+def test_nulls_that_the_user_wrote_are_trained(tokenizer, tmp_path):
     tools = [{"type": "function", "function": {"name": "rain", "default": None}}]
     chats = [
         {"messages": [ASKED, calling(NULLS)], "tools": tools},
@@ -101,7 +97,7 @@ def test_nulls_that_the_user_wrote_are_trained(tokenizer: Any, tmp_path: Path) -
         assert trained(tokenizer, source)[1] == [f"<call>rain{json.dumps(NULLS)}</s>"]
 
 
-def test_nulls_that_a_table_adds_are_left_out(tokenizer: Any, tmp_path: Path) -> None:
+def test_nulls_that_a_table_adds_are_left_out(tokenizer, tmp_path):
     two = [{**call, "function": {"name": "snow", "arguments": {"month": 1}}}
            for call in calling(0)["tool_calls"]]  # fmt: skip
     rows = [{"messages": TOOL_CHAT}, {"messages": [ASKED, {**calling(0), "tool_calls": two}]}]
@@ -117,14 +113,7 @@ def test_nulls_that_a_table_adds_are_left_out(tokenizer: Any, tmp_path: Path) ->
         assert [dict(x) for x in found] == expected, source
 
 
-def test_parts_of_text_are_the_text(tokenizer: Any) -> None:
-    parts = [{"type": "text", "text": "Rain in "}, {"type": "text", "text": "Oslo?"}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
-    found = trained(tokenizer, {"messages": [{"role": "user", "content": parts}, answer]})
-    assert found == ("<user>Rain in Oslo?</s>\n<assistant>Yes.</s>", ["Yes.</s>"])
-
-
-def test_of_lists_of_messages_the_completion_alone_is_trained(tokenizer: Any) -> None:
+def test_of_lists_of_messages_the_completion_alone_is_trained(tokenizer):
     earlier = [ASKED, {"role": "assistant", "content": "No."}, ASKED]
     text, answers = trained(
         tokenizer, {"prompt": earlier, "completion": [{"role": "assistant", "content": "Yes."}]}
@@ -137,7 +126,7 @@ def test_of_lists_of_messages_the_completion_alone_is_trained(tokenizer: Any) ->
     )
 
 
-def test_trls_trainer_makes_the_same_tokens(tunable: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_trls_trainer_makes_the_same_tokens(tunable, tokenizer, tmp_path):
     trl = pytest.importorskip("trl", reason="pip install trl")
     from modulora_core import add_lora, load_model
 
@@ -177,16 +166,14 @@ TOKENS = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]}
          "attention_mask": [0, 1, 1, 1, 1, 1]},
     ],
 )  # fmt: skip
-def test_tokens_are_trained_as_they_are(tokenizer: Any, record: dict[str, Any]) -> None:
+def test_tokens_are_trained_as_they_are(tokenizer, record):
     (found,) = load_examples([record], tokenizer, seq_len=16)
     assert found == TOKENS
     (cut,) = load_examples([record], tokenizer, seq_len=4)
     assert cut == {name: column[:4] for name, column in TOKENS.items()}
 
 
-def test_examples_without_a_trained_token_are_counted_apart(
-    tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_examples_without_a_trained_token_are_counted_apart(tokenizer, caplog):
     rows = [TOKENS, {"input_ids": []}, {"input_ids": [5, 6], "labels": [5, -100]}]
     report = load_examples(rows, tokenizer, seq_len=16).report
     assert (report.examples, report.dropped, report.untrained) == (1, 0, 2)
@@ -194,11 +181,6 @@ def test_examples_without_a_trained_token_are_counted_apart(
     assert "longer" not in caplog.text
     with pytest.raises(DataError, match="starts within seq_len 2, got none of 1; raise seq_len"):
         load_examples(rows, tokenizer, seq_len=2)
-
-
-def test_tokens_without_labels_are_all_trained(tokenizer: Any) -> None:
-    (found,) = load_examples([{"input_ids": [5, 6]}], tokenizer, seq_len=16)
-    assert found["labels"] == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -228,9 +210,7 @@ def test_tokens_without_labels_are_all_trained(tokenizer: Any) -> None:
         ({"prompt": [ASKED], "completion": [ASKED]}, "turn of the assistant to train, got only us"),
     ],
 )  # fmt: skip
-def test_unusable_shapes_are_refused(
-    tokenizer: Any, tmp_path: Path, record: dict[str, Any], message: str
-) -> None:
+def test_unusable_shapes_are_refused(tokenizer, tmp_path, record, message):
     with pytest.raises(DataError, match=message):
         load_examples(write_jsonl(tmp_path / "data.jsonl", record), tokenizer, seq_len=512)
 
@@ -257,9 +237,7 @@ NAMES = CHATML.replace("{% for m", "{# 'critic' #}{% for m")
         (CHATML, {"messages": [ASKED, TOOL_CHAT[2], TOOL_CHAT[3]]}, None),
     ],
 )
-def test_a_turn_that_the_template_does_not_know_is_refused(
-    template: str, record: dict[str, Any], message: str | None
-) -> None:
+def test_a_turn_that_the_template_does_not_know_is_refused(template, record, message):
     tokenizer = make_tokenizer(template=template)
     if message is None:
         assert trained(tokenizer, record)[1] == ["Yes.</s>"]
@@ -271,7 +249,7 @@ def test_a_turn_that_the_template_does_not_know_is_refused(
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c\td", "completion": 'e "f"'}]
 
 
-def test_a_file_of_tabs_is_a_table(tmp_path: Path) -> None:
+def test_a_file_of_tabs_is_a_table(tmp_path):
     file = tmp_path / "data.tsv"
     file.write_text('prompt\tcompletion\na\tb\n"c\td"\t"e ""f"""\n')
     assert [record.fields for record in load_records(file)] == ROWS
@@ -280,7 +258,7 @@ def test_a_file_of_tabs_is_a_table(tmp_path: Path) -> None:
         load_records(file)
 
 
-def test_tables_in_memory_are_records(tokenizer: Any) -> None:
+def test_tables_in_memory_are_records(tokenizer):
     pandas = pytest.importorskip("pandas")
     frames = [pandas.DataFrame(ROWS), pyarrow.Table.from_pylist(ROWS), pandas.DataFrame(ROWS)[::-1]]
     for frame in frames[:2]:
@@ -297,14 +275,17 @@ def test_tables_in_memory_are_records(tokenizer: Any) -> None:
         assert [dict(x) for x in load_examples(frame, tokenizer, seq_len=512)] == expected
 
 
-def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
+def test_a_saved_dataset_is_read(tmp_path):
     one = datasets.Dataset.from_list(ROWS)
     one.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "several")
     for name, expected in (
-        ("one", ROWS), ("several", ROWS), ("several:train", ROWS), ("several:test", ROWS[1:]),
+        ("one", ROWS),
+        ("several", ROWS),
+        ("several:train", ROWS),
+        ("several:test", ROWS[1:]),
         ("one[:50%]", ROWS[:1]),
-    ):  # fmt: skip
+    ):
         assert [r.fields for r in load_records(f"{tmp_path}/{name}")] == expected, name
     with pytest.raises(DataError, match="with the split 'dev'"):
         load_records(f"{tmp_path}/several:dev")
@@ -312,11 +293,6 @@ def test_a_saved_dataset_is_read(tmp_path: Path) -> None:
         load_records(f"{tmp_path}/one:test")
     with pytest.raises(DataError, match=r"has no configurations, got 'config' too"):
         load_records(f"{tmp_path}/several:config:test")
-
-
-def test_tokens_are_no_text(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"expected text, got tokens \(input_ids\)"):
-        load_text([TOKENS], tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -329,10 +305,20 @@ def test_tokens_are_no_text(tokenizer: Any) -> None:
         ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": TOOLS}, "dpo reads none"),
     ],
 )  # fmt: skip
-def test_a_preference_of_the_wrong_shape_names_the_rule(
-    tokenizer: Any, record: dict[str, Any], message: str
-) -> None:
+def test_a_preference_of_the_wrong_shape_names_the_rule(tokenizer, record, message):
     with pytest.raises(DataError, match=f"record 1: .*{message}") as found:
         load_preferences([record], tokenizer, seq_len=64)
     if "tools" not in record:
         assert "preferences: expected prompt, chosen and rejected, as str" in str(found.value)
+
+
+def test_parts_of_text_are_the_text(tokenizer):
+    parts = [{"type": "text", "text": "Rain in "}, {"type": "text", "text": "Oslo?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+    found = trained(tokenizer, {"messages": [{"role": "user", "content": parts}, answer]})
+    assert found == ("<user>Rain in Oslo?</s>\n<assistant>Yes.</s>", ["Yes.</s>"])
+
+
+def test_tokens_are_no_text(tokenizer):
+    with pytest.raises(DataError, match=r"expected text, got tokens \(input_ids\)"):
+        load_text([TOKENS], tokenizer)

@@ -1,15 +1,10 @@
 """A packed model that was pruned, pickled or dequantized is the same model in the end."""
 
-from __future__ import annotations
-
 import copy
 import io
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -24,14 +19,13 @@ from modulora_core.tests.adapted_models import IDS, logits, trained
 from modulora_core.tests.conftest import TOY_SITE
 from modulora_core.tests.tiny_models import save_tiny_model
 
-Pack = Callable[..., tuple[Path, Path]]
 ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["llama", "llama-tied", "mixtral", "gpt_oss", "gpt2"])
-def packed(request: pytest.FixtureRequest, toy: ModuleType, tmp_path: Path) -> Any:
+def packed(request, toy, tmp_path):
     """A model of two quantizers, with a packed head and a packed table."""
     source = save_tiny_model(request.param, tmp_path / "dense")
     tables = {"head": "toy", "embeddings": "verbatim"}
@@ -45,12 +39,12 @@ def packed(request: pytest.FixtureRequest, toy: ModuleType, tmp_path: Path) -> A
 # pruning
 
 
-def blocks(model: Any) -> nn.ModuleList:
+def blocks(model):
     return next(module for module in model.modules() if type(module) is nn.ModuleList)
 
 
 @pytest.mark.parametrize("pruned", [0, 1])
-def test_a_pruned_model_is_saved_as_it_is(packed: Any, pruned: int, tmp_path: Path) -> None:
+def test_a_pruned_model_is_saved_as_it_is(packed, pruned, tmp_path):
     del blocks(packed)[pruned]
     for module in blocks(packed).modules():
         if hasattr(module, "layer_idx"):
@@ -69,8 +63,8 @@ def test_a_pruned_model_is_saved_as_it_is(packed: Any, pruned: int, tmp_path: Pa
     assert not any(".1." in name for name in named)
 
 
-def test_a_layer_that_became_dense_is_saved_dense(pack: Pack, tmp_path: Path) -> None:
-    model: Any = load_model(pack("llama", "toy")[1], device="cpu")
+def test_a_layer_that_became_dense_is_saved_dense(pack, tmp_path):
+    model = load_model(pack("llama", "toy")[1], device="cpu")
     mlp = model.model.layers[1].mlp
     dense = nn.Linear(mlp.up_proj.in_features, mlp.up_proj.out_features, bias=False)
     dense.weight.data.copy_(mlp.up_proj.weight.dense(torch.float32))
@@ -82,9 +76,7 @@ def test_a_layer_that_became_dense_is_saved_dense(pack: Pack, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("head", [AutoModel, AutoModelForSequenceClassification])
-def test_a_model_with_another_head_is_saved_and_loaded(
-    pack: Pack, head: Any, tmp_path: Path
-) -> None:
+def test_a_model_with_another_head_is_saved_and_loaded(pack, head, tmp_path):
     model = head.from_pretrained(pack("llama", "toy")[1], dtype="float32").eval()
     model.config.pad_token_id = 0
     model.save_pretrained(tmp_path / "saved")
@@ -93,9 +85,9 @@ def test_a_model_with_another_head_is_saved_and_loaded(
         assert torch.equal(again(IDS)[0], model(IDS)[0])
 
 
-def test_a_packed_weight_of_another_checkpoint_is_refused(pack: Pack, tmp_path: Path) -> None:
-    model: Any = load_model(pack("llama", "toy")[1], device="cpu")
-    other: Any = load_model(pack("llama", "verbatim")[1], device="cpu")
+def test_a_packed_weight_of_another_checkpoint_is_refused(pack, tmp_path):
+    model = load_model(pack("llama", "toy")[1], device="cpu")
+    other = load_model(pack("llama", "verbatim")[1], device="cpu")
     model.model.layers[0].mlp = other.model.layers[0].mlp
     with pytest.raises(ModelError, match=r"0\.mlp\.\w+\.weight: expected a packed weight of this"):
         model.save_pretrained(tmp_path / "saved")
@@ -104,14 +96,14 @@ def test_a_packed_weight_of_another_checkpoint_is_refused(pack: Pack, tmp_path: 
 # pickle
 
 
-def pickled(model: nn.Module) -> bytes:
+def pickled(model):
     file = io.BytesIO()
     torch.save(model, file)
     return file.getvalue()
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_a_model_is_pickled_and_copied(packed: Any, adapted: bool) -> None:
+def test_a_model_is_pickled_and_copied(packed, adapted):
     model = trained(packed) if adapted else packed
     again = torch.load(io.BytesIO(pickled(model)), weights_only=False)
     assert type(again) is type(model)
@@ -120,7 +112,8 @@ def test_a_model_is_pickled_and_copied(packed: Any, adapted: bool) -> None:
     assert again.num_parameters() == model.num_parameters()
 
 
-def test_another_process_reads_the_pickle(pack: Pack, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_another_process_reads_the_pickle(pack, tmp_path):
     model = trained(load_model(pack("llama", "toy")[1], device="cpu"))
     (tmp_path / "model.pt").write_bytes(pickled(model))
     torch.save((IDS, logits(model)), tmp_path / "expected.pt")
@@ -138,7 +131,7 @@ with torch.no_grad():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_mapped_model_is_not_pickled(pack: Pack) -> None:
+def test_a_mapped_model_is_not_pickled(pack):
     model = load_model(pack("llama", "toy")[1], device="cpu", mapped=True)
     with pytest.raises(ModelError, match=r"pickle: .* got a mapped one.*save_pretrained"):
         pickled(model)
@@ -151,17 +144,15 @@ EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama4_text", "deeps
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", *EXPERTS])
-def test_dequantize_keeps_the_order_of_parameters(pack: Pack, architecture: str) -> None:
+def test_dequantize_keeps_the_order_of_parameters(pack, architecture):
     source, folder = pack(architecture)
-    dense = load_model(folder, device="cpu").dequantize()  # type: ignore[operator]
+    dense = load_model(folder, device="cpu").dequantize()
     expected = AutoModelForCausalLM.from_pretrained(source)
     assert [*dict(dense.named_parameters())] == [*dict(expected.named_parameters())]
 
 
 @pytest.mark.parametrize("architecture", EXPERTS)
-def test_an_adapter_of_peft_on_experts_fits_the_dequantized_model(
-    pack: Pack, architecture: str, tmp_path: Path
-) -> None:
+def test_an_adapter_of_peft_on_experts_fits_the_dequantized_model(pack, architecture, tmp_path):
     peft = pytest.importorskip("peft")
     source, folder = pack(architecture)
     model = AutoModelForCausalLM.from_pretrained(source)
@@ -171,6 +162,6 @@ def test_an_adapter_of_peft_on_experts_fits_the_dequantized_model(
     )
     adapted = peft.get_peft_model(model, config)
     adapted.save_pretrained(tmp_path / "adapter")
-    dense = load_model(folder, device="cpu").dequantize()  # type: ignore[operator]
+    dense = load_model(folder, device="cpu").dequantize()
     again = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter")
     assert torch.allclose(logits(again), logits(adapted), atol=1e-5)

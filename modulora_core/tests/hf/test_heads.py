@@ -1,10 +1,5 @@
 """A packed folder gives its packed layers to every class of transformers, or an error."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import transformers
@@ -16,11 +11,11 @@ from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.errors import CheckpointError
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.registry import Choice
-from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model
+from modulora_core.tests.tiny_models import ARCHITECTURES, EVERY_ARCHITECTURE, save_tiny_model
 
 HEADS = ("llama", "llama-tied", "mixtral")
 IDS = torch.tensor([[1, 5, 9, 30]])
-TABLES: dict[str, dict[str, Any]] = {
+TABLES = {
     "layers": {},
     "head": {"head": Choice("toy")},
     "embedding": {"embeddings": Choice("toy")},
@@ -28,7 +23,7 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-def classes(architecture: str) -> list[Any]:
+def classes(architecture):
     """All classes that transformers' Auto classes make of a config."""
     model_type, found = ARCHITECTURES[architecture][0], set()
     for name, mapping in vars(modeling_auto).items():
@@ -40,10 +35,10 @@ def classes(architecture: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def folders(toy: object, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[tuple[str, str], Path] = {}
+def folders(toy, tmp_path_factory):
+    made = {}
 
-    def folder(architecture: str, tables: str) -> Path:
+    def folder(architecture, tables):
         key = architecture, tables
         if key not in made:
             root = tmp_path_factory.mktemp(architecture)
@@ -57,9 +52,7 @@ def folders(toy: object, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("tables", TABLES)
 @pytest.mark.parametrize("architecture", HEADS)
-def test_every_head(
-    folders: Any, architecture: str, tables: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_head(folders, architecture, tables, monkeypatch):
     folder = folders(architecture, tables)
     whole = load_model(folder, device="cpu")
     with torch.no_grad():
@@ -83,17 +76,15 @@ def test_every_head(
             head.from_pretrained(folder)
 
 
-def packed_of(model: Any, whole: Any) -> list[Any]:
+def packed_of(model, whole):
     """The layers of ``model`` in the places of packed linear layers of ``whole``'s base."""
     paths = [n for n, m in whole.base_model.named_modules() if hasattr(m, "weight")
              and isinstance(m.weight, PackedParameter)]  # fmt: skip
     return [model.base_model.get_submodule(path) for path in paths]
 
 
-@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES} - {*HEADS}))
-def test_transformers_alone_refuses_the_folder(
-    folders: Any, architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@EVERY_ARCHITECTURE
+def test_transformers_alone_refuses_the_folder(folders, architecture, monkeypatch):
     """It knows no such method, and would fill packed layers with noise."""
     folder = folders(architecture, "both")
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, QUANT_METHOD)

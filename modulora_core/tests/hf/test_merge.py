@@ -9,17 +9,23 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from modulora_core.errors import AdapterError, OptionError, PluginError, WeightError
+from modulora_core.errors import (
+    AdapterError,
+    CheckpointError,
+    OptionError,
+    WeightError,
+)
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
-from modulora_core.tests.adapted_models import logits, trained
+from modulora_core.tests.adapted_models import logits, randomize, trained
 from modulora_core.tests.crude_folders import save_crude
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tiles import tile_budget
@@ -50,7 +56,8 @@ def test_the_merged_model_gives_the_same_logits(
     assert not hasattr(merged.config, "quantization_config")
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
     assert result.adapted == sum(1 for module in model.modules() if hasattr(module, "lora_A"))
-    assert calls[-1] == ("merging", len(calls), len(calls))
+    merging = [call for call in calls if call[0] == "merging"]
+    assert merging[-1] == calls[-1] == ("merging", len(merging), len(merging))
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "crude"])
@@ -87,13 +94,36 @@ def test_a_wrong_request_writes_nothing(pack: Pack, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_missing_plugin_is_refused_before_anything_is_written(pack: Pack, tmp_path: Path) -> None:
-    shutil.copytree(pack("llama", "toy")[1], tmp_path / "packed")
-    config = tmp_path / "packed" / "config.json"
-    config.write_text(config.read_text().replace('"quantizer": "toy"', '"quantizer": "gone"'))
-    with pytest.raises(PluginError, match=r"^quantizer 'gone' "):
-        merge(str(tmp_path / "packed"), tmp_path / "merged")
-    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
+def test_changed_or_swapped_files_are_refused_by_their_digests(pack, tmp_path):
+    """Codes of the same size are valid codes, so only the digests tell."""
+    packed, other = tmp_path / "packed", tmp_path / "other"
+    quantize(str(pack("llama")[0]), packed, "toy", max_shard_bytes=8000)
+    shutil.copytree(packed, other)
+    first, *_ = sorted(packed.glob("*.safetensors"))
+    body = bytearray(first.read_bytes())
+    body[-1] ^= 1
+    first.write_bytes(body)
+    with pytest.raises(CheckpointError, match=rf"{first.name}: expected the SHA-256"):
+        merge(str(packed), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    (other / "README.md").write_text("A card that somebody wrote.")  # not read by merge
+    merge(str(other), tmp_path / "merged")
+
+
+def test_the_adapter_of_a_classifier_makes_a_merged_classifier(pack, tmp_path):
+    kind = AutoModelForSequenceClassification
+    model = kind.from_pretrained(pack("llama")[1], num_labels=3, pad_token_id=0)
+    add_lora(model, LoRASettings(rank=3))
+    randomize(model)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(tmp_path / "adapter")
+    packed = str(pack("llama")[1])
+    found = merge(packed, tmp_path / "merged", adapter=tmp_path / "adapter", dtype="float32")
+    merged = kind.from_pretrained(tmp_path / "merged", pad_token_id=0)
+    assert found.task == type(merged).__name__ == "LlamaForSequenceClassification"
+    assert merged.config.num_labels == 3
+    torch.testing.assert_close(logits(merged), logits(model.eval()), rtol=1e-4, atol=1e-5)
+    assert not any("lm_head" in name for name in merged.state_dict())
 
 
 def test_values_beyond_the_dtype_are_refused(pack: Pack, tmp_path: Path) -> None:

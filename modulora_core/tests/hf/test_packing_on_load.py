@@ -1,16 +1,11 @@
 """transformers quantizes a dense model while it loads it."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from modulora_core import ModuLoRAConfig, load_model
 from modulora_core.checkpoints.opening import open_packed
@@ -20,30 +15,22 @@ from modulora_core.errors import (
     UnknownQuantizerError,
     WeightError,
 )
-from modulora_core.hf.load_adapter import load_adapter
-from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.registry import Choice
-from modulora_core.tests.adapted_models import logits, trained
-
-Pack = Callable[..., tuple[Path, Path]]
+from modulora_core.tests.adapted_models import logits
 
 
-def loaded(
-    folder: Path, quantizer: str = "toy", head: Any = AutoModelForCausalLM, **more: Any
-) -> Any:
+def loaded(folder, quantizer="toy", head=AutoModelForCausalLM, **more):
     return head.from_pretrained(folder, quantization_config=ModuLoRAConfig(quantizer, **more))
 
 
-def same_tensors(one: Any, other: Any) -> bool:
+def same_tensors(one, other):
     first, second = one.state_dict(), other.state_dict()
     return {*first} == {*second} and all(torch.equal(t, second[name]) for name, t in first.items())
 
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "llama-biased", "gpt2", "mixtral"])
-def test_it_equals_quantize_then_load_and_saves_itself(
-    pack: Pack, tmp_path: Path, architecture: str
-) -> None:
+def test_it_equals_quantize_then_load_and_saves_itself(pack, tmp_path, architecture):
     source, folder = pack(architecture, "toy")
     model, expected = loaded(source), load_model(folder, device="cpu")
     assert same_tensors(model, expected)
@@ -57,39 +44,7 @@ def test_it_equals_quantize_then_load_and_saves_itself(
     assert ours.model_dump(exclude=different) == theirs.model_dump(exclude=different)
 
 
-def test_a_dict_and_a_second_model_take_the_same_config(pack: Pack) -> None:
-    source = pack("llama", "toy")[0]
-    config = ModuLoRAConfig("toy", exclude=["*.mlp.*"])
-    models = [
-        AutoModelForCausalLM.from_pretrained(source, quantization_config=given)
-        for given in (config, config, config.to_dict())
-    ]
-    for model in models:
-        assert sum(isinstance(module, PackedParameter) for module in model.modules()) == 8
-        assert same_tensors(model, models[0])
-    assert config.record is None
-
-
-def test_an_adapter_fits_both_ways_of_quantizing(pack: Pack, tmp_path: Path) -> None:
-    source, folder = pack("llama", "toy")
-    model = trained(loaded(source))
-    save_adapter(model, tmp_path)
-    again = load_model(folder, device="cpu")
-    load_adapter(again, tmp_path)  # a warning would be an error
-    assert torch.equal(logits(again), logits(model))
-
-
-def test_other_heads_stay_dense_and_train(pack: Pack, tmp_path: Path) -> None:
-    source, folder = pack("llama", "toy")
-    whole = load_model(folder, device="cpu")
-    assert same_tensors(loaded(source, head=AutoModel), whole.base_model)
-    classifier = loaded(source, head=AutoModelForSequenceClassification)
-    names = [name for name, parameter in classifier.named_parameters() if parameter.requires_grad]
-    assert names == ["score.weight"]
-    assert same_tensors(classifier.base_model, whole.base_model)
-
-
-def test_weights_are_cast_before_they_are_packed(pack: Pack) -> None:
+def test_weights_are_cast_before_they_are_packed(pack):
     source = pack("llama", "verbatim")[0]
     model = loaded(source, "verbatim")
     half = AutoModelForCausalLM.from_pretrained(
@@ -101,17 +56,15 @@ def test_weights_are_cast_before_they_are_packed(pack: Pack) -> None:
     assert torch.equal(rounded, exact.bfloat16().float())
 
 
-def test_one_dense_weight_is_alive_at_a_time(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_dense_weight_is_alive_at_a_time(pack, monkeypatch):
     import weakref
 
     from modulora_core.hf import packing_on_load
 
-    alive: list[weakref.ref[torch.Tensor]] = []
+    alive = []
     pack_matrices = packing_on_load.pack_matrices
 
-    def counted(
-        name: str, site: Any, quantizer: Any, matrices: Any, *more: Any, **last: Any
-    ) -> Any:
+    def counted(name, site, quantizer, matrices, *more, **last):
         assert not [each for each in alive if each() is not None], f"at {name}"
         alive.extend(weakref.ref(matrix) for matrix in matrices)
         return pack_matrices(name, site, quantizer, matrices, *more, **last)
@@ -121,9 +74,7 @@ def test_one_dense_weight_is_alive_at_a_time(pack: Pack, monkeypatch: pytest.Mon
     assert len(alive) == 14
 
 
-def test_a_calibrated_quantizer_is_refused(
-    pack: Pack, toy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_calibrated_quantizer_is_refused(pack, toy, monkeypatch):
     source = pack("llama", "toy")[0]
     calibrated = toy.TOY.model_copy(update={"calibration": "required"})
     monkeypatch.setattr(Choice, "create", lambda choice: SimpleNamespace(spec=calibrated))
@@ -133,7 +84,7 @@ def test_a_calibrated_quantizer_is_refused(
         loaded(source)
 
 
-def test_wrong_requests_are_refused(pack: Pack) -> None:
+def test_wrong_requests_are_refused(pack):
     source = pack("llama", "toy")[0]
     with pytest.raises(UnknownQuantizerError, match="toyy"):
         loaded(source, "toyy")
@@ -143,7 +94,7 @@ def test_wrong_requests_are_refused(pack: Pack) -> None:
         loaded(source, exclude=["*"])
 
 
-def test_damaged_files_are_refused(pack: Pack, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(pack, tmp_path):
     source = AutoModelForCausalLM.from_pretrained(pack("llama", "toy")[0])
     name = "model.layers.1.mlp.up_proj.weight"
     source.save_pretrained(tmp_path)
@@ -156,3 +107,16 @@ def test_damaged_files_are_refused(pack: Pack, tmp_path: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(WeightError, match=f"{name}: expected finite values, got NaN or Inf"):
         loaded(tmp_path)
+
+
+def test_a_dict_and_a_second_model_take_the_same_config(pack):
+    source = pack("llama", "toy")[0]
+    config = ModuLoRAConfig("toy", exclude=["*.mlp.*"])
+    models = [
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=given)
+        for given in (config, config, config.to_dict())
+    ]
+    for model in models:
+        assert sum(isinstance(module, PackedParameter) for module in model.modules()) == 8
+        assert same_tensors(model, models[0])
+    assert config.record is None

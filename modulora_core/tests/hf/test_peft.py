@@ -1,11 +1,5 @@
 """PEFT puts its adapters on packed layers, and saves no dense weight for the backward."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from modulora_conformance.allocations import Allocations
@@ -20,7 +14,6 @@ from peft import (
     get_peft_model,
 )
 from peft.utils.hotswap import hotswap_adapter
-from torch import Tensor
 
 from modulora_core.errors import ModelError
 from modulora_core.hf.load_adapter import load_adapter
@@ -28,21 +21,19 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.tests.adapted_models import IDS, logits
 from modulora_core.tiles import tile_budget
 
-Pack = Callable[..., tuple[Path, Path]]
-
 
 @pytest.fixture
-def packed(pack: Pack) -> Callable[[], Any]:
+def packed(pack):
     return lambda: load_model(pack("llama", "toy")[1], device="cpu")
 
 
-def adapted(model: Any, **options: Any) -> Any:
+def adapted(model, **options):
     torch.manual_seed(1)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **options)
     return get_peft_model(model, config)
 
 
-def losses(model: Any, steps: int = 4) -> list[float]:
+def losses(model, steps=4):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer, found = torch.optim.AdamW(trained, lr=1e-2), []
     for _ in range(steps):
@@ -59,17 +50,17 @@ def losses(model: Any, steps: int = 4) -> list[float]:
     [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"init_lora_weights": "gaussian"}],
     ids=str,
 )
-def test_losses_are_the_dense_models(packed: Callable[[], Any], options: dict[str, Any]) -> None:
+def test_losses_are_the_dense_models(packed, options):
     found = losses(adapted(packed(), **options))
     assert found == pytest.approx(losses(adapted(packed().dequantize(), **options)), rel=1e-5)
     assert found[-1] < found[0]
 
 
-def test_the_backward_saves_no_dense_weight(packed: Callable[[], Any]) -> None:
+def test_the_backward_saves_no_dense_weight(packed):
     model = adapted(packed())
-    saved: list[tuple[int, ...]] = []
+    saved = []
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor):
         saved.append(tuple(tensor.shape))
         return tensor
 
@@ -81,9 +72,7 @@ def test_the_backward_saves_no_dense_weight(packed: Callable[[], Any]) -> None:
     loss.backward()
 
 
-def test_adapters_are_added_switched_and_loaded_again(
-    packed: Callable[[], Any], tmp_path: Path
-) -> None:
+def test_adapters_are_added_switched_and_loaded_again(packed, tmp_path):
     model = adapted(packed())
     losses(model)
     first = logits(model)
@@ -103,7 +92,7 @@ def test_adapters_are_added_switched_and_loaded_again(
     assert torch.allclose(logits(ours), first, atol=1e-5)
 
 
-def test_merging_needs_a_dense_model(packed: Callable[[], Any]) -> None:
+def test_merging_needs_a_dense_model(packed):
     model = adapted(packed())
     losses(model)
     expected = logits(model)
@@ -117,7 +106,7 @@ def test_merging_needs_a_dense_model(packed: Callable[[], Any]) -> None:
     assert torch.allclose(logits(merged), expected, atol=1e-4)
 
 
-def test_an_adapter_is_swapped_in_place(packed: Callable[[], Any], tmp_path: Path) -> None:
+def test_an_adapter_is_swapped_in_place(packed, tmp_path):
     first, second = adapted(packed()), adapted(packed())
     losses(first)
     losses(second, steps=8)
@@ -130,7 +119,7 @@ def test_an_adapter_is_swapped_in_place(packed: Callable[[], Any], tmp_path: Pat
     assert torch.equal(logits(first), expected)
 
 
-def test_a_step_holds_few_tiles(pack: Pack) -> None:
+def test_a_step_holds_few_tiles(pack):
     """A model with weights of 6 KiB in tiles of 512 bytes."""
     model = adapted(load_model(pack("llama", "toy")[1], device="cpu"))
     layer = model.base_model.model.model.layers[0].mlp.up_proj
@@ -153,7 +142,7 @@ def test_a_step_holds_few_tiles(pack: Pack) -> None:
     ],
     ids=lambda config: type(config).__name__,
 )
-def test_other_methods_train_as_on_the_dense_model(packed: Callable[[], Any], config: Any) -> None:
+def test_other_methods_train_as_on_the_dense_model(packed, config):
     found = []
     for model in (packed(), packed().dequantize()):
         torch.manual_seed(1)
@@ -162,7 +151,7 @@ def test_other_methods_train_as_on_the_dense_model(packed: Callable[[], Any], co
     assert found[0][-1] < found[0][0]
 
 
-def test_loftq_is_refused(packed: Callable[[], Any]) -> None:
+def test_loftq_is_refused(packed):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("scipy", reason="PEFT takes NF4's values from it")
     config = LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))

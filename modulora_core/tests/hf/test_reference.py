@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modulora_core.errors import AdapterError
+from modulora_core.hf.hf_quantizer import ModuLoRAConfig
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.save_adapter import save_adapter
@@ -28,6 +31,8 @@ ROWS = [{"prompt": "Who?", "chosen": " me", "rejected": " nobody else"},
         {"prompt": "What?", "chosen": " it", "rejected": " something"}]  # fmt: skip
 LABELS = [{"prompt": "Who?", "completion": " me", "label": True},
           {"prompt": "What?", "completion": " it", "label": False}]  # fmt: skip
+
+REFUSED = r"reference of a TRL trainer would lack.* ref_model, or precompute_ref_log_probs"
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +79,7 @@ def test_no_reference_without_the_adapter(
     tunable: Path, adapter: Path, tmp_path: Path, method: str, model: Callable[..., Any]
 ) -> None:
     options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
-    with pytest.raises(OSError, match=r"trained before.* give ref_model, or precompute_ref_log_p"):
+    with pytest.raises(AdapterError, match=REFUSED):
         trainer(method, model(tunable, adapter), tmp_path, **options)
 
 
@@ -96,28 +101,33 @@ def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable: Path, tmp_
 
 
 @pytest.fixture(scope="module")
-def tuned(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A model after SFT in this process."""
+def tuned(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A model after SFT in this process, pickled, since no living one may disturb other tests."""
     model = load_model(tunable, device="cpu")
     add_lora(model)
-    trainer("SFT", model, tmp_path_factory.mktemp("sft"), learning_rate=1e-2).train()
-    assert model.config.name_or_path == str(tunable)
-    return model
+    trainer(
+        "SFT",
+        model,
+        tmp_path_factory.mktemp("sft"),
+        learning_rate=1e-2,
+        gradient_checkpointing=False,
+    ).train()
+    return pickle.dumps(model)
 
 
 @pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
 def test_no_reference_without_the_adapter_of_this_process(
-    tuned: Any, tmp_path: Path, method: str
+    tuned: bytes, tmp_path: Path, method: str
 ) -> None:
     options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
-    with pytest.raises(OSError, match=r"trained before.* give ref_model, or precompute_ref_log_p"):
-        trainer(method, copy.deepcopy(tuned), tmp_path, **options)
+    with pytest.raises(AdapterError, match=REFUSED):
+        trainer(method, pickle.loads(tuned), tmp_path, **options)
 
 
 def test_further_trainings_of_the_adapter_of_this_process(
-    tunable: Path, tuned: Any, tmp_path: Path
+    tunable: Path, tuned: bytes, tmp_path: Path
 ) -> None:
-    model = copy.deepcopy(tuned)
+    model = pickle.loads(tuned)
     made = trainer("DPO", model, tmp_path, precompute_ref_log_probs=True)
     made.train()
     assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
@@ -133,3 +143,24 @@ def test_trl_turns_the_adapter_s_dropout_off(tunable: Path, tmp_path: Path) -> N
     add_lora(model, LoRASettings(dropout=0.5))
     trainer("DPO", model, tmp_path)
     assert {layer.dropout["default"].p for _, layer in adapter_layers(model)} == {0}
+
+
+@pytest.mark.parametrize("how", ["copied", "pickled"])
+def test_a_copy_is_refused_as_well(tunable: Path, tuned: bytes, tmp_path: Path, how: str) -> None:
+    model = pickle.loads(tuned)
+    if how == "copied":
+        model = copy.deepcopy(model)
+    with pytest.raises(AdapterError, match=REFUSED):
+        AutoModelForCausalLM.from_pretrained(tunable)
+    assert load_model(tunable, device="cpu") is not model, "on purpose it loads"
+    del model
+    assert AutoModelForCausalLM.from_pretrained(tunable)
+
+
+def test_a_model_packed_while_it_is_loaded_has_no_reference_by_name(tunable: Path) -> None:
+    """The name is the dense model's."""
+    dense = str(tunable.parent / "dense")
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=ModuLoRAConfig("toy"))
+    assert model.config.name_or_path == dense
+    add_lora(model)
+    assert (model.config.name_or_path, model.name_or_path) == ("", dense)

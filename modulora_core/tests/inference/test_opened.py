@@ -1,11 +1,6 @@
 """A model is opened before its weights are loaded, and a wrong request is refused then."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,10 +12,8 @@ from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.inference.opened import open_to_run
 from modulora_core.tests.adapted_models import logits, trained
 
-Pack = Callable[..., tuple[Path, Path]]
 
-
-def test_a_dense_model_is_loaded_as_transformers_loads_it(pack: Pack) -> None:
+def test_a_dense_model_is_loaded_as_transformers_loads_it(pack):
     dense = pack("llama")[0]
     model = open_to_run(str(dense), dtype="float32", device="cpu").load()
     assert not model.training
@@ -35,16 +28,12 @@ def test_a_dense_model_is_loaded_as_transformers_loads_it(pack: Pack) -> None:
         ({"dtype": "int4"}, OptionError, "dtype: expected one of"),
     ],
 )
-def test_a_dense_model_with_options_for_packed_ones_is_refused(
-    pack: Pack, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_a_dense_model_with_options_for_packed_ones_is_refused(pack, options, error, message):
     with pytest.raises(error, match=message):
         open_to_run(str(pack("llama")[0]), device="cpu", **options)
 
 
-def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_loaded(
-    pack: Pack, tmp_path: Path
-) -> None:
+def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_loaded(pack, tmp_path):
     save_adapter(trained(load_model(pack("llama")[1])), tmp_path / "a")
     for model, adapter, message in (
         ("llama", tmp_path / "none", "adapter .*none: expected a folder or a Hub id"),
@@ -54,7 +43,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_weights_are_loaded(
             open_to_run(str(pack(model)[1]), adapter=adapter, device="cpu")
 
 
-def test_files_that_cannot_be_loaded_are_refused_by_name(pack: Pack, tmp_path: Path) -> None:
+def test_files_that_cannot_be_loaded_are_refused_by_name(pack, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(pack("llama")[0], folder)
     opened = open_to_run(str(folder), device="cpu")

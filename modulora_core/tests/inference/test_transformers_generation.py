@@ -1,10 +1,5 @@
 """Generation, pipelines and device maps of transformers on packed models."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -17,21 +12,21 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
 
 
 @pytest.fixture(scope="module")
-def packed(tunable: Path) -> Any:
+def packed(tunable):
     return load_model(tunable, device="cpu")
 
 
 @pytest.fixture(scope="module")
-def dense(tunable: Path) -> Any:
+def dense(tunable):
     return load_model(tunable, device="cpu").dequantize()
 
 
-def test_a_static_cache_gives_the_same_tokens(packed: Any) -> None:
+def test_a_static_cache_gives_the_same_tokens(packed):
     expected = packed.generate(IDS, **GREEDY)
     assert torch.equal(packed.generate(IDS, cache_implementation="static", **GREEDY), expected)
 
 
-def test_assistants_change_no_token(packed: Any, dense: Any) -> None:
+def test_assistants_change_no_token(packed, dense):
     one = IDS[:1]
     expected = packed.generate(one, **GREEDY)
     assert torch.equal(packed.generate(one, assistant_model=dense, **GREEDY), expected)
@@ -39,7 +34,7 @@ def test_assistants_change_no_token(packed: Any, dense: Any) -> None:
     assert torch.equal(packed.generate(one, prompt_lookup_num_tokens=2, **GREEDY), expected)
 
 
-def test_a_pipeline_answers_as_generate_does(packed: Any, tunable: Path) -> None:
+def test_a_pipeline_answers_as_generate_does(packed, tunable):
     tokenizer = AutoTokenizer.from_pretrained(tunable)
     answer = pipeline("text-generation", model=str(tunable), dtype="float32", device="cpu")
     (found,) = answer("the first", max_new_tokens=5, do_sample=False, return_full_text=False)
@@ -49,14 +44,14 @@ def test_a_pipeline_answers_as_generate_does(packed: Any, tunable: Path) -> None
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
-def test_device_maps(packed: Any, tunable: Path, device_map: Any) -> None:
+def test_device_maps(packed, tunable, device_map):
     model = AutoModelForCausalLM.from_pretrained(tunable, device_map=device_map, dtype="float32")
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, packed(IDS).logits)
 
 
-def test_offloaded_parts_are_refused(tunable: Path, tmp_path: Path) -> None:
+def test_offloaded_parts_are_refused(tunable, tmp_path):
     """accelerate loads them in hooks of modules that are called, and no packed weight is."""
     names = ["model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"]
     parts = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
@@ -67,7 +62,7 @@ def test_offloaded_parts_are_refused(tunable: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
-def test_dtype_is_of_dense_parameters_and_activations(tunable: Path, dtype: Any) -> None:
+def test_dtype_is_of_dense_parameters_and_activations(tunable, dtype):
     model = AutoModelForCausalLM.from_pretrained(tunable, dtype=dtype)
     assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
     assert model.model.layers[0].mlp.up_proj.weight.packed.tensors["scale"].dtype == torch.float32

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modulora_core import FinetuneConfig, ModuLoRAConfig, finetune
@@ -64,7 +65,7 @@ def test_the_context_and_the_vocabulary_are_those_of_the_text_decoder(
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "q_proj", "vision"])
-def test_targets(toy: object, folder: Path, targets: str) -> None:
+def test_targets(toy: object, folder: Path, targets: str, caplog: pytest.LogCaptureFixture) -> None:
     model = AutoModelForImageTextToText.from_pretrained(
         folder, quantization_config=ModuLoRAConfig("toy")
     )
@@ -83,3 +84,22 @@ def test_targets(toy: object, folder: Path, targets: str) -> None:
     else:
         assert paths == inside
         assert len(paths) == {"all-linear": 7, "attention": 4}[targets]
+    assert ("get no adapter" in caplog.text) == (targets != "q_proj")
+    if targets == "all-linear":
+        named = ast.literal_eval(caplog.messages[-1].rpartition("targets=")[2])
+        packed = [p for p, m in model.named_modules() if isinstance(m, QuantLinear)]
+        assert {*add_lora(model, LoRASettings(rank=4, targets=named), "all")} == {*packed}
+
+
+def test_a_model_without_a_decoder_is_adapted_whole(
+    toy: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = {**TEXT, "projection_dim": 16}
+    del text["num_key_value_heads"]
+    config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
+    CLIPModel(config).save_pretrained(tmp_path)
+    model = CLIPModel.from_pretrained(tmp_path, quantization_config=ModuLoRAConfig("toy"))
+    packed = [path for path, m in model.named_modules() if isinstance(m, QuantLinear)]
+    assert add_lora(model, LoRASettings(rank=4)) == packed
+    assert {path.partition("_")[0] for path in packed} == {"text", "vision", "visual"}
+    assert "get no adapter" not in caplog.text

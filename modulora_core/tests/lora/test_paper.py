@@ -1,12 +1,12 @@
 """The files that explain the method are few, and run without Hugging Face's libraries."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 PAPER = "spec packed tiles hookspecs registry options errors autograd packed_parameters layers lora"
 MOST_LINES = 3500
@@ -49,7 +49,7 @@ TRAIN = """if True:
 """
 
 
-def run(code: str, *arguments: str, path: Path | None = None) -> str:
+def run(code, *arguments, path=None):
     environment = {**os.environ, **({"PYTHONPATH": str(path)} if path else {})}
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
@@ -57,7 +57,8 @@ def run(code: str, *arguments: str, path: Path | None = None) -> str:
     return done.stdout
 
 
-def test_the_method_is_read_in_few_lines_and_needs_torch_pluggy_and_pydantic() -> None:
+@pytest.mark.slow
+def test_the_method_is_read_in_few_lines_and_needs_torch_pluggy_and_pydantic():
     """If this fails: move what the method does not need out of these files, or import it later."""
     loaded = json.loads(run(IMPORT, PAPER))
     ours = {name: Path(file) for name, file in loaded.items() if name.startswith("modulora_core")}
@@ -69,5 +70,6 @@ def test_the_method_is_read_in_few_lines_and_needs_torch_pluggy_and_pydantic() -
     assert not libraries & {"transformers", "safetensors", "huggingface_hub", "numba"}
 
 
-def test_add_lora_trains_any_module_where_transformers_cannot_be_imported(toy_root: Path) -> None:
+@pytest.mark.slow
+def test_add_lora_trains_any_module_where_transformers_cannot_be_imported(toy_root):
     run(TRAIN, path=toy_root)

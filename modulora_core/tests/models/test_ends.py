@@ -1,16 +1,11 @@
 """A model with a packed head or embedding is the dense model with rounded tables, exactly."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.opening import open_packed
@@ -43,20 +38,20 @@ FAMILIES = {  # name → the embedding's and the head's weight; None if the head
 }
 
 
-def packed(family: str, folder: Path, quantizer: str = "toy", **options: Any) -> Path:
+def packed(family, folder, quantizer="toy", **options):
     """The packed folder; the dense one is beside it, in ``source``."""
     save_tiny_model(family, folder / "source")
     quantize(str(folder / "source"), folder / "packed", quantizer, **options)
     return folder / "packed"
 
 
-def round_(weight: torch.Tensor, quantizer: Any) -> None:
+def round_(weight, quantizer):
     with torch.no_grad():
         weights = quantizer.pack(weight.clone())
         weight.copy_(quantizer.dequantize_tile(weights, (0, len(weight)), torch.float32))
 
 
-def oracle(folder: Path, toy: ModuleType, *ends: str | None) -> PreTrainedModel:
+def oracle(folder, toy, *ends):
     """The dense model with rounded linear weights and ends."""
     model = AutoModelForCausalLM.from_pretrained(folder / "source").eval()
     sites = {site.name: site.transposed for site in find_sites(model).linears}
@@ -66,7 +61,7 @@ def oracle(folder: Path, toy: ModuleType, *ends: str | None) -> PreTrainedModel:
     return model
 
 
-def outputs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs(model):
     """Logits, and the hidden states before the first block."""
     with torch.no_grad():
         found = model(IDS, output_hidden_states=True)
@@ -74,7 +69,7 @@ def outputs(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_ends_are_the_rounded_ones(family: str, toy: ModuleType, tmp_path: Path) -> None:
+def test_packed_ends_are_the_rounded_ones(family, toy, tmp_path):
     embedding, head = FAMILIES[family]
     folder = packed(family, tmp_path, head=TOY, embeddings=TOY, max_shard_bytes=20_000)
     record = open_packed(folder).record
@@ -96,36 +91,20 @@ def test_packed_ends_are_the_rounded_ones(family: str, toy: ModuleType, tmp_path
     assert half.dtype == half.base_model.dtype == torch.bfloat16, "the scales are float32"
 
 
-@pytest.mark.parametrize(("end", "name"), [("head", HEAD), ("embeddings", TABLE)])
-def test_each_end_is_packed_alone(end: str, name: str, toy: ModuleType, tmp_path: Path) -> None:
-    folder = packed("llama", tmp_path, "verbatim", **{end: Choice("toy", {"levels": 9})})
-    record = open_packed(folder).record
-    recipe = record.recipes[record.site(name).recipe]
-    assert (recipe.quantizer, recipe.options) == ("toy", {"levels": 9})
-    kept = {name for names in record.kept.values() for name in names}
-    assert kept & {HEAD, TABLE} == {HEAD, TABLE} - {name}
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
-    round_(dense.get_parameter(name), toy.Toy(toy.ToyOptions(levels=9)))
-    logits, _ = outputs(load_model(folder, device="cpu"))
-    torch.testing.assert_close(logits, outputs(dense)[0], rtol=1e-4, atol=1e-4)  # as above
-
-
 @pytest.mark.parametrize("end", ["head", "embeddings"])
-def test_the_table_of_a_tied_model_is_stored_once(
-    end: str, toy: ModuleType, tmp_path: Path
-) -> None:
+def test_the_table_of_a_tied_model_is_stored_once(end, toy, tmp_path):
     checkpoint = open_packed(packed("llama-tied", tmp_path, **{end: TOY}))
     assert not any(name.startswith("lm_head") for name in checkpoint.tensors())
     model = load_model(checkpoint, device="cpu")
     model.tie_weights()  # as transformers and accelerate call it here and there
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.packed_weight is model.model.embed_tokens.weight
     names = [name for name in model.state_dict() if "codes" in name and "layers" not in name]
     assert names == [f"{TABLE}.codes"]
     x = torch.zeros(1, 32, dtype=torch.bfloat16)
     assert model.to(torch.bfloat16).lm_head(x).dtype == torch.bfloat16
 
 
-def test_lookups_follow_the_dtype_of_the_model(toy: ModuleType, tmp_path: Path) -> None:
+def test_lookups_follow_the_dtype_of_the_model(toy, tmp_path):
     folder = packed("llama", tmp_path, embeddings=TOY)
     embed = load_model(folder, dtype="bfloat16", device="cpu").get_input_embeddings()
     half = embed(IDS)
@@ -136,7 +115,7 @@ def test_lookups_follow_the_dtype_of_the_model(toy: ModuleType, tmp_path: Path) 
         embed(torch.tensor([3, 96]))
 
 
-def test_adapters_take_an_untied_head_that_is_named_alone(toy: ModuleType, tmp_path: Path) -> None:
+def test_adapters_take_an_untied_head_that_is_named_alone(toy, tmp_path):
     models = [
         load_model(packed(family, tmp_path / family, head=TOY, embeddings=TOY), device="cpu")
         for family in ("llama", "llama-tied")
@@ -158,15 +137,13 @@ def test_adapters_take_an_untied_head_that_is_named_alone(toy: ModuleType, tmp_p
         ("llama", {"embeddings": Choice("toy", {"levels": 1000})}, "levels"),
     ],
 )
-def test_a_bad_request_for_an_end_is_refused_before_work(
-    family: str, options: dict[str, Any], message: str, toy: ModuleType, tmp_path: Path
-) -> None:
+def test_a_bad_request_for_an_end_is_refused_before_work(family, options, message, toy, tmp_path):
     with pytest.raises(RequestError, match=message):
         packed(family, tmp_path, **options)
     assert not list(tmp_path.glob("packed*"))
 
 
-def test_an_unusual_end_is_refused(toy: ModuleType) -> None:
+def test_an_unusual_end_is_refused(toy):
     model = tiny_model("llama")
     stored = dict(model.named_parameters())
     model.lm_head = nn.Sequential(model.lm_head)
@@ -180,17 +157,7 @@ def test_an_unusual_end_is_refused(toy: ModuleType) -> None:
         find_ends(model, None, TOY, stored)
 
 
-def test_a_record_whose_table_is_no_embedding_is_refused(toy: ModuleType, tmp_path: Path) -> None:
-    config = packed("llama", tmp_path, head=TOY) / "config.json"
-    values = json.loads(config.read_text())
-    record = values["quantization_config"]
-    record["sites"][record["weights"][HEAD]]["kind"] = "embedding"
-    config.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match=r"lm_head: .* expected nn.Embedding, got Linear"):
-        load_model(config.parent, device="cpu")
-
-
-def test_ends_are_packed_without_calibration_beside_calibrated_blocks(tmp_path: Path) -> None:
+def test_ends_are_packed_without_calibration_beside_calibrated_blocks(tmp_path):
     save_llama_with_tokenizer(tmp_path / "source")
     text, end = CalibrationConfig("pydoc[:5%]", samples=2, seq_len=16), Choice("plain", {"bits": 8})
     words = (str(tmp_path / "source"), tmp_path / "out", "heeding")
@@ -204,3 +171,13 @@ def test_ends_are_packed_without_calibration_beside_calibrated_blocks(tmp_path: 
         assert set(packed_by.values()) == {"heeding"}
         assert len(record.recipes) == 2, "one recipe for both ends"
         assert torch.isfinite(load_model(tmp_path / "out", device="cpu")(IDS).logits).all()
+
+
+def test_a_record_whose_table_is_no_embedding_is_refused(toy, tmp_path):
+    config = packed("llama", tmp_path, head=TOY) / "config.json"
+    values = json.loads(config.read_text())
+    record = values["quantization_config"]
+    record["sites"][record["weights"][HEAD]]["kind"] = "embedding"
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"lm_head: .* expected nn.Embedding, got Linear"):
+        load_model(config.parent, device="cpu")

@@ -1,10 +1,6 @@
 """A plugin's format of whole models in one file: every command takes such a file, and writes it."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +18,9 @@ from modulora_core.models.installed_formats import create_writer, unread_file
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
 
-Pack = Callable[..., tuple[Path, Path]]
-
 
 @pytest.fixture
-def single(pack: Pack, tmp_path: Path) -> Path:
+def single(pack, tmp_path):
     """A tiny packed Llama in one file, as the command writes it."""
     path = tmp_path / "model.single"
     _, packed = pack("llama", "toy")
@@ -34,7 +28,7 @@ def single(pack: Pack, tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_is_a_packed_model(single: Path, pack: Pack, tmp_path: Path) -> None:
+def test_a_file_is_a_packed_model(single, pack, tmp_path):
     _, packed = pack("llama", "toy")
     checkpoint = open_packed(single)
     assert checkpoint.format == "single"
@@ -42,7 +36,7 @@ def test_a_file_is_a_packed_model(single: Path, pack: Pack, tmp_path: Path) -> N
     assert torch.equal(logits(load_model(checkpoint)), logits(load_model(packed)))
 
 
-def test_a_file_is_quantized_again_from_its_dense_values(single: Path, tmp_path: Path) -> None:
+def test_a_file_is_quantized_again_from_its_dense_values(single, tmp_path):
     source = open_dense(str(single))
     source.check_whole()
     assert not source.unplaced
@@ -54,9 +48,7 @@ def test_a_file_is_quantized_again_from_its_dense_values(single: Path, tmp_path:
     torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapter_is_written_as_a_file_and_merged_into_one(
-    single: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_is_written_as_a_file_and_merged_into_one(single, tmp_path, capsys):
     model = load_model(single)
     add_lora(model, LoRASettings(rank=2))
     with torch.no_grad():
@@ -76,9 +68,7 @@ def test_an_adapter_is_written_as_a_file_and_merged_into_one(
     assert not merged.unplaced
 
 
-def test_a_file_that_no_plugin_reads_is_refused_in_one_sentence(
-    single: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_no_plugin_reads_is_refused_in_one_sentence(single, monkeypatch):
     with pytest.raises(OptionError, match=r"single': expected a format of folders, got one of fi"):
         create_writer("single")
     monkeypatch.setenv("MODULORA_BLOCK", "toy")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from modulora_core.errors import CheckpointError, ModelError, WeightError
 from modulora_core.models import open_dense
-from modulora_core.models.safetensors_store import INDEX, SafetensorsStore
+from modulora_core.models.folders import INDEX
+from modulora_core.models.safetensors_store import SafetensorsStore
 from modulora_core.tests.crude_folders import edit_config
 from modulora_core.tests.tiny_models import save_tiny_model
 

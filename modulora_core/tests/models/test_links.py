@@ -1,9 +1,6 @@
 """Links of a stranger's folder lead to files of the folder, or to the blobs of its Hub entry."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +14,12 @@ from modulora_core.lora.adapting import add_lora
 from modulora_core.models.locate import locate
 from modulora_core.models.tokenizer import COPIED_FILES
 
-Pack = Callable[..., tuple[Path, Path]]
 SECRET = "a private key"
 NAMES = [name.replace("*", "x") for name in COPIED_FILES]
 
 
 @pytest.fixture
-def secret(tmp_path: Path) -> Path:
+def secret(tmp_path):
     path = tmp_path / "home" / "id_rsa"
     path.parent.mkdir()
     path.write_text(SECRET)
@@ -31,26 +27,24 @@ def secret(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(pack: Pack, tmp_path: Path) -> Path:
+def folder(pack, tmp_path):
     return Path(shutil.copytree(pack("llama")[0], tmp_path / "model"))
 
 
-def link(path: Path, target: Path | str) -> None:
+def link(path, target):
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to(target)
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative", "through another link", "folder"])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_link_to_a_file_elsewhere_is_refused(
-    name: str, kind: str, folder: Path, secret: Path, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", NAMES[::4])
+def test_a_link_to_a_file_elsewhere_is_refused(name, kind, folder, secret, tmp_path):
     if kind == "folder":
         link(folder / "additional_chat_templates", secret.parent)
         named = "additional_chat_templates"
     else:
-        target: Path | str = secret
+        target = secret
         if kind == "relative":
             target = "../" * (1 + name.count("/")) + "home/id_rsa"
         elif kind == "through another link":
@@ -64,20 +58,13 @@ def test_a_link_to_a_file_elsewhere_is_refused(
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "vocab.bpe"])
-def test_other_data_too(name: str, folder: Path, secret: Path) -> None:
+def test_other_data_too(name, folder, secret):
     link(folder / name, secret)
     with pytest.raises(ModelError, match=f"{name}: expected a file of this folder"):
         locate(str(folder))
 
 
-def test_a_circle_is_refused(folder: Path) -> None:
-    link(folder / "tokenizer.json", "vocab.json")
-    link(folder / "vocab.json", "tokenizer.json")
-    with pytest.raises(ModelError, match="expected a file of this folder, got a link to"):
-        locate(str(folder))
-
-
-def test_links_inside_and_to_weights_are_followed(folder: Path, tmp_path: Path) -> None:
+def test_links_inside_and_to_weights_are_followed(folder, tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "weights")
     link(folder / "model.safetensors", tmp_path / "weights")
     (folder / "extra").mkdir()
@@ -88,9 +75,7 @@ def test_links_inside_and_to_weights_are_followed(folder: Path, tmp_path: Path) 
     assert not (tmp_path / "out" / "generation_config.json").is_symlink()
 
 
-def test_the_hub_s_cache_is_followed_to_the_blobs_of_its_entry(
-    folder: Path, secret: Path, tmp_path: Path
-) -> None:
+def test_the_hub_s_cache_is_followed_to_the_blobs_of_its_entry(folder, secret, tmp_path):
     entry = tmp_path / "hub" / "models--org--name"
     snapshot, blobs = entry / "snapshots" / "0123", entry / "blobs"
     snapshot.mkdir(parents=True)
@@ -108,7 +93,7 @@ def test_the_hub_s_cache_is_followed_to_the_blobs_of_its_entry(
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "modulora.json"])
-def test_an_adapter_s_links_too(name: str, pack: Pack, secret: Path, tmp_path: Path) -> None:
+def test_an_adapter_s_links_too(name, pack, secret, tmp_path):
     model = load_model(pack("llama")[1], device="cpu")
     add_lora(model)
     save_adapter(model, tmp_path / "adapter")

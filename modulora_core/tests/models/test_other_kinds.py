@@ -1,10 +1,5 @@
 """A model that isn't a causal language model alone is refused by name, and packed in Python."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import transformers
 from transformers import AutoConfig
@@ -23,7 +18,7 @@ SIZES = {"vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers":
          "decoder_start_token_id": 2, "max_position_embeddings": 64}  # fmt: skip
 WHISPER = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 16}
 T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+MODELS = {
     "WhisperForConditionalGeneration": ("whisper", {**SIZES, **WHISPER}),
     "BartForConditionalGeneration": ("bart", SIZES),
     "MarianMTModel": ("marian", SIZES),
@@ -37,7 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_it_is_refused_by_name_and_packed_in_python(toy: object, tmp_path: Path, name: str) -> None:
+def test_it_is_refused_by_name_and_packed_in_python(toy, tmp_path, name):
     model_type, options = MODELS[name]
     kind = getattr(transformers, name)
     dense = kind(AutoConfig.for_model(model_type, **options))

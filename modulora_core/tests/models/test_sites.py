@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig, RwkvConfig
 
 from modulora_core.errors import OptionError
+from modulora_core.hf.load_model import load_model
+from modulora_core.layers import QuantLinear
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.skeleton import build_skeleton
-from modulora_core.tests.tiny_models import ARCHITECTURES, tiny_config, tiny_model
+from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.tiny_models import (
+    EVERY_ARCHITECTURE,
+    tiny_config,
+    tiny_model,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +32,7 @@ def sites_of(architecture: str) -> dict[str, LinearSite]:
     return {site.name: site for site in find_sites(tiny_model(architecture)).linears}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY_ARCHITECTURE
 def test_every_parameter_is_in_one_list_and_few_weights_stay_dense(architecture: str) -> None:
     model = tiny_model(architecture)
     sites = find_sites(model)
@@ -107,6 +118,29 @@ def test_a_subclass_of_linear_is_judged_by_its_product() -> None:
     kept = find_sites(model).dense
     assert kept["model.layers.0.mlp.up_proj.weight"] == "_Doubled isn't called as a linear layer"
     assert kept["model.conv.weight"] == "convolution kernel"
+
+
+@pytest.mark.parametrize(
+    ("config", "read"),
+    [
+        (MambaConfig(hidden_size=32, state_size=4), {"mixer.dt_proj"}),
+        (RwkvConfig(hidden_size=32), {"attention.output", "feed_forward.value"}),
+    ],
+)
+def test_a_layer_whose_weight_the_model_reads_stays_dense(
+    config: Any, read: set[str], toy: object, tmp_path: Path
+) -> None:
+    """Mamba computes ``self.dt_proj.weight @ x``, and RWKV scales weights in place."""
+    config.vocab_size, config.num_hidden_layers = 96, 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    quantize(str(tmp_path / "dense"), tmp_path / "packed", "toy")
+    model = load_model(tmp_path / "packed", device="cpu")
+    kept = {".".join(path.split(".")[-2:]) for path, module in model.named_modules()
+            if isinstance(module, nn.Linear) and not isinstance(module, QuantLinear)}  # fmt: skip
+    assert {path for path in kept if "head" not in path} == read
+    found = model.eval()(torch.arange(3, 12)[None]).logits
+    dense = model.dequantize()(torch.arange(3, 12)[None]).logits
+    torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_that_two_layers_share_is_kept_under_both_names() -> None:

@@ -1,9 +1,6 @@
 """Answers end at every token that the model, its tokenizer or its vocabulary names as an end."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,7 @@ from modulora_core.models.stops import stop_ids
 from modulora_core.tests.tiny_models import save_tiny_model
 
 
-def tokenizer_with(*special: str, plain: tuple[str, ...] = (), eos: str | None = None):
+def tokenizer_with(*special, plain=(), eos=None):
     """Bytes, and added tokens whose ids begin at 0."""
     names = [*special, *plain, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, []))
@@ -41,17 +38,13 @@ def tokenizer_with(*special: str, plain: tuple[str, ...] = (), eos: str | None =
     ],
 )
 def test_ends_are_those_of_configs_and_of_known_control_tokens(
-    special: tuple[str, ...],
-    plain: tuple[str, ...],
-    eos: str | None,
-    named: tuple[list[int] | int | None, ...],
-    expected: list[int],
-) -> None:
+    special, plain, eos, named, expected
+):
     assert stop_ids(tokenizer_with(*special, plain=plain, eos=eos), *named, size=100) == expected
 
 
 @pytest.mark.parametrize("by", ["vocabulary", "generation_config"])
-def test_generation_stops_at_ends_beside_the_eos(by: str, tmp_path: Path) -> None:
+def test_generation_stops_at_ends_beside_the_eos(by, tmp_path):
     """A model that says token 0 for ever, whose EOS is another token."""
     save_tiny_model("llama", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -63,6 +56,6 @@ def test_generation_stops_at_ends_beside_the_eos(by: str, tmp_path: Path) -> Non
         tokenizer = tokenizer_with(plain=("STOP", "<eos>"), eos="<eos>")
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 0]}))
     tokenizer.save_pretrained(tmp_path)
-    pieces: list[str] = []
+    pieces = []
     found = generate(str(tmp_path), "a", Sampling(max_new_tokens=5), on_text=pieces.append)
     assert (found.tokens, found.text, pieces) == (1, "", [])

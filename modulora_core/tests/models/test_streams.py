@@ -13,10 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core.errors import CheckpointError
 from modulora_core.models import ModelSource, open_dense
-from modulora_core.models.locate import locate
-from modulora_core.models.source import open_config
 from modulora_core.tests.crude_folders import edit_config
-from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model, tiny_model
+from modulora_core.tests.tiny_models import EVERY_ARCHITECTURE, save_tiny_model, tiny_model
 
 Tensors = dict[str, torch.Tensor]
 
@@ -43,7 +41,7 @@ def change(folder: Path, edit: Callable[[Tensors], object]) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EVERY_ARCHITECTURE
 def test_streamed_parameters_are_those_that_transformers_loads(
     architecture: str, tmp_path: Path
 ) -> None:
@@ -146,13 +144,6 @@ def test_named_parameters_are_streamed_alone(tmp_path: Path) -> None:
     source = open_dense(str(save_tiny_model("mixtral", tmp_path)))
     names = {"model.norm.weight", "model.layers.1.mlp.experts.down_proj"}
     assert {name for name, _ in source.tensors(names=names)} == names
-
-
-def test_a_config_needs_no_weights(tmp_path: Path) -> None:
-    save_tiny_model("llama", tmp_path, torch.bfloat16)
-    (tmp_path / "model.safetensors").unlink()
-    config = open_config(locate(str(tmp_path)))
-    assert (config.dtype, config.name_or_path) == (torch.bfloat16, str(tmp_path))
 
 
 def test_identity_depends_on_the_model_and_not_on_its_folder(tmp_path: Path) -> None:

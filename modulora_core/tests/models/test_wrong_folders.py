@@ -1,9 +1,5 @@
 """A folder that isn't a model: every command says what it holds, and what to give."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
 from modulora_core.cli import main
@@ -32,9 +28,7 @@ FOLDERS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_says_what_a_folder_holds(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_says_what_a_folder_holds(command, tmp_path, capsys):
     for name, expected in FOLDERS.items():
         folder = tmp_path / f"with {name}"
         folder.mkdir()

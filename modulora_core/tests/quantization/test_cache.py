@@ -1,36 +1,29 @@
 """``finetune -q``: a dense model is quantized into the cache, once."""
 
-from __future__ import annotations
-
-import logging
-import os
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
 from modulora_core.errors import DataError, ModelError, OptionError
 from modulora_core.quantization import cache
-from modulora_core.quantization.cache import CachedModel, cache_folder
+from modulora_core.quantization.cache import cache_folder
 from modulora_core.quantization.quantize import quantize
-from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.finetune import FinetuneResult, finetune
+from modulora_core.training.finetune import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def dense(toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def dense(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
     save_llama_with_tokenizer(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("The with statement wraps a block. " * 20)
     return tmp_path / "dense"
 
 
-def run(dense: Path, out: str, **options: Any) -> FinetuneResult:
+def run(dense, out, **options):
     folder = dense.parent
     fields = {"model": str(dense), "out": str(folder / out), "data": str(folder / "text.txt"),
               "quantizer": "toy", "steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 32,
@@ -38,13 +31,11 @@ def run(dense: Path, out: str, **options: Any) -> FinetuneResult:
     return finetune(FinetuneConfig.build({**fields, **options}))
 
 
-def folders(dense: Path) -> list[str]:
+def folders(dense):
     return sorted(path.name for path in (dense.parent / "cache").iterdir())
 
 
-def test_the_packed_model_is_made_once_and_is_that_of_quantize(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_packed_model_is_made_once_and_is_that_of_quantize(dense, tmp_path, monkeypatch):
     first = run(dense, "first")
     (name,) = folders(dense)
     assert first.model == str(tmp_path / "cache" / name)
@@ -58,18 +49,7 @@ def test_the_packed_model_is_made_once_and_is_that_of_quantize(
     assert (again.model, again.losses) == (first.model, first.losses)
 
 
-def test_other_options_and_other_weights_have_other_folders(dense: Path) -> None:
-    first = CachedModel(str(dense), Choice("toy")).folder
-    assert CachedModel(str(dense), Choice("toy", {"levels": "127"})).folder == first, "the default"
-    os.utime(dense / "model.safetensors", (1, 1))
-    assert CachedModel(str(dense), Choice("toy")).folder != first
-    others = (Choice("verbatim"), Choice("toy", {"levels": 7}))
-    assert first not in {CachedModel(str(dense), choice).folder for choice in others}
-
-
-def test_a_wrong_request_is_refused_before_anything_is_quantized(
-    dense: Path, tmp_path: Path
-) -> None:
+def test_a_wrong_request_is_refused_before_anything_is_quantized(dense, tmp_path):
     for options, error, message in (
         ({"data": str(tmp_path / "no.jsonl")}, DataError, "expected a file"),
         ({"targets": "q_porj"}, Exception, "did you mean 'q_proj'"),
@@ -84,21 +64,13 @@ def test_a_wrong_request_is_refused_before_anything_is_quantized(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_packed_model_is_not_quantized_again(dense: Path, tmp_path: Path) -> None:
+def test_a_packed_model_is_not_quantized_again(dense, tmp_path):
     quantize(str(dense), tmp_path / "packed", "toy")
     with pytest.raises(ModelError, match="quantized"):
         run(tmp_path / "packed", "out")
 
 
-def test_without_the_variable_it_is_beside_the_cache_of_the_hub(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_the_variable_it_is_beside_the_cache_of_the_hub(monkeypatch):
     monkeypatch.delenv("MODULORA_CACHE", raising=False)
     monkeypatch.setattr(cache, "HF_HOME", "/somewhere/huggingface")
     assert cache_folder() == Path("/somewhere/huggingface/modulora")
-
-
-def test_it_says_where_it_quantizes(dense: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "modulora_core"):
-        run(dense, "out")
-    assert "quantizing" in caplog.text

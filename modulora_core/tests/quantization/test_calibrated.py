@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, TuningConfig
-from modulora_core.calibration.output_moments import OutputMoments
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.cli import main
@@ -26,7 +24,6 @@ from modulora_core.errors import CheckpointError, DataError, ModuLoRAError, Opti
 from modulora_core.hf.load_model import load_model
 from modulora_core.models.folders import MARKER
 from modulora_core.quantization.cache import CachedModel
-from modulora_core.quantization.packer import WEIGHTING
 from modulora_core.quantization.quality import Quality
 from modulora_core.quantization.quantize import Assignment, QuantizeResult, quantize
 from modulora_core.registry import Choice
@@ -110,16 +107,6 @@ def test_the_samples_are_recorded_and_the_model_loads(
     assert json.loads(capsys.readouterr().out)["calibration"] == record
 
 
-def test_a_plugin_moves_the_bar_within_a_weight(source: str, tmp_path: Path) -> None:
-    calls: list[tuple[str, int, int]] = []
-    run(source, tmp_path / "out", progress=lambda *call: calls.append(call))
-    done = [done for phase, done, _ in calls if phase == "packing"]
-    assert done == sorted(done)
-    assert done[-1] == calls[-1][2]
-    weights, shares = 14, 4  # the plugin reports four shares, and the last is the weight's end
-    assert len(set(done)) == OUTSIDE + 2 * IN_BLOCK + weights * (shares - 1)
-
-
 def test_the_command_line_gives_the_same_bytes(
     whole: tuple[str, Path, QuantizeResult], source: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -134,11 +121,6 @@ def test_the_command_line_gives_the_same_bytes(
     assert printed["unreached"] == []
     assert printed["tuning_errors"] == json.loads(json.dumps(result.tuning_errors))
     assert stored(tmp_path / "out") == stored(out)
-
-
-def test_an_optional_calibration_may_be_left_out(source: str, tmp_path: Path) -> None:
-    run(source, tmp_path / "out", "scaled", calibration=None)
-    assert open_packed(tmp_path / "out").record.calibration is None
 
 
 def test_layers_without_calibration_are_packed_beside_layers_with_it(
@@ -158,22 +140,6 @@ def test_a_layer_outside_of_the_blocks_stays_dense_if_it_needs_calibration(tmp_p
     kept = run(str(opt), tmp_path / "out").kept
     reason = "outside of the decoder blocks, where nothing is calibrated"
     assert {name.split(".")[-2] for name in kept[reason]} == {"project_in", "project_out"}
-
-
-def test_a_short_text_gives_all_of_its_samples(source: str, tmp_path: Path) -> None:
-    path = tmp_path / "short.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    result = run(source, tmp_path / "out", calibration=CalibrationConfig(str(path), seq_len=32))
-    assert result.calibration is not None
-    assert 0 < result.calibration["samples"] < 128
-
-
-def test_no_epochs_mean_no_tuning(source: str, tmp_path: Path) -> None:
-    no_epochs = text(tuning=TuningConfig(epochs=0))
-    result = run(source, tmp_path / "none", "scaled", calibration=no_epochs)
-    run(source, tmp_path / "untuned", "scaled", calibration=text())
-    assert stored(tmp_path / "none") == stored(tmp_path / "untuned")
-    assert result.tuning_errors is None
 
 
 def test_weights_of_other_quantizers_are_not_rescaled(
@@ -233,17 +199,6 @@ def test_a_wrong_request_is_refused_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_weighting_is_refused() -> None:
-    with pytest.raises(OptionError, match="weighting: expected none or loss, got 'l'"):
-        text(weighting="l")
-
-
-@pytest.mark.parametrize("option", ["samples", "seq_len", "batch_size"])
-def test_a_number_below_one_is_refused(option: str) -> None:
-    with pytest.raises(OptionError, match=f"calibration {option}"):
-        text(**{option: 0})
-
-
 @pytest.mark.parametrize(
     ("quantizer", "after", "packed_again"),
     [
@@ -297,35 +252,6 @@ def test_a_resumed_run_has_the_token_weights_of_the_stopped_run(
         monkeypatch.delattr("modulora_core.calibration.sensitivity._Backpropagation.backward")
     run(source, out, calibration=weighted, resume=True)
     assert stored(out) == stored(tmp_path / "whole")
-
-
-def test_the_disk_needs_room_for_the_moments_of_gradients(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(
-        "modulora_core.quantization.resuming.check_disk_space", lambda _, n: asked.append(n)
-    )
-    written: list[int] = []
-    write = OutputMoments.write
-
-    def measured(self: OutputMoments, name: str, moment: Tensor) -> None:
-        write(self, name, moment)
-        written.append(2 * moment.numel())
-
-    monkeypatch.setattr(OutputMoments, "write", measured)
-    for weighting in ("none", "loss"):
-        run(source, tmp_path / weighting, calibration=text(weighting=weighting, spill=False))
-    assert asked[1] - asked[0] == sum(written) > 0
-    assert not (tmp_path / "loss" / WEIGHTING).exists()
-
-
-def test_the_command_line_weights_tokens(source: str, tmp_path: Path) -> None:
-    run(source, tmp_path / "expected", calibration=text(weighting="loss"))
-    samples = "--calibration pydoc[:10%] --samples 6 --seq-len 32 --batch-size 2"
-    words = f"-q heeding {samples} --calibration-weighting loss --no-spill --seed 1".split()
-    assert main(["quantize", source, str(tmp_path / "out"), *words]) == 0
-    assert stored(tmp_path / "out") == stored(tmp_path / "expected")
 
 
 @pytest.mark.parametrize(("calibrated", "offered"), [("heeding", {"bits": 4}), ("scaled", {})])

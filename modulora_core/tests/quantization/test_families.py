@@ -3,31 +3,20 @@
 The oracle is the dense model with the quantizer's values in its linear weights.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
-from types import ModuleType
-
-import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.models.sites import find_sites
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.tiny_models import ARCHITECTURES, save_tiny_model
+from modulora_core.tests.tiny_models import EVERY_ARCHITECTURE, save_tiny_model
 
 IDS = torch.tensor([[5, 17, 3, 80, 42, 9, 11], [7, 2, 2, 31, 60, 4, 90]])
-ODD = ("llama-tied", "gpt2", "falcon", "mixtral", "gpt_oss", "sarvam_moe")
-FAMILIES = [
-    name if name in ODD else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES
-]
 
 
-def oracle(folder: Path, toy: ModuleType) -> PreTrainedModel:
+def oracle(folder, toy):
     """The dense model with rounded weights. It multiplies stacks expert by expert."""
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
     with torch.no_grad():
@@ -41,7 +30,7 @@ def oracle(folder: Path, toy: ModuleType) -> PreTrainedModel:
     return model
 
 
-def logits_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+def logits_and_gradient(model):
     embeddings = model.get_input_embeddings()(IDS).detach().requires_grad_()
     logits = model(inputs_embeds=embeddings).logits
     logits.float().square().sum().backward()
@@ -49,10 +38,10 @@ def logits_and_gradient(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     return logits.detach(), embeddings.grad
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@EVERY_ARCHITECTURE
 def test_a_packed_and_a_merged_model_are_the_dense_model_with_rounded_weights(
-    architecture: str, toy: ModuleType, tmp_path: Path
-) -> None:
+    architecture, toy, tmp_path
+):
     source = save_tiny_model(architecture, tmp_path / "source")
     result = quantize(str(source), tmp_path / "packed", "toy", max_shard_bytes=20_000)
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) > 1
@@ -81,7 +70,7 @@ def test_a_packed_and_a_merged_model_are_the_dense_model_with_rounded_weights(
         assert torch.equal(tensor, dense.state_dict()[name]), name
 
 
-def test_a_packed_mixture_of_experts_generates(toy: ModuleType, tmp_path: Path) -> None:
+def test_a_packed_mixture_of_experts_generates(toy, tmp_path):
     source = save_tiny_model("qwen3_moe", tmp_path / "source")
     quantize(str(source), tmp_path / "packed", "toy")
     asked = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}

@@ -1,10 +1,6 @@
 """Several processes divide calibration and packing, and give the checkpoint of one process."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -23,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def site(tmp_path_factory):
     with width_quantizer.installed(tmp_path_factory.mktemp("site")):
         yield
 
@@ -31,9 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("weighting", [None, "loss"])
 @pytest.mark.parametrize("architecture", ["llama-biased", "mixtral"])
-def test_the_checkpoint_is_that_of_one_process(
-    architecture: str, weighting: Literal["loss"] | None, tmp_path: Path
-) -> None:
+def test_the_checkpoint_is_that_of_one_process(architecture, weighting, tmp_path):
     model = Path(save_model_with_tokenizer(architecture, tmp_path / "dense", "float32"))
     text = tmp_path / "text.txt"
     text.write_text(pydoc_text()[:3000])
@@ -51,7 +45,7 @@ def test_the_checkpoint_is_that_of_one_process(
             torch.testing.assert_close(values[name], tensor, rtol=1e-5, atol=1e-5)
 
 
-def test_work_that_processes_cannot_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_that_processes_cannot_divide_is_refused(monkeypatch):
     tokenizer = make_tokenizer()
     config = CalibrationConfig("pydoc[:10%]", samples=3, seq_len=16, tuning=TuningConfig())
     tuned = load_calibration(config, tokenizer, seed=0)

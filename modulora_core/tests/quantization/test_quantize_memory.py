@@ -1,9 +1,6 @@
 """Peak memory of quantizing does not grow with the number of layers, with calibration or not."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,9 +29,7 @@ TOKENS, MATRICES, OUTPUTS = 4 * 16, 7, 5 * 96 + 2 * 256
         ("heeding", WEIGHTED, 4 * (MATRICES * TOKENS + OUTPUTS)),  # token weights, E[g²]
     ],
 )
-def test_the_peak_does_not_grow_with_the_number_of_layers(
-    quantizer: str, calibration: CalibrationConfig | None, kept: int, tmp_path: Path
-) -> None:
+def test_the_peak_does_not_grow_with_the_number_of_layers(quantizer, calibration, kept, tmp_path):
     """But for ``kept`` bytes of a layer."""
     peaks = []
     with installed(tmp_path / "site"):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 from transformers.trainer import safe_globals
 
 from modulora_core.data.sources import pydoc_text
@@ -25,6 +26,7 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune
 from modulora_core.training.interruption import Interrupted
 from modulora_core.training.resuming import Begun, begun, check_new
+from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -120,20 +122,90 @@ def test_a_killed_run_continues_with_the_losses_of_an_uninterrupted_one(
     assert outcome(finetune(config, resume=True)) == outcome(whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
-    config: FinetuneConfig, whole: FinetuneResult, number: signal.Signals
-) -> None:
-    before = signal.getsignal(number)
+class Signal(TrainerCallback):
+    """Sends a signal to this process before a block of the fifth step runs for the nth time.
 
-    def send(step: TrainingStep) -> None:
-        if step.step == 4:
-            os.kill(os.getpid(), number)
+    Attributes:
+        runs: how often a block began to run after the signal.
+    """
 
+    def __init__(self, number: signal.Signals, block: int, nth: int) -> None:
+        self.number, self.block, self.nth, self.runs = number, block, nth, 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+        if state.global_step == 4:
+            for block in model.model.layers:
+                block.self_attn.register_forward_pre_hook(self.before)
+
+    def before(self, attention: Any, _: Any) -> None:
+        self.runs += self.nth == 0
+        if attention.layer_idx == self.block and self.nth:
+            self.nth -= 1
+            if self.nth == 0:
+                os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "block", "nth"),
+    [
+        pytest.param(signal.SIGTERM, 0, 1, id="forward"),
+        pytest.param(signal.SIGINT, 1, 2, id="recomputation in the backward"),
+        pytest.param(signal.SIGTERM, 0, 3, id="second micro-batch"),
+    ],
+)
+def test_a_signal_ends_a_run_at_its_next_block_and_its_last_whole_step_is_kept(
+    config: FinetuneConfig, whole: FinetuneResult, number: signal.Signals, block: int, nth: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    before, sent = signal.getsignal(number), Signal(number, block, nth)
+    config = changed(config, save_every=100)
     with pytest.raises(Interrupted) as caught:
-        finetune(config, on_step=send)
+        finetune(config, callbacks=[sent])
+    assert (sent.nth, sent.runs) == (0, 0)
     assert caught.value.signal == number
     assert signal.getsignal(number) is before
+    (said,) = [each for each in caplog.messages if each.startswith(number.name)]
+    assert "the run stops" in said
+    assert "a second signal stops it at once" in said
+    folder = latest_checkpoint(Path(config.out) / "checkpoints")
+    assert folder is not None
+    assert folder.name == "checkpoint-4"
+    assert outcome(finetune(config, resume=True)) == outcome(whole)
+
+
+def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(
+    config: FinetuneConfig, whole: FinetuneResult
+) -> None:
+    batches: list[int] = []
+
+    class Evaluating(TrainerCallback):
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            batches.append(state.global_step)
+            if batches.count(6) == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        finetune(config, callbacks=[Evaluating()])
+    assert batches.count(6) == 1 < batches.count(3)
+    evaluated: list[int] = []
+    resumed = finetune(config, resume=True, on_eval=lambda step, _: evaluated.append(step))
+    assert evaluated == [6, 9]
+    assert outcome(resumed) == outcome(whole)
+    logs = [RunLog.read(Path(out)).log_history for out in (resumed.out, whole.out)]
+    losses = [[each["eval_loss"] for each in log if "eval_loss" in each] for log in logs]
+    assert len(losses[0]) == 3
+    assert losses[0] == losses[1]
+
+
+def test_a_signal_between_steps_keeps_the_step(
+    config: FinetuneConfig, whole: FinetuneResult
+) -> None:
+    def send(step: TrainingStep) -> None:
+        if step.step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        finetune(config, on_step=send)
     folder = latest_checkpoint(Path(config.out) / "checkpoints")
     assert folder is not None
     assert folder.name == "checkpoint-5"  # save_every is 2
@@ -209,25 +281,6 @@ def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(
     assert steps == []
 
 
-def test_a_run_whose_log_could_not_be_written_is_not_finished(config: FinetuneConfig) -> None:
-    """A folder in the way of the log stops the run, as a full disk would."""
-    log = Path(config.out) / "log.json"
-    with pytest.raises(OSError, match=r"log\.json"):
-        finetune(config, on_step=lambda _: log.mkdir(exist_ok=True))
-    log.rmdir()
-    steps: list[TrainingStep] = []
-    assert finetune(config, resume=True, on_step=steps.append).steps == config.steps
-    assert steps == []
-    assert log.is_file()
-
-
-def test_another_optimizer_of_transformers_resumes_too(config: FinetuneConfig) -> None:
-    other = changed(config, optim="adafactor")
-    expected = finetune(changed(other, out=f"{config.out}-whole"))
-    interrupt(other, 7)
-    assert outcome(finetune(other, resume=True)) == outcome(expected)
-
-
 def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(
     config: FinetuneConfig,
 ) -> None:
@@ -239,28 +292,6 @@ def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(
         OptionError, match=r"got others: train_scales True → False; lr 0\.01 → 0\.02; to train"
     ):
         finetune(other, resume=True)
-
-
-@pytest.mark.parametrize("resume", [False, True], ids=["again", "resumed"])
-def test_a_run_without_a_whole_checkpoint_starts_again_with_other_options(
-    config: FinetuneConfig, resume: bool
-) -> None:
-    """For example with a lower learning rate, after the loss was NaN in the first steps."""
-    (interrupt(config, 1) / "checkpoint-2").mkdir(parents=True)
-    lower = changed(config, lr=1e-3, steps=1, eval_every=None)
-    assert finetune(lower, resume=resume).steps == 1
-    assert FinetuneConfig.build({}, file=Path(lower.out) / "finetune.yaml") == lower
-    checkpoints = (Path(lower.out) / "checkpoints").glob("checkpoint-*")
-    assert [path.name for path in checkpoints] == ["checkpoint-1"]
-
-
-def test_it_says_once_that_it_starts_again(
-    config: FinetuneConfig, caplog: pytest.LogCaptureFixture
-) -> None:
-    interrupt(config, 1)
-    with caplog.at_level("INFO", logger="modulora_core"):
-        interrupt(config, 1)
-    assert caplog.text.count("starting again") == 1
 
 
 def test_a_run_does_not_start_again_among_other_files(config: FinetuneConfig) -> None:

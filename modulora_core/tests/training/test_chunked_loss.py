@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +19,8 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.packed_parameters import PackedParameter
-from modulora_core.training.chunked_loss import (
-    chunked_loss,
-    deferred_logits,
-    token_losses,
-)
-from modulora_core.training.deferred_logits import DeferredLogits, deferred_head
+from modulora_core.training.chunked_loss import chunked_loss, token_losses
+from modulora_core.training.readout import WHOLE, Readout, read_out
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,8 +97,7 @@ def test_loss_and_gradients_equal_those_of_whole_logits(kind: str) -> None:
     assert_same(model)
     with chunked_loss(model):
         logits = model(input_ids=IDS, labels=LABELS, use_cache=False).logits
-    assert isinstance(logits, DeferredLogits)
-    assert not logits.is_whole
+    assert logits.shape == (2, 1, VOCABULARY), "one position of each row"
 
 
 @pytest.mark.parametrize(
@@ -110,12 +106,20 @@ def test_loss_and_gradients_equal_those_of_whole_logits(kind: str) -> None:
         {"labels": IDS},
         {"num_items_in_batch": torch.tensor(40)},
         {"num_items_in_batch": 40},
-        {"logits_to_keep": 16},
     ],
     ids=lambda inputs: next(iter(inputs)),
 )
 def test_labels_and_their_number_come_from_the_caller(inputs: dict[str, Any]) -> None:
     assert_same(made("plain"), **inputs)
+
+
+def test_the_caller_s_own_choice_of_logits_stays() -> None:
+    model = made("plain")
+    expected = model(input_ids=IDS, labels=LABELS).loss
+    with chunked_loss(model, CHUNK):
+        output = model(input_ids=IDS, labels=LABELS, logits_to_keep=16)
+    assert output.logits.shape == (2, 16, VOCABULARY)
+    assert output.loss == expected
 
 
 def row_loss_of_places(z: Tensor, goals: Tensor, rows: slice, gradient: bool) -> Tensor:
@@ -146,7 +150,7 @@ def test_a_loss_of_a_row_takes_the_place_of_cross_entropy(kind: str) -> None:
 
 
 def test_a_loss_of_a_row_works_with_whole_logits_too() -> None:
-    """A hook on the head wants its output, so nothing is deferred."""
+    """A hook on the head wants its output."""
     model = made("plain")
     with chunked_loss(model, CHUNK, row_loss_of_places):
         expected = loss_and_gradients(model)
@@ -188,40 +192,73 @@ def test_a_packed_head_gives_the_same_loss(toy: ModuleType, adapter: bool) -> No
 
 
 class Whimsical(LlamaForCausalLM):  # type: ignore[misc]
-    """Its steps after the head are not all pointwise, or in place, or after the loss."""
+    """Its logits are not only scaled and capped, or its head gets something else, or it has a loss
+    of its own."""
 
     def __init__(self, config: Any, kind: str) -> None:
         super().__init__(config)
         self.kind = kind
-        self.temperature = nn.Parameter(torch.ones(VOCABULARY))
+        self.temperature = nn.Parameter(torch.linspace(0.5, 2, VOCABULARY))
 
-    def forward(self, input_ids: Tensor, labels: Tensor, **options: Any) -> Any:
-        options.pop("use_cache")
-        logits = self.lm_head(self.model(input_ids).last_hidden_state)
+    def forward(
+        self, input_ids: Tensor, labels: Tensor | None = None, logits_to_keep: int = 0,
+        use_cache: bool = False, **options: Any,
+    ) -> Any:  # fmt: skip
+        decode = self.model.forward if self.kind == "past the hooks" else self.model
+        hidden = decode(input_ids).last_hidden_state
+        if self.kind == "before the head":
+            hidden = hidden * 0.5
+        logits = self.lm_head(hidden[:, -logits_to_keep:])
         if self.kind == "tensor":
             logits = logits * self.temperature
         elif self.kind == "in place":
             logits *= 0.5
             logits[..., 7] = -1e4
-        elif self.kind == "saved":  # the backward of tanh needs its result
+        elif self.kind == "tanh":
             logits = logits.tanh()
-        elif self.kind == "rows mixed":
-            shifted = torch.cat([logits[:, :1], logits[:, 1:]], dim=1)
-            logits = logits - logits.mean(-1, keepdim=True) + shifted.tanh()
+        elif self.kind == "mean":
+            logits = logits - logits.mean(-1, keepdim=True)
+        if labels is None:
+            return CausalLMOutput(logits=logits)
         loss = self.loss_function(logits, labels, VOCABULARY, **options)
-        if self.kind == "penalty":  # PaLM's z-loss
-            loss = loss + 1e-2 * logits.logsumexp(-1).square().mean()
+        if self.kind == "penalty":  # a part of the loss that needs no logits
+            loss = loss + 1e-2 * hidden.square().mean()
         return CausalLMOutput(loss=loss, logits=logits)
 
 
-@pytest.mark.parametrize("kind", ["tensor", "in place", "saved", "rows mixed", "penalty"])
+CHANGES = ["past the hooks", "before the head", "tensor", "in place", "tanh", "mean"]
+
+
+@pytest.mark.parametrize("kind", [*CHANGES, "penalty"])
 def test_a_model_may_do_anything_with_its_logits(kind: str) -> None:
     model = randomized(Whimsical(LlamaConfig(**SIZES), kind))
     expected = loss_and_gradients(model)
+    for _ in range(2):
+        with chunked_loss(model, CHUNK):
+            found = loss_and_gradients(model)
+        # transformers' own loss computes in fp32
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, check_dtype=False)
+    with torch.no_grad(), read_out(model) as readout:
+        model(input_ids=IDS)
+    assert readout.hidden is not None
+    assert (readout.head is WHOLE) == (kind in CHANGES)
+    torch.testing.assert_close(readout.head(readout.hidden), model(input_ids=IDS).logits, **EXACT)
+
+
+class OwnLoss(LlamaForCausalLM):  # type: ignore[misc]
+    """BART's decoder computes its loss itself, by labels that are not shifted."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor, logits_to_keep: int = 0, **_: Any) -> Any:
+        logits = self.lm_head(self.model(input_ids).last_hidden_state[:, -logits_to_keep:])
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+def test_a_model_that_does_not_ask_for_its_loss_function_is_left_alone() -> None:
+    model = randomized(OwnLoss(LlamaConfig(**SIZES)))
+    expected = loss_and_gradients(model)
     with chunked_loss(model, CHUNK):
-        found = loss_and_gradients(model)
-    # transformers' own loss computes in fp32
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, check_dtype=False)
+        torch.testing.assert_close(loss_and_gradients(model), expected, **EXACT)
 
 
 def test_a_head_with_hooks_and_another_loss_are_left_alone() -> None:
@@ -231,7 +268,7 @@ def test_a_head_with_hooks_and_another_loss_are_left_alone() -> None:
     expected = model(input_ids=IDS, labels=LABELS).loss
     with chunked_loss(model):
         assert model(input_ids=IDS, labels=LABELS).loss == expected
-    assert not any(isinstance(output, DeferredLogits) for output in seen)
+    assert [output.shape[1] for output in seen] == [16, 16]
     handle.remove()
     model.loss_function = lambda logits, labels, **_: logits.square().sum()
     with chunked_loss(model):
@@ -239,12 +276,13 @@ def test_a_head_with_hooks_and_another_loss_are_left_alone() -> None:
     assert loss == model(input_ids=IDS).logits.square().sum()
 
 
-def test_the_head_is_restored_after_an_error() -> None:
-    head, x = nn.Linear(4, 6), torch.randn(2, 4)
-    with pytest.raises(KeyError), deferred_head(head):
-        assert isinstance(head(x), DeferredLogits)
+def test_the_model_is_restored_after_an_error() -> None:
+    model = made("plain")
+    with pytest.raises(KeyError), chunked_loss(model):
+        assert model(IDS).logits.shape[1] == 1
         raise KeyError
-    assert type(head(x)) is Tensor
+    assert model(IDS).logits.shape[1] == 16
+    assert model.loss_function.__name__ == "ForCausalLMLoss"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -287,16 +325,19 @@ def test_no_more_logits_than_a_chunk_are_alive(case: str, dtype: torch.dtype) ->
 
     def evaluation() -> None:
         with torch.no_grad():
-            token_losses(model(input_ids=ids).logits, ids, whole // 4)
+            with read_out(model) if chunked else nullcontext(Readout()) as readout:
+                logits = model(input_ids=ids).logits
+            token_losses(readout if chunked else logits, ids, whole // 4)
 
     def peak(step: Callable[[], None]) -> int:
         with Allocations(before=[*model.parameters(), *model.buffers()]) as followed:
             step()
         return followed.peak
 
-    step = evaluation if case == "evaluation" else training
+    chunked, step = False, evaluation if case == "evaluation" else training
     assert peak(step) > whole * dtype.itemsize // 4
-    with chunked_loss(model, whole // 4):
+    chunked = True
+    with chunked_loss(model, whole // 4) if case == "training" else nullcontext():
         # z, overwritten by p; in 16 bits also a quarter of it in fp32; and the model's own states
         chunk = 1 if dtype == torch.float32 else 0.5 + 0.25
         assert peak(step) < chunk * whole / 4 + 40 * 256 * 32 * 4
@@ -308,9 +349,10 @@ def test_the_losses_of_tokens_equal_those_of_whole_logits() -> None:
         logits = model(input_ids=IDS).logits
     log_p = logits.log_softmax(-1)[:, :-1].gather(-1, IDS[:, 1:, None]).squeeze(-1)
     expected = torch.where(LABELS[:, 1:] != -100, -log_p, 0)
-    with deferred_logits(model):
-        later = model(input_ids=IDS).logits
-    assert isinstance(later, DeferredLogits)
-    torch.testing.assert_close(token_losses(later, LABELS, CHUNK), expected, **EXACT)
+    with read_out(model) as readout:
+        model(input_ids=IDS)
+    assert readout.hidden is not None
+    assert readout.hidden.shape == (2, 16, SIZES["hidden_size"])
+    torch.testing.assert_close(token_losses(readout, LABELS, CHUNK), expected, **EXACT)
     torch.testing.assert_close(token_losses(logits, LABELS, CHUNK), expected, **EXACT)
-    torch.testing.assert_close(later + 0 * logits, logits, **EXACT)
+    torch.testing.assert_close(readout.head(readout.hidden), logits, **EXACT)

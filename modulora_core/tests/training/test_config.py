@@ -1,10 +1,6 @@
 """One object is the flags, the --config file and the finetune.yaml of a run."""
 
-from __future__ import annotations
-
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -14,14 +10,14 @@ from modulora_core.lora.settings import LoRASettings
 from modulora_core.training.arguments import total_steps
 from modulora_core.training.config import FinetuneConfig
 
-ASKED: dict[str, Any] = {"model": "packed", "out": "out", "data": "notes.txt", "steps": 3}
+ASKED = {"model": "packed", "out": "out", "data": "notes.txt", "steps": 3}
 
 
-def build(**options: Any) -> FinetuneConfig:
+def build(**options):
     return FinetuneConfig.build({**ASKED, **options})
 
 
-def test_the_defaults_are_the_papers_and_the_settings_of_an_adapter_have_them_too() -> None:
+def test_the_defaults_are_the_papers_and_the_settings_of_an_adapter_have_them_too():
     config, settings = build(), LoRASettings()
     assert (config.rank, config.alpha, config.dropout, config.lr) == (8, 32.0, 0.1, 1e-3)
     for field in fields(LoRASettings):
@@ -30,7 +26,7 @@ def test_the_defaults_are_the_papers_and_the_settings_of_an_adapter_have_them_to
         assert value == getattr(settings, field.name), field.name
 
 
-def test_every_field_has_a_description() -> None:
+def test_every_field_has_a_description():
     assert all(field.description for field in FinetuneConfig.model_fields.values())
 
 
@@ -44,7 +40,7 @@ def test_every_field_has_a_description() -> None:
     ],
     ids=["sources", "targets", "epochs", "adapter"],
 )
-def test_the_file_of_a_run_gives_the_same_config(options: dict[str, Any], tmp_path: Path) -> None:
+def test_the_file_of_a_run_gives_the_same_config(options, tmp_path):
     config = build(**options)
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     again = FinetuneConfig.build({}, file=tmp_path / "run.yaml")
@@ -54,7 +50,7 @@ def test_the_file_of_a_run_gives_the_same_config(options: dict[str, Any], tmp_pa
     assert other.differences(config) == ["seed 0 → 7"]
 
 
-def test_options_override_the_file_and_the_fields_that_they_exclude(tmp_path: Path) -> None:
+def test_options_override_the_file_and_the_fields_that_they_exclude(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({**ASKED, "lr": 1e-4, "rank": 16}))
     config = FinetuneConfig.build({"epochs": 2, "lr": 3e-4, "seed": None}, file=file)
@@ -80,7 +76,7 @@ def test_options_override_the_file_and_the_fields_that_they_exclude(tmp_path: Pa
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
-def test_a_bad_option_is_refused_in_one_sentence(options: dict[str, Any], message: str) -> None:
+def test_a_bad_option_is_refused_in_one_sentence(options, message):
     with pytest.raises(OptionError, match=f"^finetune: {message}"):
         build(**options)
 
@@ -96,9 +92,7 @@ def test_a_bad_option_is_refused_in_one_sentence(options: dict[str, Any], messag
     ],
     ids=["missing", "broken", "list", "number", "unknown"],
 )
-def test_a_file_that_is_no_config_is_refused_by_name(
-    text: str | None, message: str, tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_config_is_refused_by_name(text, message, tmp_path):
     file = tmp_path / "run.yaml"
     if text is not None:
         file.write_text(text)
@@ -106,7 +100,7 @@ def test_a_file_that_is_no_config_is_refused_by_name(
         FinetuneConfig.build(ASKED, file=file)
 
 
-def test_a_run_without_a_length_is_one_epoch() -> None:
+def test_a_run_without_a_length_is_one_epoch():
     config = FinetuneConfig(model="m", out="o", data=["d"], batch_size=2, grad_accum=2)
     assert total_steps(config, examples=9) == 3  # 5 batches
     assert total_steps(config.model_copy(update={"epochs": 2.0}), examples=9) == 6

@@ -1,11 +1,6 @@
 """A mixture of experts is finetuned: trained, resumed, continued."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def mixture(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
+def mixture(toy, tmp_path_factory):
     """The folder of a tiny packed gpt-oss with a tokenizer."""
     root = tmp_path_factory.mktemp("mixture")
     config = tiny_config("gpt_oss")
@@ -39,7 +34,7 @@ def mixture(toy: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def configure(mixture: str, text: Path, tmp_path: Path) -> Callable[..., FinetuneConfig]:
+def configure(mixture, text, tmp_path):
     defaults = {"model": mixture, "data": str(text), "batch_size": 2, "grad_accum": 1,
                 "seq_len": 32, "lr": 1e-2, "save_every": 2, "steps": 4,
                 "baseline": False}  # fmt: skip
@@ -49,12 +44,10 @@ def configure(mixture: str, text: Path, tmp_path: Path) -> Callable[..., Finetun
 
 
 @pytest.mark.slow
-def test_a_mixture_is_trained_resumed_and_continued(
-    configure: Callable[..., FinetuneConfig], mixture: str, text: Path
-) -> None:
+def test_a_mixture_is_trained_resumed_and_continued(configure, mixture, text):
     whole = finetune(configure("whole"))
 
-    def stop(taken: Any) -> None:
+    def stop(taken):
         if taken.step == 3:
             raise KeyboardInterrupt
 

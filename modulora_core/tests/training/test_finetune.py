@@ -17,7 +17,6 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, TrainerCallback
 
 from modulora_core.data import load_examples
-from modulora_core.dense_products import matmul_precision
 from modulora_core.errors import (
     AdapterError,
     DataError,
@@ -34,15 +33,12 @@ from modulora_core.hf.peft_format import read_adapter
 from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.installed_formats import file_format
-from modulora_core.quantization.quantize import quantize
-from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
+from modulora_core.training import readout
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.deferred_logits import DeferredLogits
 from modulora_core.training.finetune import finetune
 from modulora_core.training.losses import loss_in_words
-from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import TrainingStep
 
 Configure = Callable[..., FinetuneConfig]
@@ -168,20 +164,6 @@ def test_a_run_of_one_step_trains(configure: Configure, tmp_path: Path) -> None:
     assert any(delta.B.abs().max() > 0 for delta in deltas.values())
 
 
-@pytest.mark.parametrize(("precision", "expected"), [("high", "high"), (None, "medium")])
-def test_the_precision_of_products_is_set_for_the_run(
-    configure: Configure, precision: str | None, expected: str
-) -> None:
-    found: list[str] = []
-    with matmul_precision("medium"):
-        finetune(
-            configure(steps=1, matmul_precision=precision),
-            on_step=lambda _: found.append(torch.get_float32_matmul_precision()),
-        )
-        assert torch.get_float32_matmul_precision() == "medium"
-    assert found == [expected]
-
-
 def test_options_that_save_memory_change_no_loss(configure: Configure, tmp_path: Path) -> None:
     expected = finetune(configure(dropout=0.3)).losses
     for name, options in {
@@ -195,10 +177,11 @@ def test_options_that_save_memory_change_no_loss(configure: Configure, tmp_path:
 def test_training_and_evaluation_need_no_whole_logits(
     configure: Configure, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(logits: DeferredLogits) -> None:
-        raise AssertionError(f"whole logits of {list(logits.shape)}")
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("whole logits")
 
-    monkeypatch.setattr(DeferredLogits, "whole", fail)
+    monkeypatch.setattr(readout, "WHOLE", fail)  # the head of whole logits
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", fail)  # the usual loss has it
     assert finetune(configure(steps=1, eval_data=str(text))).eval_loss is not None
 
 
@@ -218,19 +201,6 @@ def test_an_adapter_can_be_continued(
         assert (delta.shape, delta.rank) == (before[path].shape, 3)
         assert delta.scale == pytest.approx(5 / 3)
         assert not torch.equal(delta.B, before[path].B)
-
-
-def test_a_continued_adapter_keeps_its_dropout_unless_the_run_has_one(
-    configure: Configure, tunable: Path, tmp_path: Path
-) -> None:
-    settings = LoRASettings(rank=2, dropout=0.3)
-    save_adapter(trained(load_model(tunable), settings), tmp_path / "start")
-    start = {"adapter": str(tmp_path / "start"), "steps": 1}
-    for given, expected in (({}, 0.3), ({"dropout": 0.2}, 0.2)):
-        out = tmp_path / f"dropout {expected}"
-        finetune(configure(**start, **given, out=str(out)))
-        assert read_adapter(out).dropout == expected
-        assert FinetuneConfig.build({}, file=out / "finetune.yaml").dropout == expected
 
 
 def test_the_model_card_describes_the_run(configure: Configure, text: Path, tmp_path: Path) -> None:
@@ -284,19 +254,18 @@ def test_a_warmup_as_long_as_the_run_is_one_warning(
     assert [message[: len(expected)] for message in caplog.messages] == [expected] * bool(takes)
 
 
-def test_few_tokens_are_a_warning(
-    configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "few.txt").write_text("the cat and " * 20)
-    finetune(configure(data=str(tmp_path / "few.txt"), steps=1))
+def test_a_short_epoch_suggests_more_steps(configure, tmp_path, caplog: pytest.LogCaptureFixture):
+    chats = ({"prompt": "a", "completion": " b" * 100} for _ in range(12))
+    data = str(write_jsonl(tmp_path / "chats.jsonl", *chats))
+    common = {"data": data, "batch_size": 2, "grad_accum": 2, "seq_len": 128}
+    unset = FinetuneConfig.build({**configure().model_dump(), "steps": None, **common})
+    finetune(unset)
     (warning,) = caplog.messages
-    assert "a run learns little from that" in warning
-    assert "than 1000 tokens" in warning
-
-
-def test_few_steps_are_a_warning(configure: Configure, caplog: pytest.LogCaptureFixture) -> None:
-    finetune(configure(steps=2))
-    assert [message[:36] for message in caplog.messages] == ["steps 2: the run reads at most 256 t"]
+    assert warning.startswith("steps: one epoch of 12 examples is 3 steps, which change little")
+    assert "--steps N" in warning
+    caplog.clear()
+    finetune(configure(**common, epochs=1, out=str(tmp_path / "asked")))
+    assert caplog.messages == []
 
 
 def test_a_run_that_diverged_warns_and_still_finishes(
@@ -352,19 +321,6 @@ def test_a_bad_request_is_refused_and_nothing_is_written(
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_targets_select_as_on_the_loaded_model(
-    configure: Configure, tunable: Path, tmp_path: Path
-) -> None:
-    """all-linear has no head; and a model that will be packed is refused before that."""
-    dense = tunable.parent / "dense"
-    quantize(str(dense), tmp_path / "head", "toy", exclude=["model.*"], head=Choice("toy"))
-    with pytest.raises(AdapterError, match="'all-linear': expected a packed linear layer besides"):
-        finetune(configure(model=str(tmp_path / "head")))
-    with pytest.raises(AdapterError, match=r"'lm_head': .* and lm_head is none"):
-        finetune(configure(model=str(dense), quantizer="toy", targets="lm_head"))
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do these")
 @pytest.mark.parametrize("option", [{"dtype": "float16"}, {"offload_activations": True}])
 def test_options_for_a_gpu_are_refused_on_a_cpu(configure: Configure, option: Any) -> None:
@@ -417,18 +373,6 @@ def test_a_run_that_wrote_its_file_is_finished_too(configure: Configure, tmp_pat
     assert not list((stopped / "checkpoints").glob("*/*.safetensors"))
     with pytest.raises(OutputError, match=r"expected a new file called .*, got a file that"):
         finetune(config.model_copy(update={"out": str(tmp_path / "other")}))
-
-
-def test_a_dense_model_is_quantized_into_the_cache_which_commands_name(
-    configure: Configure, tunable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
-    dense = tunable.parent / "dense"
-    config = configure(model=str(dense), quantizer="toy", steps=1)
-    found = finetune(config)
-    assert Path(found.model).parent == tmp_path / "cache"
-    assert RunLog.read(tmp_path / "out").model == found.model
-    assert finetune(config, resume=True).model == found.model
 
 
 def test_a_folder_that_is_removed_during_the_run_is_an_error_at_its_end(

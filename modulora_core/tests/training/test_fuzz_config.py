@@ -1,16 +1,11 @@
 """Any YAML file for --config is a run, or refused in one line; a written one is the same run."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from modulora_core.tests.fuzzing import VALUES, cases, changed_bytes, read_or_refused
+from modulora_core.tests.fuzzing import VALUES, cases, read_or_refused
 from modulora_core.training.config import FinetuneConfig
 
 FIELDS = sorted(FinetuneConfig.model_fields)
@@ -18,42 +13,17 @@ WHOLE = {"model": "packed", "out": "adapter", "data": ["a.jsonl", "b.jsonl"], "r
          "trainer": {"adam_beta2": 0.9}}  # fmt: skip
 
 
-def build(path: Path) -> FinetuneConfig:
+def build(path):
     return FinetuneConfig.build({}, file=path)
 
 
 @pytest.mark.slow
 @cases(75)
 @given(fields=st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3))
-def test_fields_of_any_kind_are_read_or_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_fields_of_any_kind_are_read_or_refused(fields, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(WHOLE | fields))
     config = read_or_refused(lambda: build(path))
     if config is not None:
         path.write_text(config.to_yaml())
         assert build(path) == config
-
-
-@pytest.mark.slow
-@cases(75)
-@given(data=st.data())
-def test_changed_files_are_read_or_refused(data: st.DataObject, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_bytes(changed_bytes(data, FinetuneConfig.build(WHOLE).to_yaml().encode()))
-    read_or_refused(lambda: build(path))
-
-
-@pytest.mark.slow
-@cases(50)
-@given(text=st.text("[]{}:-&*!?|>\"'\n a1", max_size=40))
-@example(text="model: 2024-99-99")
-@example(text="!!int 'a'")
-@example(text="a: &a [*a]")
-@example(text="[" * 3000)
-@example(text="a: &a [1,1,1,1]\nb: &b [*a,*a,*a,*a]\nmodel: [*b,*b,*b,*b]")
-@example(text=f"rank: {'9' * 5000}")
-@example(text="? [a]\n: 1")
-def test_text_is_read_or_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(text)
-    read_or_refused(lambda: build(path))

@@ -1,16 +1,9 @@
 """Gradient checkpointing changes no gradient and repeats as few packed products as possible."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from modulora_core.hf.load_model import load_model
 from modulora_core.lora.adapted import adapter_layers
@@ -20,7 +13,6 @@ from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Pack = Callable[..., tuple[Path, Path]]
 
 BLOCKS = 2
 LINEARS = {"llama": 7, "gemma3_text": 7, "gpt2": 4, "mixtral": 4}
@@ -34,12 +26,12 @@ LAST_IS_NEEDED = {"gemma3_text", "gpt2"}
 
 
 @pytest.fixture
-def products(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
+def products(toy, monkeypatch):
     """Counts products with packed weights: the key False is forward, True is transposed."""
-    counts: Counter[bool] = Counter()
+    counts = Counter()
     matmul = toy.Toy.matmul
 
-    def counted(self: Any, x: Tensor, packed: Any, transpose: bool = False) -> Tensor:
+    def counted(self, x, packed, transpose=False):
         counts[transpose] += 1
         return matmul(self, x, packed, transpose)
 
@@ -47,10 +39,10 @@ def products(toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Counter[bool]:
     return counts
 
 
-def adapted(folder: Path, **options: Any) -> Any:
+def adapted(folder, **options):
     """A packed model in training, with an adapter whose B is not zero."""
     torch.manual_seed(0)
-    model: Any = load_model(folder)
+    model = load_model(folder)
     add_lora(model, LoRASettings(rank=2, dropout=0.1, **options))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -60,7 +52,7 @@ def adapted(folder: Path, **options: Any) -> Any:
     return model.train()
 
 
-def step(model: Any) -> tuple[float, list[Tensor]]:
+def step(model):
     """The loss, and the gradient of each parameter that trains."""
     torch.manual_seed(4)  # dropout
     ids = torch.randint(3, 60, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -72,7 +64,7 @@ def step(model: Any) -> tuple[float, list[Tensor]]:
 
 @pytest.mark.parametrize("keep_products", [False, True], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("architecture", LINEARS)
-def test_gradients_are_the_same_bits(architecture: str, keep_products: bool, pack: Pack) -> None:
+def test_gradients_are_the_same_bits(architecture, keep_products, pack):
     model = adapted(pack(architecture, "toy")[1], train_scales=True)
     loss, expected = step(model)
     checkpoint_activations(model, keep_products=keep_products)
@@ -84,8 +76,8 @@ def test_gradients_are_the_same_bits(architecture: str, keep_products: bool, pac
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
 def test_a_blocks_last_product_is_not_repeated_if_no_later_step_saves_a_tensor(
-    architecture: str, pack: Pack, products: Counter[bool]
-) -> None:
+    architecture, pack, products
+):
     model = adapted(pack(architecture, "toy")[1])
     checkpoint_activations(model)
     step(model)
@@ -96,18 +88,14 @@ def test_a_blocks_last_product_is_not_repeated_if_no_later_step_saves_a_tensor(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2"])
-def test_kept_products_are_computed_once(
-    architecture: str, pack: Pack, products: Counter[bool]
-) -> None:
+def test_kept_products_are_computed_once(architecture, pack, products):
     model = adapted(pack(architecture, "toy")[1])
     checkpoint_activations(model, keep_products=True)
     step(model)
     assert products[False] == BLOCKS * LINEARS[architecture]
 
 
-def test_blocks_below_the_first_that_trains_are_not_recomputed(
-    pack: Pack, products: Counter[bool]
-) -> None:
+def test_blocks_below_the_first_that_trains_are_not_recomputed(pack, products):
     model = adapted(pack("llama", "toy")[1], targets="layers.1.self_attn.o_proj")
     checkpoint_activations(model)
     step(model)
@@ -116,7 +104,7 @@ def test_blocks_below_the_first_that_trains_are_not_recomputed(
 
 
 @pytest.mark.parametrize("keep_products", [False, True], ids=["recomputed", "kept"])
-def test_a_compiled_model_checkpoints_too(keep_products: bool, pack: Pack) -> None:
+def test_a_compiled_model_checkpoints_too(keep_products, pack):
     model = adapted(pack("llama", "toy")[1])
     for _, layer in adapter_layers(model):
         layer.dropout["default"].p = 0.0

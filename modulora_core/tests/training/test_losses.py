@@ -1,7 +1,5 @@
 """Losses are summarized by means of several steps, so that noise is no trend."""
 
-from __future__ import annotations
-
 import math
 import random
 
@@ -13,7 +11,7 @@ VOCABULARY = 49152
 UNIFORM = math.log(VOCABULARY)
 
 
-def noisy(*means: float) -> list[float]:
+def noisy(*means):
     """Losses of batches that differ as real ones do."""
     chance = random.Random(0)
     return [chance.gauss(mean, 0.4) for mean in means]
@@ -28,7 +26,7 @@ def noisy(*means: float) -> list[float]:
         ([3.0] * 100 + [2.0] * 100, "loss 3.0000 → 2.0000 (means of the first and last 20 steps)"),
     ],
 )
-def test_a_summary_has_means(losses: list[float], summary: str) -> None:
+def test_a_summary_has_means(losses, summary):
     assert loss_in_words(losses) == summary
 
 
@@ -42,13 +40,13 @@ def test_a_summary_has_means(losses: list[float], summary: str) -> None:
     ],
     ids=["few steps", "many steps", "evaluation data", "random weights"],
 )
-def test_a_model_that_only_guesses_is_worse(losses: list[float], eval_loss: float | None) -> None:
+def test_a_model_that_only_guesses_is_worse(losses, eval_loss):
     worse = worsening(losses, eval_loss, VOCABULARY)
     assert worse.startswith(f"the loss was {losses[0]:.4f} at step 1 and is ")
     assert worse.endswith(f"a uniform guess among 49152 tokens has {UNIFORM:.4f}")
 
 
-def test_a_loss_that_rose_by_more_than_batches_differ_is_worse() -> None:
+def test_a_loss_that_rose_by_more_than_batches_differ_is_worse():
     worse = worsening(noisy(*[2.5] * 10, *[4.5] * 90), None, VOCABULARY)
     assert worse.startswith("the loss rose from 2.")
     assert worse.endswith("(means of the first and last 10 steps)")
@@ -66,5 +64,5 @@ def test_a_loss_that_rose_by_more_than_batches_differ_is_worse() -> None:
     ],
     ids=["one step", "harder batches", "noise", "long noise", "random weights", "no noise"],
 )
-def test_noise_is_not_worse(losses: list[float]) -> None:
+def test_noise_is_not_worse(losses):
     assert worsening(losses, None, VOCABULARY) == ""

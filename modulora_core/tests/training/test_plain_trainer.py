@@ -1,10 +1,6 @@
 """transformers' own Trainer, and TRL's, on a model with ``add_lora``: resume, and the best step."""
 
-from __future__ import annotations
-
 import logging
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,13 +20,13 @@ ROWS = [
 ]
 
 
-def adapted(folder: Path, seed: int = 0) -> Any:
+def adapted(folder, seed=0):
     model = load_model(folder, device="cpu")
     add_lora(model, LoRASettings(rank=4, dropout=0.1, seed=seed, train_scales=True))
     return model
 
 
-def arguments(out: Path, **more: Any) -> dict[str, Any]:
+def arguments(out, **more):
     return {
         "output_dir": str(out), "max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4,
         "logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True,
@@ -38,13 +34,11 @@ def arguments(out: Path, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def losses(trainer: Any) -> list[float]:
+def losses(trainer):
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_trainer_resumes_with_the_losses_of_the_whole_run(
-    tunable: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_trainer_resumes_with_the_losses_of_the_whole_run(tunable, tmp_path, caplog):
     settings = TrainingArguments(**arguments(tmp_path))
     whole = Trainer(model=adapted(tunable), args=settings, train_dataset=ROWS)
     whole.train()
@@ -65,9 +59,7 @@ def test_trainer_resumes_with_the_losses_of_the_whole_run(
 class Spoil(TrainerCallback):
     """Makes the adapter worse after the second step."""
 
-    def on_step_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-    ) -> None:
+    def on_step_begin(self, args, state, control, model=None, **_):
         if state.global_step == 2:
             self.best = logits(model)
             model.train()
@@ -76,7 +68,7 @@ class Spoil(TrainerCallback):
                     parameter.data.add_(10)
 
 
-def test_trainer_loads_the_best_model_at_the_end(tunable: Path, tmp_path: Path) -> None:
+def test_trainer_loads_the_best_model_at_the_end(tunable, tmp_path):
     options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
     spoil = Spoil()
     trainer = Trainer(
@@ -89,7 +81,7 @@ def test_trainer_loads_the_best_model_at_the_end(tunable: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_trl_resumes_too(tunable: Path, tmp_path: Path) -> None:
+def test_trl_resumes_too(tunable, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     from transformers import AutoTokenizer
@@ -98,7 +90,7 @@ def test_trl_resumes_too(tunable: Path, tmp_path: Path) -> None:
         [{"text": f"The with statement {i} wraps."} for i in range(16)]
     )
 
-    def trainer(seed: int) -> Any:
+    def trainer(seed):
         return trl.SFTTrainer(
             model=adapted(tunable, seed), train_dataset=rows,
             args=trl.SFTConfig(**arguments(tmp_path), max_length=32),

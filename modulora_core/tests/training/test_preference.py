@@ -157,12 +157,16 @@ def test_each_message_has_its_own_fields_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_packed_head_is_refused(dpo: Configure, tunable: Path, tmp_path: Path) -> None:
+def test_a_packed_head_trains_without_an_adapter_of_its_own(
+    dpo: Configure, tunable: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("trl", reason="pip install trl")
     quantize(str(tunable.parent / "dense"), tmp_path / "packed", "toy", head=Choice("toy"))
-    with pytest.raises(OptionError, match="expected a dense output head"):
-        finetune(dpo(model=str(tmp_path / "packed")))
-    assert not (tmp_path / "out").exists()
+    model = str(tmp_path / "packed")
+    assert finetune(dpo(model=model, batch_size=2)).losses[0] == pytest.approx(math.log(2))
+    with pytest.raises(OptionError, match="expected an output head without an adapter"):
+        finetune(dpo(model=model, out=str(tmp_path / "other"), targets=["lm_head", "q_proj"]))
+    assert not (tmp_path / "other").exists()
 
 
 def test_dpo_has_defaults_of_its_own(dpo: Configure) -> None:

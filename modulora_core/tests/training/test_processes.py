@@ -1,12 +1,9 @@
 """A run in several processes gives the losses and the adapter of one process."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def options(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def options(tunable, tmp_path_factory):
     """A run of 4 steps of 4 examples, with 5 examples to evaluate."""
     folder = tmp_path_factory.mktemp("texts")
     text = pydoc_text()
@@ -40,11 +37,11 @@ def options(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }  # fmt: skip
 
 
-def adapter(out: Path) -> dict[str, torch.Tensor]:
+def adapter(out):
     return load_file(out / "adapter_model.safetensors")
 
 
-def interrupted(run: Path, out: Path) -> str:
+def interrupted(run, out):
     """A copy of a finished run as it was after its first checkpoint."""
     shutil.copytree(run / "checkpoints" / "checkpoint-2", out / "checkpoints" / "checkpoint-2")
     shutil.copy(run / "finetune.yaml", out)
@@ -53,14 +50,12 @@ def interrupted(run: Path, out: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
-def test_losses_are_those_of_one_process_and_any_number_resumes(
-    options: dict[str, Any], tmp_path: Path, shard: bool
-) -> None:
+def test_losses_are_those_of_one_process_and_any_number_resumes(options, tmp_path, shard):
     one, two, four = (tmp_path / name for name in ("one", "two", "four"))
     expected = finetuned(**options, out=str(one), batch_size=2, grad_accum=2)
     shared = {**options, "shard": shard, "grad_accum": 1}
 
-    def in_processes(number: int, **more: Any) -> None:
+    def in_processes(number, **more):
         batch = {"batch_size": 4 // number}
         for found in run_in_processes(number, _finetuned, {**shared, **batch, **more}):
             assert found == pytest.approx(expected, abs=1e-4)
@@ -80,13 +75,13 @@ def test_losses_are_those_of_one_process_and_any_number_resumes(
             torch.testing.assert_close(values[name], tensor, rtol=0, atol=1e-4)
 
 
-def _finetuned(options: dict[str, Any]) -> list[float]:
+def _finetuned(options):
     return finetuned(**options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 4])
-def test_fully_shard_divides_packed_weights(tunable: Path, number: int) -> None:
+def test_fully_shard_divides_packed_weights(tunable, number):
     ids = torch.arange(48).view(4, 12) + 3
     expected, whole = trained_by_hand(tunable, ids, split=False)
     for losses, part in run_in_processes(number, _trained, tunable, ids):
@@ -94,12 +89,12 @@ def test_fully_shard_divides_packed_weights(tunable: Path, number: int) -> None:
         assert whole / number <= part <= whole / number * 1.02
 
 
-def _trained(folder: Path, ids: torch.Tensor) -> tuple[list[float], int]:
+def _trained(folder, ids):
     return trained_by_hand(folder, ids, split=True)
 
 
 @pytest.mark.slow
-def test_a_bad_request_is_one_sentence_once(tunable: Path, tmp_path: Path) -> None:
+def test_a_bad_request_is_one_sentence_once(tunable, tmp_path):
     words = ["finetune", str(tunable), str(tmp_path / "out"), "--data", "none.txt"]
     first, second = run_in_processes(2, _command, words)
     assert first[0] == second[0] == 2
@@ -109,13 +104,13 @@ def test_a_bad_request_is_one_sentence_once(tunable: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-def _command(words: list[str]) -> tuple[int, str]:
+def _command(words):
     with contextlib.redirect_stderr(io.StringIO()) as printed:
         code = main(words)
     return code, printed.getvalue()
 
 
-def test_an_error_of_one_process_ends_all() -> None:
+def test_an_error_of_one_process_ends_all():
     found = run_in_processes(2, _one_fails)
     assert found == [
         "RequestError: process 1 of 2: expected another disk, got a full one",
@@ -123,36 +118,34 @@ def test_an_error_of_one_process_ends_all() -> None:
     ]
 
 
-def _one_fails() -> None:
+def _one_fails():
     with distributed.together():
         if distributed.rank() == 1:
             raise OptionError("expected another disk, got a full one")
 
 
-def test_a_process_that_fails_alone_does_not_wait_for_the_others() -> None:
+def test_a_process_that_fails_alone_does_not_wait_for_the_others():
     """They are at work: their next message would be no answer to its own."""
     first, second = run_in_processes(2, _first_fails)
     assert first == (2, "error: expected a new file, got one that exists\n")
     assert second.startswith("RuntimeError"), "its connection is closed"
 
 
-def _first_fails() -> tuple[int, str]:
+def _first_fails():
     distributed.join()
     if not distributed.is_first():
         distributed.barrier()
     terminal = Terminal(stderr=io.StringIO())
     code = report_failure(OutputError("expected a new file, got one that exists"), terminal)
-    return code, terminal.stderr.getvalue()  # type: ignore[attr-defined]
+    return code, terminal.stderr.getvalue()
 
 
 @pytest.mark.slow
-def test_a_file_that_the_first_process_may_not_write_ends_all(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_file_that_the_first_process_may_not_write_ends_all(options, tmp_path):
     """The file of the adapter appears during the run."""
     from modulora_toy.single import SingleWriter
 
-    writer = SingleWriter(file_format("a.single").spec)  # type: ignore[union-attr]
+    writer = SingleWriter(file_format("a.single").spec)
     writer.merge(options["model"], tmp_path / "model.single", progress=False)
     lora = tmp_path / "lora.single"
     more = {"model": str(tmp_path / "model.single"), "lora_file": str(lora), "batch_size": 2}
@@ -162,23 +155,23 @@ def test_a_file_that_the_first_process_may_not_write_ends_all(
     assert not (tmp_path / "o" / "adapter_config.json").exists(), "it can be resumed"
 
 
-def _overtaken(options: dict[str, Any]) -> None:
+def _overtaken(options):
     lora = Path(options["lora_file"])
     finetune(FinetuneConfig.build(options), on_step=lambda _: lora.touch())
 
 
-def test_one_process_is_no_distributed_run() -> None:
+def test_one_process_is_no_distributed_run():
     assert (distributed.world_size(), distributed.rank(), distributed.is_first()) == (1, 0, True)
     with pytest.raises(RequestError, match="mine"), distributed.together():
         raise RequestError("mine")
 
 
 @pytest.mark.parametrize(("processes", "steps"), [(1, 8), (2, 4), (3, 3), (8, 1)])
-def test_an_epoch_has_fewer_steps_in_more_processes(processes: int, steps: int) -> None:
+def test_an_epoch_has_fewer_steps_in_more_processes(processes, steps):
     config = FinetuneConfig(model="m", out="o", data=("d",), epochs=1, batch_size=2, grad_accum=1)
     assert total_steps(config, 15, processes) == steps
 
 
-def test_a_model_is_not_split_in_one_process(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_model_is_not_split_in_one_process(options, tmp_path):
     with pytest.raises(OptionError, match="shard: expected several processes, got one"):
         finetuned(**options, out=str(tmp_path / "out"), shard=True)

@@ -1,11 +1,7 @@
 """Fields of TrainingArguments, experiment trackers, callbacks, and the logs of a run."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +14,6 @@ from modulora_core.training.finetune import finetune
 from modulora_core.training.trainer import TrainingStep
 from modulora_core.training.trainer_options import check_reporters, trainer_options
 
-Configure = Callable[..., FinetuneConfig]
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -29,12 +23,12 @@ class Recorder(TrainerCallback):
     arguments: TrainingArguments
     logs: dict[str, Any]
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args, state, control, logs=None, **_):
         if "loss" in logs:
             self.arguments, self.logs = args, logs
 
 
-def test_values_are_parsed_to_the_types_of_the_fields() -> None:
+def test_values_are_parsed_to_the_types_of_the_fields():
     given = {"adam_beta1": "0.8", "dataloader_num_workers": "2", "torch_compile": "true",
              "neftune_noise_alpha": "5", "lr_scheduler_type": "polynomial",
              "debug": "underflow_overflow"}  # fmt: skip
@@ -45,7 +39,7 @@ def test_values_are_parsed_to_the_types_of_the_fields() -> None:
     }  # fmt: skip
 
 
-def test_they_reach_the_trainer_and_a_callback_sees_the_logs(configure: Configure) -> None:
+def test_they_reach_the_trainer_and_a_callback_sees_the_logs(configure):
     seen, steps = Recorder(), list[TrainingStep]()
     config = configure(steps=2, trainer=["adam_beta1=0.5", "lr_scheduler_type=polynomial"])
     finetune(config, on_step=steps.append, callbacks=[seen])
@@ -86,9 +80,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("word", WRONG)
-def test_a_wrong_field_is_refused_and_nothing_is_written(
-    configure: Configure, tmp_path: Path, word: str
-) -> None:
+def test_a_wrong_field_is_refused_and_nothing_is_written(configure, tmp_path, word):
     before = set(tmp_path.rglob("*"))
     with pytest.raises(OptionError, match=WRONG[word]) as found:
         finetune(configure(trainer=[word]))
@@ -96,9 +88,7 @@ def test_a_wrong_field_is_refused_and_nothing_is_written(
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_library_that_is_not_installed_is_refused_and_nothing_is_written(
-    configure: Configure, tmp_path: Path
-) -> None:
+def test_a_library_that_is_not_installed_is_refused_and_nothing_is_written(configure, tmp_path):
     if find_spec("liger_kernel"):
         pytest.skip("it is installed")
     with pytest.raises(MissingExtraError, match="pip install liger-kernel"):
@@ -106,7 +96,7 @@ def test_a_library_that_is_not_installed_is_refused_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_every_field_that_we_own_exists() -> None:
+def test_every_field_that_we_own_exists():
     """If this fails: transformers or TRL renamed a field, and the message of it is lost."""
     known = set(TrainingArguments.__dataclass_fields__)
     preferences = {"max_length", "activation_offloading", "precompute_ref_log_probs",
@@ -115,9 +105,7 @@ def test_every_field_that_we_own_exists() -> None:
     assert {*options._OWNED, *options._FIXED} - known <= preferences | renamed
 
 
-def test_trackers_are_those_of_transformers(
-    configure: Configure, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_trackers_are_those_of_transformers(configure, monkeypatch, tmp_path):
     with pytest.raises(OptionError, match="no such tracker; expected tensorboard"):
         finetune(configure(report_to="tensorbord"))
     monkeypatch.setattr(options, "get_available_reporting_integrations", lambda: ["mlflow"])
@@ -127,14 +115,14 @@ def test_trackers_are_those_of_transformers(
     assert not (tmp_path / "out").exists()
 
 
-def test_tensorboard_gets_the_logs(configure: Configure, tmp_path: Path) -> None:
+def test_tensorboard_gets_the_logs(configure, tmp_path):
     pytest.importorskip("tensorboardX", reason="pip install tensorboardX")
     finetune(configure(steps=2, report_to="tensorboard"))
     (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
     assert b"train/tokens_per_second" in events.read_bytes()
 
 
-def test_the_config_keeps_them(configure: Configure, tmp_path: Path) -> None:
+def test_the_config_keeps_them(configure, tmp_path):
     config = configure(trainer={"adam_beta1": 0.8}, report_to=["wandb"])
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     assert FinetuneConfig.build({}, file=tmp_path / "run.yaml") == config

@@ -1,7 +1,5 @@
 """The fixtures of the core's tests: a small quantizer, a packed Llama, and runs on it."""
 
-from __future__ import annotations
-
 from modulora_core.tests.cli.conftest import run
 from modulora_core.tests.conftest import one_thread, toy, toy_root, tunable
 from modulora_core.tests.training.conftest import configure, text

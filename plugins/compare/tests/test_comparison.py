@@ -1,7 +1,5 @@
 """A comparison measures each quantizer before and after, continues, and is one page."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 from dataclasses import replace
@@ -10,7 +8,7 @@ from pathlib import Path
 import pytest
 from modulora_compare.cli.compare import PAGE
 from modulora_compare.comparison import measure as comparison
-from modulora_compare.comparison.measure import Request, compare, difference
+from modulora_compare.comparison.measure import Measured, Method, Request, compare, difference
 from modulora_compare.comparison.page import page
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +18,7 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 
 
-def test_the_interval_is_around_the_mean_of_paired_differences() -> None:
+def test_the_interval_is_around_the_mean_of_paired_differences():
     base = [3.0 + 0.1 * (i % 7) for i in range(64)]
     mean, low, high = difference([each + 0.05 for each in base], base)
     assert (mean, low, high) == pytest.approx((0.05, 0.05, 0.05))
@@ -32,7 +30,7 @@ def test_the_interval_is_around_the_mean_of_paired_differences() -> None:
 
 
 @pytest.fixture
-def request_(tmp_path: Path, toy: object, monkeypatch: pytest.MonkeyPatch) -> Request:
+def request_(tmp_path, toy, monkeypatch):
     monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
     save_llama_with_tokenizer(tmp_path / "dense")
     text = " ".join(f"The number {i} follows {i - 1}." for i in range(400))
@@ -44,13 +42,21 @@ def request_(tmp_path: Path, toy: object, monkeypatch: pytest.MonkeyPatch) -> Re
     )  # fmt: skip
 
 
-def test_each_quantizer_is_measured_once_and_the_page_has_all(
-    request_: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_quantizer_is_measured_once_and_the_page_has_all(request_, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    original, toy = compare(request_, out, False)
+    steps: list[tuple[str, int, int]] = []
+    shown: list[tuple[str, int, int]] = []
+    original, toy = compare(
+        request_, out, lambda *call: shown.append(call), lambda *call: steps.append(call)
+    )
     assert original.name == "original"
+    titles = ["measuring original", "quantizing with toy", "measuring toy", "finetuning toy",
+              "measuring toy, finetuned"]  # fmt: skip
+    assert steps == [(title, i, 5) for i, title in enumerate(titles)]
+    # the bar of a measurement is full only after the last answer: 3 segments and 3 prompts
+    assert shown.index(("original: answering", 5, 6)) < shown.index(("measured original", 6, 6))
+    assert not [call for call in shown if call[0] == "measuring original" and call[1] == call[2]]
     assert original.after is None  # a dense model takes no adapter here
     assert toy.after is not None
     assert toy.nbytes < original.nbytes
@@ -85,9 +91,25 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(
     for part in ("toy, finetuned", "modulora compare MODEL", "<svg", f"{toy.after.perplexity:.2f}"):
         assert part in text
     assert "<script" not in text
+    assert "<polyline" not in text  # a line would join quantizers that have nothing in common
+    assert 'data-head="perplexity"' in text  # a narrow page has each row as a list
 
 
-def test_the_command_on_the_page_repeats_the_comparison(request_: Request, tmp_path: Path) -> None:
+def test_few_segments_make_no_claim() -> None:
+    def text(segments: int) -> str:
+        request = Request(model="m", train="t", held_out="h", quantizers=("q",), prompts=0)
+        losses = [[3 + 0.1 * i for i in range(segments)], [2.9 + 0.1 * i for i in range(segments)]]
+        made = [Measured(each, 0.0, 1, []) for each in losses]
+        return page(request, [Method(n, n, 2**20, m) for n, m in zip("oq", made, strict=True)], "")
+
+    assert "<td" in text(19)
+    assert "say nothing about which is better" in text(19)
+    assert "[-0.100" not in text(19)
+    assert "[-0.100, -0.100]" in text(20)
+    assert "An interval without 0 is a difference" in text(20)
+
+
+def test_the_command_on_the_page_repeats_the_comparison(request_, tmp_path):
     out, data = str(tmp_path / "out"), request_.train.partition("[")[0]
     words = ["compare", request_.model, "--data", data, "-q", "toy", "--eval-data", data]
     words += ["--device", "cpu", "--quantize-embeddings", "none", "--finetune-steps", "0"]
@@ -97,9 +119,7 @@ def test_the_command_on_the_page_repeats_the_comparison(request_: Request, tmp_p
     assert f"modulora {shlex.join(words)}" in (tmp_path / "out" / PAGE).read_text("utf-8")
 
 
-def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(
-    request_: Request, tmp_path: Path
-) -> None:
+def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(request_, tmp_path):
     config = FinetuneConfig(
         model=request_.model, out=str(tmp_path / "adapter"), data=request_.train, quantizer="toy",
         steps=1, batch_size=1, seq_len=16, baseline=False,
@@ -115,9 +135,7 @@ def test_it_takes_the_packed_model_of_finetune_and_packs_again_what_is_gone(
     assert (Path(packed) / "config.json").is_file()
 
 
-def test_other_weights_in_the_same_folder_are_measured_again(
-    request_: Request, tmp_path: Path
-) -> None:
+def test_other_weights_in_the_same_folder_are_measured_again(request_, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     request = replace(request_, prompts=0)

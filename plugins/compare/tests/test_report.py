@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import html
-import json
 import re
-import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,20 +11,18 @@ import pytest
 import torch
 from modulora_compare import ReportCallback
 from modulora_compare.report.curves import Curve, curves
-from modulora_compare.report.page import LONGEST, Sample
-from modulora_compare.report.samples import _split, answers
+from modulora_compare.report.page import LONGEST
+from modulora_compare.report.samples import _split, answers, question
 from transformers import Trainer, TrainingArguments
 
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.cli import main
 from modulora_core.data import load_examples
 from modulora_core.hf.load_model import load_model
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
-from modulora_core.lora.switching import without_adapter
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.progress import no_progress
-from modulora_core.tests.adapted_models import logits, trained
+from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.cli.conftest import TEMPLATE
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training.config import FinetuneConfig
@@ -107,39 +101,6 @@ def test_samples_need_data_that_the_config_names(
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-def test_samples_need_a_window_that_holds_an_answer(
-    run: Run, configure: Configure, tunable: Path, tmp_path: Path
-) -> None:
-    model = tmp_path / "short"
-    shutil.copytree(tunable, model)
-    values = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**values, "max_position_embeddings": LONGEST}))
-    finetune(configure(model=str(model), steps=1))
-    code, found, _ = run("report", tmp_path / "out", "--samples", "--device", "cpu")
-    assert code == 2
-    assert "a context of more than 48 tokens" in found["error"]["message"]
-
-
-def test_the_page_of_an_adapter_on_a_dense_model_names_the_packed_one(
-    run: Run, configure: Configure, tunable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MODULORA_CACHE", str(tmp_path / "cache"))
-    dense = str(tunable.parent / "dense")
-    found = finetune(configure(model=dense, quantizer="toy", steps=1))
-    page = html.unescape(written(run, tmp_path / "out", "--samples", "--device", "cpu"))
-    assert f"modulora chat {shlex.quote(found.model)} --adapter" in page
-    assert "Without the adapter" in page
-
-
-def test_finetune_names_the_command(
-    configure: Configure, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = configure(steps=1)
-    words = ["finetune", config.model, config.out, "--data", str(text), "--steps", "1"]
-    assert main([*words, "--seq-len", "32", "--no-baseline"]) == 0
-    assert f"modulora report {config.out}" in "".join(capsys.readouterr().out.split("\n"))
-
-
 def test_a_callback_writes_the_page_of_any_trainer(
     tunable: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -188,23 +149,6 @@ def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, 
     assert any(sample.before != sample.after for sample in samples)
 
 
-@pytest.mark.parametrize(
-    "own", [{"repetition_penalty": 1e4}, {"suppress_tokens": [*range(1, 64)]}], ids=str
-)
-def test_the_models_own_settings_do_not_change_the_answers(
-    tunable: Path, text: Path, own: dict[str, Any]
-) -> None:
-    tokenizer = open_packed(tunable).tokenizer()
-    examples = load_examples(text, tokenizer, seq_len=64)
-
-    def answered(**own: Any) -> list[Sample]:
-        model: Any = trained(load_model(tunable))
-        model.generation_config.update(**own)
-        return answers(model, tokenizer, examples, no_progress)
-
-    assert answered(**own) == answered()
-
-
 def test_infinite_logits_are_named_in_the_place_of_an_answer(tunable: Path, text: Path) -> None:
     model: Any = trained(load_model(tunable))
     tokenizer = open_packed(tunable).tokenizer()
@@ -216,10 +160,16 @@ def test_infinite_logits_are_named_in_the_place_of_an_answer(tunable: Path, text
     assert "infinite" in sample.after
 
 
-def test_an_answer_follows_the_prompt_of_the_first_turn() -> None:
+CHATML = "<s>system\nBe brief.</s>\n<s>user\nWhat is\nit?</s>\n<s>assistant\n"
+HEADERS = "<s>system<s>\n\nBe brief.</s><s>user<s>\n\nWhat is\nit?</s><s>assistant<s>\n\n"
+
+
+@pytest.mark.parametrize("text", [CHATML, HEADERS], ids=["ChatML", "headers"])
+def test_the_prompt_of_a_chat_is_shown_without_the_words_of_its_template(text):
     tokenizer: Any = make_tokenizer()
-    example = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, -100]}
-    assert _split(example, tokenizer) == ([5, 6], [7, 8])
+    assert question(tokenizer.encode(text), tokenizer) == "What is\nit?"
+    plain = "A user\nsaid so."
+    assert question(tokenizer.encode(f"<s>{plain}"), tokenizer) == plain
 
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
@@ -233,21 +183,6 @@ def test_the_answer_to_a_preference_is_the_chosen_one(template: str | None) -> N
     asked = "<user>say<assistant>" if template else "say"
     assert tokenizer.decode(prompt, skip_special_tokens=True) == asked
     assert tokenizer.decode(answer) == "yes"
-
-
-def _logits_without(model: torch.nn.Module) -> torch.Tensor:
-    with without_adapter(model):
-        return logits(model)
-
-
-def test_adapters_are_active_again_afterwards(tunable: Path) -> None:
-    model = load_model(tunable)
-    base = logits(model)
-    add_lora(model, LoRASettings(rank=2), "other")
-    before = logits(trained(model))
-    assert not torch.equal(before, base)
-    assert torch.equal(_logits_without(model), base)
-    assert torch.equal(logits(model), before)
 
 
 # curves

@@ -1,7 +1,5 @@
 """FP4's compiled kernels outside of the ordinary: mapped files, threads, processors, no numba."""
 
-from __future__ import annotations
-
 import pytest
 from modulora_conformance.compiled_kernels import CompiledKernels
 from modulora_fp4.quantizer import FP4, Options
@@ -13,5 +11,5 @@ class TestKernels(CompiledKernels):
     loops_of_core = True
 
     @pytest.fixture
-    def quantizers(self) -> list[FP4]:
+    def quantizers(self):
         return [FP4(Options(type=kind)) for kind in ("mxfp4", "nvfp4")]

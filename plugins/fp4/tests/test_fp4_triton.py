@@ -1,7 +1,5 @@
 """The Triton kernels without a GPU: interpreted, and compiled for absent GPUs."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

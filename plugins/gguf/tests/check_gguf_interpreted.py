@@ -2,8 +2,6 @@
 ``TRITON_INTERPRET=1``.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,9 +1,6 @@
 """Tiny models, and adapters that change their logits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,11 +15,11 @@ Adapted = Callable[..., torch.nn.Module]
 
 
 @pytest.fixture(scope="session")
-def adapted() -> Adapted:
+def adapted():
     """``adapted(path, out, std)`` puts an adapter with B of size ``std`` on a model, and saves
     it."""
 
-    def make(path: Path, out: Path, std: float = 1.0) -> torch.nn.Module:
+    def make(path, out, std=1.0):
         model = load_model(path)
         add_lora(model, LoRASettings(rank=3, alpha=12.0))
         generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,5 @@
 """Tiles have the bits of the gguf package for every type, and five types are packed as there."""
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np
@@ -14,7 +12,6 @@ from modulora_gguf.kernels import cpu
 from modulora_gguf.quantizer import GGUF, Options
 
 from modulora_core.errors import ShapeError, WeightError
-from modulora_core.spec import Calibration, PackedWeight
 
 gguf = pytest.importorskip("gguf.quants")
 
@@ -24,7 +21,7 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 types = pytest.mark.parametrize("kind", reference.DEQUANTIZE)
 
 
-def packed_of(blocks: np.ndarray, kind: str) -> PackedWeight:
+def packed_of(blocks, kind):
     weights, nbytes = reference.block_of(kind)
     shape = (len(blocks), blocks.shape[1] // nbytes * weights)
     layout, tensors = GGUF(Options(type=kind)).layout(shape), {"blocks": torch.from_numpy(blocks)}
@@ -32,7 +29,7 @@ def packed_of(blocks: np.ndarray, kind: str) -> PackedWeight:
     return layout.fill(tensors | scale)
 
 
-def by_gguf(blocks: np.ndarray, kind: str) -> torch.Tensor:
+def by_gguf(blocks, kind):
     with np.errstate(all="ignore"):
         return torch.from_numpy(gguf.dequantize(blocks, GGMLQuantizationType[kind]))
 
@@ -95,7 +92,7 @@ def test_products_and_lookups_use_the_values_of_the_tiles(kind):
     assert torch.equal(GGUF().lookup(ids, packed, torch.float32), W.float()[ids])
 
 
-def of_llama_cpp(x: torch.Tensor) -> torch.Tensor:
+def of_llama_cpp(x):
     """Ŵ of parts of 32 by the search that ggml publishes for Q4_K (``make_qkx2_quants``, MIT).
 
     Without calibration it weights errors by |x| and the root of the mean square.
@@ -123,24 +120,6 @@ def test_q4_k_is_not_worse_than_llama_cpps_search():
     ours = GGUF().dequantize_tile(packed, (0, 64), torch.float32)
     theirs = of_llama_cpp(W.view(-1, 32)).view(64, 1024)
     assert (ours - W).norm() <= 1.01 * (theirs - W).norm()
-
-
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_calibration_lowers_the_error_of_the_output(kind):
-    generator = torch.Generator().manual_seed(4)
-    W, x = torch.randn(32, 512, generator=generator), torch.randn(4096, 512, generator=generator)
-    x *= torch.logspace(-1, 1, 512)[torch.randperm(512, generator=generator)]
-    quantizer, calibration = GGUF(Options(type=kind)), Calibration(x.T @ x / len(x), len(x))
-    errors = [
-        (x @ (quantizer.dequantize_tile(quantizer.pack(W, c), (0, 32), torch.float32) - W).T).norm()
-        for c in (calibration, None)
-    ]
-    assert errors[0] < 0.97 * errors[1]
-
-
-def test_types_without_weighted_errors_want_no_calibration():
-    wanting = [k for k in packing.QUANTIZE if GGUF(Options(type=k)).wants_calibration]
-    assert wanting == ["Q4_K", "Q6_K"]
 
 
 def test_equal_weights_below_zero_are_kept():

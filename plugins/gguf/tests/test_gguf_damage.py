@@ -29,7 +29,7 @@ SPECIAL = {"MXFP4": (0, 0xFF), "NVFP4": (2, 0x7F)}
 def test_the_check_agrees_with_the_gguf_package(kind: str) -> None:
     generator = np.random.default_rng(0)
     nbytes, seen = reference.block_of(kind)[1], set()
-    for _ in range(600):
+    for _ in range(200):
         block = generator.integers(0, 256, (1, nbytes), dtype=np.uint8)
         if generator.random() < 0.5:  # a byte with all bits set is likely part of a bad exponent
             block[0, generator.integers(nbytes)] |= 0x7F

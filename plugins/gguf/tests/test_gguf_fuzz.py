@@ -1,9 +1,5 @@
 """Changed GGUF files are refused in one line, or the model loads and runs."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,13 +12,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def whole(tmp_path_factory):
     path = write_tiny_gguf("llama", tmp_path_factory.mktemp("gguf") / "m.gguf", "Q4_0")
     run_once(path)
     return path.read_bytes()
 
 
-def open_whole(path: Path) -> None:
+def open_whole(path):
     """As quantize reads a GGUF file."""
     source = open_dense(str(path))
     for _ in source.tensors():
@@ -33,9 +29,7 @@ def open_whole(path: Path) -> None:
 @pytest.mark.parametrize("read", [run_once, open_whole])
 @cases(60)
 @given(data=st.data())
-def test_a_changed_file_is_refused_or_read(
-    read, whole: bytes, tmp_path: Path, data: st.DataObject
-) -> None:
+def test_a_changed_file_is_refused_or_read(read, whole, tmp_path, data):
     path = tmp_path / "m.gguf"
     path.write_bytes(changed_bytes(data, whole))
     read_or_refused(lambda: read(path))

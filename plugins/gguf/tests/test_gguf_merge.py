@@ -1,15 +1,10 @@
 """A model is merged with its adapter into one GGUF file: values, order of rows, and metadata."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from modulora_gguf import FORMATS
-from modulora_gguf.file import header
 from modulora_gguf.file.merging import LlamaCppWriter
 from modulora_gguf.file.model_header import read_header
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
@@ -26,18 +21,14 @@ from modulora_core.tests.tiny_models import tiny_config
 
 write_merged = LlamaCppWriter(FORMATS[0]).merge
 
-Adapted = Callable[..., torch.nn.Module]
 
-
-def assert_close(found: torch.Tensor, expected: torch.Tensor, part: float = 1e-4) -> None:
+def assert_close(found, expected, part=1e-4):
     bound = part * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=part, atol=bound)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "qwen3moe", "lfm2"])
-def test_the_file_has_the_logits_of_the_adapter(
-    architecture: str, tmp_path: Path, adapted: Adapted
-) -> None:
+def test_the_file_has_the_logits_of_the_adapter(architecture, tmp_path, adapted):
     """In F32 nothing is lost; rows of q and k, and gates and ups of experts, are put back."""
     path = write_tiny_gguf(architecture, tmp_path / "base.gguf", "Q8_0")
     model = adapted(path, tmp_path / "adapter", std=0.1)
@@ -57,41 +48,20 @@ def test_the_file_has_the_logits_of_the_adapter(
             assert after[other.offset :][: other.nbytes] == stored, one.name
 
 
-def test_merging_into_the_own_file_parses_its_header_once(
-    tmp_path: Path, adapted: Adapted, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model as it was opened also gives the metadata to copy."""
-    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
-    adapted(path, tmp_path / "adapter")
-    parse, files = header._Parser.header, list[str]()
-
-    def counted(parser: header._Parser) -> object:
-        files.append("parsed")
-        return parse(parser)
-
-    monkeypatch.setattr(header._Parser, "header", counted)
-    write_merged(str(path), tmp_path / "merged.gguf", adapter=str(tmp_path / "adapter"))
-    assert files == ["parsed"]
-
-
-def test_a_base_that_is_the_model_by_another_path_keeps_its_tensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_is_the_model_by_another_path_keeps_its_tensors(tmp_path, monkeypatch):
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q4_0")
     monkeypatch.chdir(tmp_path)
     assert write_merged("base.gguf", "merged.gguf", base=str(path)).types == {"Q4_0": 16, "F32": 5}
 
 
-def test_linear_layers_that_stayed_dense_get_the_type_too(tmp_path: Path) -> None:
+def test_linear_layers_that_stayed_dense_get_the_type_too(tmp_path):
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     quantize(str(path), tmp_path / "packed", "gguf", {"type": "Q8_0"}, exclude=["*.q_proj"])
     merged = write_merged(str(tmp_path / "packed"), tmp_path / "merged.gguf", base=str(path))
     assert merged.types == {"Q8_0": 16, "F32": 5}  # norms
 
 
-def test_a_folder_takes_metadata_from_a_file_of_the_same_model(
-    tmp_path: Path, adapted: Adapted
-) -> None:
+def test_a_folder_takes_metadata_from_a_file_of_the_same_model(tmp_path, adapted):
     """Everything is written anew, vectors too."""
     path = write_tiny_gguf("qwen3moe", tmp_path / "base.gguf", "Q8_0")
     packed, out = tmp_path / "packed", tmp_path / "merged.gguf"
@@ -107,7 +77,7 @@ def test_a_folder_takes_metadata_from_a_file_of_the_same_model(
     assert merged.types == {"F32": len(read_header(path).tensors)}
 
 
-def test_a_folder_without_a_file_of_its_model_asks_for_one(tmp_path: Path) -> None:
+def test_a_folder_without_a_file_of_its_model_asks_for_one(tmp_path):
     config = tiny_config("llama")
     config.intermediate_size = 64
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
@@ -122,9 +92,7 @@ def test_a_folder_without_a_file_of_its_model_asks_for_one(tmp_path: Path) -> No
         )
 
 
-def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, adapted: Adapted
-) -> None:
+def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(tmp_path, caplog, adapted):
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q4_0")
     adapted(path, tmp_path / "adapter", std=2e-3)
     adapter = str(tmp_path / "adapter")
@@ -137,7 +105,7 @@ def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(
     assert not caplog.text
 
 
-def test_rows_that_a_type_cannot_hold_get_another_type(tmp_path: Path, adapted: Adapted) -> None:
+def test_rows_that_a_type_cannot_hold_get_another_type(tmp_path, adapted):
     """As llama.cpp does: 256 divides no row here."""
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter")
@@ -148,7 +116,7 @@ def test_rows_that_a_type_cannot_hold_get_another_type(tmp_path: Path, adapted: 
     load_model(tmp_path / "merged.gguf")
 
 
-def test_requests_are_refused_before_work(tmp_path: Path) -> None:
+def test_requests_are_refused_before_work(tmp_path):
     path = str(write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0"))
     with pytest.raises(OptionError, match=r"type: expected one of Q4_0, .* got 'IQ2_S'"):
         write_merged(path, tmp_path / "out.gguf", type="IQ2_S")
@@ -157,9 +125,7 @@ def test_requests_are_refused_before_work(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base.gguf"]
 
 
-def test_the_command_compares_the_file_with_the_adapter(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], adapted: Adapted
-) -> None:
+def test_the_command_compares_the_file_with_the_adapter(tmp_path, capsys, adapted):
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter", std=0.2)
     data = tmp_path / "notes.txt"
@@ -179,7 +145,7 @@ def test_the_command_compares_the_file_with_the_adapter(
     assert 0.7 < found["perplexity"] / found["perplexity_before"] < 1.4
 
 
-def test_divergence_of_a_model_and_itself_is_zero(tmp_path: Path) -> None:
+def test_divergence_of_a_model_and_itself_is_zero(tmp_path):
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     one = open_to_run(str(path))
     found = divergence(one, one, torch.arange(3, 35)[None])

@@ -1,17 +1,11 @@
 """Architectures whose GGUF tensors we order ourselves, beside the models that they were made of."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
-
 import gguf
 import pytest
 import torch
 from modulora_gguf.file.config import gguf_config
 from modulora_gguf.file.model_header import read_header
-from transformers import AutoModelForCausalLM, FalconConfig, GptOssConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, FalconConfig, GptOssConfig
 
 from modulora_core.errors import ModelError
 from modulora_core.models.source import open_dense
@@ -26,7 +20,7 @@ GPT_OSS = GptOssConfig(
 )  # fmt: skip
 
 
-def converted(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def converted(name, value):
     """The tensors of a GGUF file that llama.cpp's converter makes of a parameter."""
     if "experts." in name:
         value, kind = (value, "bias") if "bias" in name else (value.transpose(1, 2), "weight")
@@ -47,7 +41,7 @@ def converted(name: str, value: torch.Tensor) -> Iterator[tuple[str, torch.Tenso
         yield found + (".weight" if name.endswith("sinks") else ""), value
 
 
-def write(path: Path, model: torch.nn.Module, config: PreTrainedConfig, groups: int = 2) -> None:
+def write(path, model, config, groups=2):
     architecture = "falcon" if config.model_type == "falcon" else "gpt-oss"
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(1)
@@ -78,7 +72,7 @@ def write(path: Path, model: torch.nn.Module, config: PreTrainedConfig, groups: 
 
 
 @pytest.mark.parametrize("config", [FALCON, GPT_OSS], ids=["falcon", "gpt-oss"])
-def test_values_and_logits_are_the_models(config: PreTrainedConfig, tmp_path: Path) -> None:
+def test_values_and_logits_are_the_models(config, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -98,11 +92,11 @@ def test_values_and_logits_are_the_models(config: PreTrainedConfig, tmp_path: Pa
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
-def config_of(path: Path) -> Any:
+def config_of(path):
     return gguf_config(read_header(path))[0]
 
 
-def test_groups_of_falcon_must_divide_the_heads(tmp_path: Path) -> None:
+def test_groups_of_falcon_must_divide_the_heads(tmp_path):
     write(tmp_path / "tiny.gguf", AutoModelForCausalLM.from_config(FALCON), FALCON, groups=3)
     with pytest.raises(ModelError, match=r"head_count_kv: expected a divisor of 4 heads, got 3"):
         config_of(tmp_path / "tiny.gguf")
@@ -115,9 +109,7 @@ def test_groups_of_falcon_must_divide_the_heads(tmp_path: Path) -> None:
         ("mamba", "it takes Falcon Mamba for Mamba"),
     ],
 )
-def test_what_transformers_would_load_wrongly_is_refused(
-    architecture: str, message: str, tmp_path: Path
-) -> None:
+def test_what_transformers_would_load_wrongly_is_refused(architecture, message, tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", architecture)
     writer.add_ssm_dt_b_c_rms(True)
     writer.write_header_to_file()

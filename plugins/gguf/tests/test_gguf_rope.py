@@ -1,10 +1,6 @@
 """Rotary embeddings of GGUF files: llama.cpp's metadata, most of which transformers leaves out."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -18,11 +14,11 @@ from modulora_core.errors import ModelError
 
 
 @pytest.fixture
-def config_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def config_of(tmp_path, monkeypatch):
     """``config_of(fields, factors)`` is of a tiny Llama with more metadata and tensors."""
     old, top, layer = ARCHITECTURES["llama"]
 
-    def make(fields: dict[str, Any], factors: dict[str, list[float]]) -> Any:
+    def make(fields, factors):
         shapes = {name: (len(values),) for name, values in factors.items()}
         monkeypatch.setitem(ARCHITECTURES, "llama", ({**old, **fields}, {**top, **shapes}, layer))
         path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")
@@ -37,13 +33,13 @@ def config_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def frequencies(config: Any) -> torch.Tensor:
+def frequencies(config):
     found, attention_factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
     assert attention_factor == 1
     return found
 
 
-def test_factors_of_llama_3_are_its_rotary_embedding(config_of: Any) -> None:
+def test_factors_of_llama_3_are_its_rotary_embedding(config_of):
     llama3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
               "high_freq_factor": 4.0, "original_max_position_embeddings": 512}  # fmt: skip
     expected = frequencies(LlamaConfig(head_dim=8, rope_parameters=llama3))
@@ -54,13 +50,13 @@ def test_factors_of_llama_3_are_its_rotary_embedding(config_of: Any) -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_scaling_and_base_are_the_files(config_of: Any) -> None:
+def test_scaling_and_base_are_the_files(config_of):
     fields = {"rope.freq_base": 5e5, "rope.scaling.factor": 4.0}
     rope = config_of(fields, {}).rope_parameters
     assert rope == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
 
 
-def test_factors_that_do_not_fit_are_refused(config_of: Any) -> None:
+def test_factors_that_do_not_fit_are_refused(config_of):
     with pytest.raises(ModelError, match=r"rope_freqs.weight: expected 4 factors, got .* \[3\]"):
         config_of({}, {"rope_freqs.weight": [1.0, 2.0, 3.0]})
     with pytest.raises(ModelError, match=r"expected both of rope_factors_short.*, got rope_factor"):
@@ -75,14 +71,14 @@ def test_factors_that_do_not_fit_are_refused(config_of: Any) -> None:
         ("scaling.factor", [2], r"rope.scaling.factor: expected a positive number, got \[2\]"),
     ],
 )
-def test_a_wrong_field_is_refused(config_of: Any, field: str, value: Any, message: str) -> None:
+def test_a_wrong_field_is_refused(config_of, field, value, message):
     with pytest.raises(ModelError, match=message):
         config_of({f"rope.{field}": value}, {})
 
 
-def test_a_part_of_a_head_is_rotated_if_the_architecture_can() -> None:
+def test_a_part_of_a_head_is_rotated_if_the_architecture_can():
     field = {"x.rope.dimension_count": SimpleNamespace(value=4)}
-    header: Any = SimpleNamespace(architecture="x", fields=field, tensors=())
+    header = SimpleNamespace(architecture="x", fields=field, tensors=())
     config = Phi3Config(hidden_size=32, num_attention_heads=4)
     set_rope(config, header)
     assert config.rope_parameters["partial_rotary_factor"] == 0.5

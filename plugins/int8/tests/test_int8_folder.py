@@ -1,10 +1,5 @@
 """bitsandbytes' 8-bit folders, as transformers saves them, are read to the last bit."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from modulora_int8.quantizer import INT8
@@ -14,6 +9,7 @@ from transformers import BitsAndBytesConfig
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
+from modulora_core.tests.fuzzing import refused_or_runs
 from modulora_core.tests.other_tools import (
     assert_trains_as_converted,
     load_with_transformers,
@@ -26,20 +22,20 @@ functional = pytest.importorskip("bitsandbytes.functional")
 DOWN = "model.layers.0.mlp.down_proj"
 
 
-def save(folder: Path, architecture: str = "llama", **options: Any) -> None:
+def save(folder, architecture="llama", **options):
     quantization = BitsAndBytesConfig(load_in_8bit=True, **options)
     save_quantized(folder, quantization, architecture)
 
 
-def change(folder: Path, **changed: torch.Tensor) -> None:
+def change(folder, **changed):
     whole = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
     save_file(whole | changed, folder / "model.safetensors", {"format": "pt"})
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_tiles_are_those_of_bitsandbytes_and_logits_those_of_the_rounded_model(
-    architecture: str, tmp_path: Path
-) -> None:
+    architecture, tmp_path
+):
     skipped = ["lm_head", "q_proj"]
     save(tmp_path, architecture, llm_int8_skip_modules=skipped, llm_int8_threshold=3.0)
     theirs = load_with_transformers(tmp_path)
@@ -59,12 +55,12 @@ def test_tiles_are_those_of_bitsandbytes_and_logits_those_of_the_rounded_model(
     assert error < 0.05
 
 
-def test_it_trains_as_its_copy_in_our_format(tmp_path: Path) -> None:
+def test_it_trains_as_its_copy_in_our_format(tmp_path):
     save(tmp_path / "bitsandbytes")
     assert_trains_as_converted(tmp_path / "bitsandbytes", tmp_path)
 
 
-def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+def test_damaged_folders_are_refused(tmp_path):
     save(tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
     weight, scales = whole[f"{DOWN}.weight"].clone(), whole[f"{DOWN}.SCB"].clone()
@@ -81,3 +77,9 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     change(tmp_path, **{f"{DOWN}.weight_format": older * 0, f"{DOWN}.SCB": scales / 0})
     with pytest.raises(CheckpointError, match=f"{DOWN}.SCB: expected finite values"):
         load_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_changed_folder_is_refused_or_runs(tmp_path):
+    save(tmp_path)
+    refused_or_runs(tmp_path)

@@ -1,7 +1,5 @@
 """INT8's compiled kernels outside of the ordinary: mapped files, threads, processors, no numba."""
 
-from __future__ import annotations
-
 import pytest
 from modulora_conformance.compiled_kernels import CompiledKernels
 from modulora_int8.quantizer import INT8, Options
@@ -11,5 +9,5 @@ class TestKernels(CompiledKernels):
     packing_share = 2.5
 
     @pytest.fixture
-    def quantizers(self) -> list[INT8]:
+    def quantizers(self):
         return [INT8(Options(group_size=group_size)) for group_size in (None, 48)]

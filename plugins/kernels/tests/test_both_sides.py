@@ -1,11 +1,8 @@
 """Rows rounded in turn, against the definition in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_kernels.both_sides import DAMPING, block_rows, round_in_turn
-from torch import Tensor
 
 from modulora_core.errors import WeightError
 
@@ -13,7 +10,7 @@ M, N = 187, 24
 ROWS = block_rows(M)
 
 
-def moment(n: int, seed: int) -> Tensor:
+def moment(n, seed):
     """Of gradients with a few large directions, as a layer's outputs have them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4 * n, n, dtype=torch.float64, generator=generator)
@@ -22,11 +19,11 @@ def moment(n: int, seed: int) -> Tensor:
     return x.T @ x
 
 
-def rounded(W: Tensor, output_hessian: Tensor | None) -> Tensor:
+def rounded(W, output_hessian):
     """Ŵ, on a grid of whole numbers."""
     W_hat = torch.full_like(W, torch.nan)
 
-    def round_rows(T: Tensor, rows: slice) -> Tensor:
+    def round_rows(T, rows):
         W_hat[rows] = T.round()
         return T - W_hat[rows]
 
@@ -34,7 +31,7 @@ def rounded(W: Tensor, output_hessian: Tensor | None) -> Tensor:
     return W_hat
 
 
-def test_each_block_gets_the_errors_that_the_factor_of_the_damped_moment_gives_it() -> None:
+def test_each_block_gets_the_errors_that_the_factor_of_the_damped_moment_gives_it():
     W = torch.randn(M, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     H_O = moment(M, 2)
     H = H_O / H_O.diagonal().mean() + DAMPING * torch.eye(M)
@@ -49,31 +46,24 @@ def test_each_block_gets_the_errors_that_the_factor_of_the_damped_moment_gives_i
     torch.testing.assert_close(rounded(W, H_O), expected)
 
 
-def test_without_correlations_rows_are_rounded_apart() -> None:
+def test_without_correlations_rows_are_rounded_apart():
     W = torch.randn(M, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for H_O in (None, torch.eye(M, dtype=torch.float64), torch.zeros(M, M, dtype=torch.float64)):
         assert torch.equal(rounded(W, H_O), W.round())
 
 
-def test_the_error_in_the_loss_is_smaller() -> None:
+def test_the_error_in_the_loss_is_smaller():
     W = torch.randn(M, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     H_O = moment(M, 2)
 
-    def error(W_hat: Tensor) -> float:
+    def error(W_hat):
         return float(((W - W_hat).T @ H_O @ (W - W_hat)).trace())
 
     assert error(rounded(W, H_O)) < 0.9 * error(W.round())
 
 
-def test_a_moment_of_negative_directions_is_refused() -> None:
+def test_a_moment_of_negative_directions_is_refused():
     H_O = torch.eye(M, dtype=torch.float64)
     H_O[0, 1] = H_O[1, 0] = 1e6
     with pytest.raises(WeightError, match="test: expected a positive semidefinite second moment"):
         rounded(torch.zeros(M, N, dtype=torch.float64), H_O)
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"), [(1, 16), (192, 16), (576, 32), (1536, 64), (14336, 64)]
-)
-def test_blocks_are_of_16_to_64_rows(rows: int, expected: int) -> None:
-    assert block_rows(rows) == expected

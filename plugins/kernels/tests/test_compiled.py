@@ -1,21 +1,16 @@
 """Kernels are found for a device, compiled, cached, and launched on torch's threads."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import modulora_kernels as kernels
 import pytest
 import torch
-from modulora_kernels import compiled
 
 numba = pytest.importorskip("numba")
 
@@ -53,7 +48,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory):
     """A folder on the path with a module of kernels, as a plugin has one."""
     folder = tmp_path_factory.mktemp("outsider")
     (folder / "outsiders_kernels.py").write_text(KERNELS, encoding="utf-8")
@@ -66,13 +61,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def cpu(folder: Path) -> ModuleType:
+def cpu(folder):
     module = kernels.load("outsiders_kernels", CPU)
     assert module is not None
     return module
 
 
-def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(code, folder, **environment):
     """Run ``code`` in a process of its own that finds the module of kernels."""
     path = os.pathsep.join([str(folder), str(Path(kernels.__file__).parents[2])])
     return subprocess.run(
@@ -91,41 +86,10 @@ DOUBLE = """
 """
 
 
-@pytest.mark.parametrize("modules", [(), ("cpu",), ("gpu",), ("cpu", "gpu")], ids=str)
-def test_a_package_may_lack_a_module(
-    modules: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If this fails: a plugin without kernels/gpu.py ends with an ImportError on a GPU."""
-    monkeypatch.setattr(compiled, "load_triton", lambda name, device: name)
-    monkeypatch.setattr(compiled, "load", lambda name, device: name if device == CPU else None)
-    name = f"outsiders_{'_'.join(['package', *modules])}"
-    (tmp_path / name).mkdir()
-    for module in ("__init__", *modules):
-        (tmp_path / name / f"{module}.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    on_gpu = f"{name}.gpu" if "gpu" in modules else None
-    assert kernels.for_device(name, torch.device("cuda")) == on_gpu
-    monkeypatch.setattr(compiled, "load_triton", lambda _name, _device: None)
-    assert kernels.for_device(name, CPU) == (f"{name}.cpu" if "cpu" in modules else None)
-    assert kernels.for_device(name, torch.device("cuda")) is None
-
-
-def test_numba_is_imported_by_the_first_kernel_only(folder: Path) -> None:
-    code = "import sys, modulora_kernels; assert not {'numba', 'triton'} & set(sys.modules)"
-    done = python(code, folder)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_launched_kernel_writes_to_the_tensors_it_was_given(cpu: ModuleType) -> None:
-    x, out = torch.randn(12_345), torch.empty(12_345)
-    kernels.launch(cpu.double, x, out)
-    assert torch.equal(out, 2 * x)
-
-
 @pytest.mark.parametrize("threads", [1, 2, numba.config.NUMBA_NUM_THREADS + 3])
-def test_kernels_run_on_as_many_threads_as_torch_and_numba_have(threads: int) -> None:
+def test_kernels_run_on_as_many_threads_as_torch_and_numba_have(threads):
     before, numbas = torch.get_num_threads(), numba.get_num_threads()
-    seen: list[int] = []
+    seen = []
     try:
         torch.set_num_threads(threads)
         kernels.launch(lambda: seen.append(numba.get_num_threads()))
@@ -135,37 +99,7 @@ def test_kernels_run_on_as_many_threads_as_torch_and_numba_have(threads: int) ->
     assert numba.get_num_threads() == numbas
 
 
-@pytest.mark.parametrize("layer", ["omp", "workqueue"])
-def test_python_threads_may_launch_at_once(folder: Path, layer: str) -> None:
-    """If this fails: numba's workqueue, entered from two threads, ends the process."""
-    done = python(
-        """
-        import threading, torch
-        import modulora_kernels as kernels
-        cpu = kernels.load("outsiders_kernels", torch.device("cpu"))
-        right = []
-
-        def work(seed):
-            x = torch.full((200_000,), float(seed))
-            out = torch.empty_like(x)
-            for _ in range(100):
-                kernels.launch(cpu.double, x, out)
-                right.append(bool((out == 2 * seed).all()))
-
-        workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        [w.start() for w in workers]
-        [w.join() for w in workers]
-        assert len(right) == 400 and all(right)
-        """,
-        folder,
-        NUMBA_THREADING_LAYER=layer,
-    )
-    if layer == "omp" and "No threading layer could be loaded" in done.stderr:
-        pytest.skip("no OpenMP library here")
-    assert done.returncode == 0, done.stderr
-
-
-def test_other_python_threads_run_while_a_kernel_does(cpu: ModuleType) -> None:
+def test_other_python_threads_run_while_a_kernel_does(cpu):
     """If this fails: kernels hold the GIL, and a data loader waits."""
     x, out, running = torch.ones(100_000), torch.empty(100_000), torch.zeros(1)
     flag = running.numpy()  # reading it, unlike a tensor, keeps the GIL
@@ -182,7 +116,7 @@ def test_other_python_threads_run_while_a_kernel_does(cpu: ModuleType) -> None:
     pytest.fail("this thread never ran inside of a kernel")
 
 
-def test_compiled_kernels_are_cached_for_the_next_process(cpu: ModuleType, folder: Path) -> None:
+def test_compiled_kernels_are_cached_for_the_next_process(cpu, folder):
     kernels.launch(cpu.double, torch.ones(3), torch.empty(3))  # compiled here, if nothing has yet
     assert list((folder / "__pycache__").glob("outsiders_kernels.double_*.nbc"))
     hits = """
@@ -192,44 +126,14 @@ def test_compiled_kernels_are_cached_for_the_next_process(cpu: ModuleType, folde
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
-def test_without_a_place_for_a_cache_kernels_are_compiled_all_the_same(tmp_path: Path) -> None:
-    (tmp_path / "outsiders_kernels.py").write_text(KERNELS, encoding="utf-8")
-    (tmp_path / "__pycache__").write_text("a file instead of a folder", encoding="utf-8")
-    (nowhere := tmp_path / "file").write_text("not a folder", encoding="utf-8")
-    done = python(DOUBLE, tmp_path, HOME=str(nowhere), XDG_CACHE_HOME=str(nowhere))
-    assert done.returncode == 0, done.stderr
-
-
-def test_without_numba_there_is_no_module_and_one_warning(folder: Path) -> None:
-    done = python(
-        """
-        import sys, warnings, torch
-        sys.modules["numba"] = None  # as Python marks a module that can't be imported
-        import modulora_kernels as kernels
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            assert kernels.load("outsiders_kernels", torch.device("meta")) is None
-            assert not said
-            for module in ("outsiders_kernels", "another_plugins_kernels", "outsiders_kernels"):
-                assert kernels.load(module, torch.device("cpu")) is None
-        assert len(said) == 1, said
-        assert said[0].category is RuntimeWarning
-        assert "pip install numba" in str(said[0].message)
-        """,
-        folder,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_an_error_in_a_plugins_module_is_not_taken_for_a_missing_numba(folder: Path) -> None:
+def test_an_error_in_a_plugins_module_is_not_taken_for_a_missing_numba(folder):
     (folder / "outsiders_mistake.py").write_text("import no_such_module", encoding="utf-8")
     importlib.invalidate_caches()
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         kernels.load("outsiders_mistake", CPU)
 
 
-def test_a_kernel_that_borrows_counts_no_references_and_makes_no_array(cpu: ModuleType) -> None:
+def test_a_kernel_that_borrows_counts_no_references_and_makes_no_array(cpu):
     """If this fails: numba has another name now for the option that ``jit`` sets."""
     import numpy as np
 
@@ -244,7 +148,7 @@ def test_a_kernel_that_borrows_counts_no_references_and_makes_no_array(cpu: Modu
         kernels.jit(borrows=True)(cpu.make)(x, out)
 
 
-def test_the_first_launch_leaves_torchs_threads_and_teams_as_they_were(folder: Path) -> None:
+def test_the_first_launch_leaves_torchs_threads_and_teams_as_they_were(folder):
     """If this fails: torch takes all cores from then on, or a team inside each team."""
     check = """
     import ctypes

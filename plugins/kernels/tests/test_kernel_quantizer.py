@@ -1,21 +1,16 @@
 """A quantizer with kernels: its modules, or plain torch where a module is missing."""
 
-from __future__ import annotations
-
 import sys
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import modulora_kernels as kernels
 import pytest
 import torch
 from modulora_kernels import KernelQuantizer, compiled
-from torch import Tensor
 
 from modulora_core.errors import CheckpointError, ShapeError
 from modulora_core.packed import PackedWeight, TensorLayout
-from modulora_core.spec import Calibration, QuantizerSpec
+from modulora_core.spec import QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="outsider", summary="codes over eight", location="here:Outsider", protocol=2, bits=(8,)
@@ -27,16 +22,16 @@ class Outsider(KernelQuantizer):
     kernels = "outsiders.kernels"
     row_tensors = ("codes",)
 
-    def pack(self, weight: Tensor, _calibration: Calibration | None = None) -> PackedWeight:
+    def pack(self, weight, _calibration=None):
         codes = (weight * 8).round().to(torch.int8)
         return self.layout((weight.shape[0], weight.shape[1])).fill({"codes": codes})
 
     @staticmethod
     @lru_cache
-    def tensors(shape: tuple[int, int]) -> dict[str, TensorLayout]:
+    def tensors(shape):
         return {"codes": TensorLayout("int8", shape)}
 
-    def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+    def reference_tile(self, packed, rows):
         return packed.tensors["codes"][slice(*rows)].float() / 8
 
 
@@ -52,7 +47,7 @@ def product(x, packed, transpose):
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path, monkeypatch):
     """A package of kernels without a module."""
     folder = tmp_path / "outsiders" / "kernels"
     folder.mkdir(parents=True)
@@ -67,7 +62,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("package")
-def test_without_a_module_plain_torch_makes_the_tiles() -> None:
+def test_without_a_module_plain_torch_makes_the_tiles():
     """As on a GPU, if the plugin has no kernels/gpu.py."""
     quantizer, W = Outsider(), torch.randint(-8, 9, (6, 4)) / 8
     packed = quantizer.pack(W)
@@ -80,7 +75,7 @@ def test_without_a_module_plain_torch_makes_the_tiles() -> None:
     assert torch.equal(quantizer.lookup(ids, packed, torch.float32), W[ids])
 
 
-def test_a_module_makes_tiles_and_the_products_that_it_takes(package: Path) -> None:
+def test_a_module_makes_tiles_and_the_products_that_it_takes(package):
     pytest.importorskip("numba")
     (package / "cpu.py").write_text(CPU_MODULE, encoding="utf-8")
     quantizer = Outsider()
@@ -98,7 +93,7 @@ def test_a_module_makes_tiles_and_the_products_that_it_takes(package: Path) -> N
      lambda q, p: q.lookup(torch.tensor([0]), p, torch.float32)],
     ids=["tile", "product", "lookup"],
 )  # fmt: skip
-def test_tensors_are_checked_before_they_are_read(read: Any) -> None:
+def test_tensors_are_checked_before_they_are_read(read):
     codes = torch.zeros(5, 4, dtype=torch.int8)
     edited = PackedWeight("outsider", 1, (6, 4), {"codes": codes})
     with pytest.raises(CheckpointError, match=r"expected codes as int8 \[6, 4\]"):
@@ -106,7 +101,7 @@ def test_tensors_are_checked_before_they_are_read(read: Any) -> None:
 
 
 @pytest.mark.usefixtures("package")
-def test_wrong_inputs_are_refused() -> None:
+def test_wrong_inputs_are_refused():
     quantizer = Outsider()
     packed = quantizer.pack(torch.zeros(6, 4))
     with pytest.raises(ShapeError):

@@ -1,7 +1,5 @@
 """Triton's tools, by a small format: a weight is its codes over eight."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -81,20 +79,6 @@ for transpose, w in ((False, W.T), (True, W)):
     )
 
 
-def test_few_rows_are_taken_and_others_left_to_tiles(run):
-    run("""
-        import torch
-        from modulora_kernels.triton.products import few_rows
-        assert few_rows(torch.ones(2, 3, 8), 8).shape == (6, 8)
-        assert few_rows(torch.ones(8), 8).shape == (1, 8)
-        assert few_rows(torch.ones(8, 2).T, 8).is_contiguous()
-        assert few_rows(torch.ones(33, 8), 8) is None
-        assert few_rows(torch.ones(0, 8), 8) is None
-        assert few_rows(torch.ones(1, 9), 8) is None
-        assert few_rows(torch.ones(1, 8, dtype=torch.float64), 8) is None
-    """)
-
-
 def test_kernels_run_on_cpu_tensors_only_in_the_interpreter():
     assert not kernels.triton_is_interpreted(), "this process must not be interpreted"
     assert kernels.load_triton("no.such.module", torch.device("cpu")) is None
@@ -135,95 +119,3 @@ assert tile.constants["DECODE"] is mine.decode and product.constants["OPTIONS"] 
 assert tile.constants["CHUNK"] == dict(tile.config.constants)["CHUNK"]
 """
     )
-
-
-def test_configurations_are_timed_for_large_tensors_alone(run):
-    """On a GPU; here the device, its clock and the kernel are made up."""
-    run("""
-        import contextlib
-        import torch
-        from modulora_kernels.triton import launching as triton_launch
-        from modulora_kernels.triton.launching import WORTH_TUNING, Config, launch
-
-        torch.cuda.device = lambda device: contextlib.nullcontext()
-        started = []
-
-        class Kernel:
-            def __getitem__(self, grid):
-                return lambda *arguments, **constants: started.append(constants)
-
-        made = []
-
-        def autotune(configs, key, do_bench):
-            assert key == ["WIDTH"] and do_bench is triton_launch._milliseconds
-            made.append(configs)
-            return lambda kernel: kernel
-
-        triton_launch.triton.autotune = autotune
-        configs = Config(2, constants=(("CHUNK", 8),)), Config(4, constants=(("CHUNK", 16),))
-        few, many = (torch.empty(n, device="meta") for n in (WORTH_TUNING - 1, WORTH_TUNING))
-        kernel = Kernel()
-        for tensors in ((few, (few, 1)), (few, (1, many)), (many,)):
-            launch(kernel, None, tensors, {"WIDTH": 4}, configs, ("WIDTH",))
-        small, *large = started
-        shared = {"WIDTH": 4, "enable_fp_fusion": False}
-        assert small == {"CHUNK": 8, "num_warps": 2, "num_stages": 1, **shared}
-        assert large == 2 * [shared]  # the tuner adds the rest
-        assert [config.num_warps for config in made[0]] == [2, 4]
-    """)
-
-
-def test_a_choice_is_kept_until_it_is_forgotten_and_made_by_the_median(run):
-    run("""
-        import torch
-        from modulora_kernels.triton import launching as triton_launch
-        from modulora_kernels.triton.launching import Config, forget_choices
-
-        made = []
-        triton_launch.triton.autotune = lambda *_, **__: lambda kernel: made.append(kernel)
-        for kernel in ("a", "a", "b"):
-            triton_launch._tuned(kernel, (), (Config(),), ())
-        assert made == ["a", "b"]
-        forget_choices()
-        triton_launch._tuned("a", (), (Config(),), ())
-        assert made == ["a", "b", "a"]
-
-        device = iter([9.0, *range(1, triton_launch._TRIALS), 50.0])
-        hosts = []
-        torch.cuda.current_device = lambda: 0
-
-        def seconds_of(call, on, host=0.0):
-            hosts.append(host)
-            return next(device) / 1e3, call()
-
-        triton_launch.seconds_of = seconds_of
-        calls = iter(range(100))
-        assert triton_launch._milliseconds(lambda: next(calls), (0.5, 0.2)) == [5.0]
-        assert hosts == [0.0, *range(triton_launch._TRIALS)]
-    """)
-
-
-def test_one_row_is_multiplied_in_one_share_where_there_are_programs_enough(run):
-    run("""
-        from itertools import product
-        from modulora_kernels.triton.products import Cut, _programs
-        from modulora_kernels.triton.products import ENOUGH_FOR_ONE_ROW as ENOUGH
-        from modulora_kernels.triton.products import PROGRAMS
-
-        cut = Cut(8, 512)
-        assert _programs((8 * ENOUGH, 4096), 1, cut, False, True) == (ENOUGH, 8, 1)
-        assert _programs((8 * (ENOUGH - 1), 4096), 1, cut, False, True)[2] > 1
-        assert _programs((8 * ENOUGH, 4096), 1, cut, False, False)[2] == PROGRAMS // ENOUGH
-        sides = (1, 300, 4096), (1, 1000, 4096)
-        for out, columns, parts, transpose in product(*sides, (1, 8), (False, True)):
-            for cut in (Cut(8, 512), Cut(64, 64)):
-                blocks, steps, shares = _programs((out, columns), parts, cut, transpose, False)
-                part = -(-columns // parts)
-                kept, summed = (part, out) if transpose else (out, part)
-                wide, step = cut.block_out, cut.block_in
-                if transpose:
-                    wide, step = step, wide
-                # each output has a block, each term a step of one share; no share is empty
-                assert blocks == -(-kept // wide) * (parts if transpose else 1)
-                assert (shares - 1) * steps * step < summed <= shares * steps * step
-    """)

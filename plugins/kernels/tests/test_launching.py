@@ -1,20 +1,15 @@
 """Tensors become arrays, tiles are filled, malformed weights are refused, memory is reused."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import platform
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import modulora_kernels as kernels
 import pytest
 import torch
-from modulora_kernels.launching import ROUNDING_BYTES, array_of
-from torch import Tensor
+from modulora_kernels.launching import array_of
 
 from modulora_core.errors import CheckpointError
 from modulora_core.packed import PackedWeight, TensorLayout
@@ -23,7 +18,7 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("numba")
 
 
-def outsiders_tensors(shape: tuple[int, int], size: int) -> dict[str, TensorLayout]:
+def outsiders_tensors(shape, size):
     if size < 1:
         raise ValueError(f"size: expected 1 or more, got {size}")
     return {
@@ -32,14 +27,14 @@ def outsiders_tensors(shape: tuple[int, int], size: int) -> dict[str, TensorLayo
     }
 
 
-def outsiders(codes: Tensor, scales: Tensor, **metadata: int) -> PackedWeight:
+def outsiders(codes, scales, **metadata):
     return PackedWeight("outsider", 1, (4, 6), {"codes": codes, "scales": scales}, metadata)
 
 
 CODES, SCALES = torch.zeros(4, 6, dtype=torch.uint8), torch.zeros(2)
 
 
-def test_tensors_that_match_the_metadata_are_let_through_until_they_change() -> None:
+def test_tensors_that_match_the_metadata_are_let_through_until_they_change():
     packed = outsiders(CODES, SCALES.clone(), size=2)
     kernels.check_tensors(packed, outsiders_tensors)
     kernels.check_tensors(packed, outsiders_tensors)
@@ -60,9 +55,7 @@ def test_tensors_that_match_the_metadata_are_let_through_until_they_change() -> 
      (outsiders(CODES, SCALES, size=2, more=1), "expected values of size, got .*'more': 1")],
     ids=["shape", "dtype", "missing", "more", "value", "no metadata", "more metadata"],
 )  # fmt: skip
-def test_tensors_that_do_not_match_the_metadata_are_refused(
-    packed: PackedWeight, message: str
-) -> None:
+def test_tensors_that_do_not_match_the_metadata_are_refused(packed, message):
     with pytest.raises(CheckpointError, match=message):
         kernels.check_tensors(packed, outsiders_tensors)
 
@@ -70,19 +63,19 @@ def test_tensors_that_do_not_match_the_metadata_are_refused(
 class Made:
     """``make``, and how often it was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.times = 0
 
-    def __call__(self, packed: PackedWeight) -> tuple[Any, ...]:
+    def __call__(self, packed):
         self.times += 1
         return packed.tensors["codes"].view(-1), packed.metadata["size"]
 
 
-def weight(codes: Tensor) -> PackedWeight:
+def weight(codes):
     return PackedWeight("outsider", 1, (2, 4), {"codes": codes}, {"size": 3})
 
 
-def test_operands_are_made_once_and_follow_changes() -> None:
+def test_operands_are_made_once_and_follow_changes():
     """If this fails: a kernel reads the weight of before."""
     codes, make, other = torch.arange(8.0).view(2, 4), Made(), Made()
     packed = weight(codes)
@@ -99,7 +92,7 @@ def test_operands_are_made_once_and_follow_changes() -> None:
     assert make.times == 2
 
 
-def test_an_unaligned_tensor_is_copied_and_its_copy_is_not_cached() -> None:
+def test_an_unaligned_tensor_is_copied_and_its_copy_is_not_cached():
     """safetensors promises no alignment, and numba would compile another kernel for it."""
     raw = bytearray(b"." + torch.arange(8.0).numpy().tobytes())
     packed, make = weight(torch.frombuffer(raw, dtype=torch.float32, offset=1).view(2, 4)), Made()
@@ -108,62 +101,6 @@ def test_an_unaligned_tensor_is_copied_and_its_copy_is_not_cached() -> None:
         assert array.flags.aligned
         assert array.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert make.times == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_floats_are_the_bits_of_whole_numbers(dtype: torch.dtype) -> None:
-    codes = torch.tensor([[1.5, -2.0], [0.0, 3.25]], dtype=dtype)
-
-    def negate(both: Any) -> None:
-        bits, _number = both
-        assert bits.dtype == "int16"
-        bits ^= -(2**15)
-
-    kernels.launch(negate, (codes, 7))
-    assert torch.equal(codes, torch.tensor([[-1.5, 2.0], [-0.0, -3.25]], dtype=dtype))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [(0, 3000), (17, 2999), (4, 4)], ids=str)
-def test_a_filled_tile_is_the_fp32_rows_rounded_once(
-    rows: tuple[int, int], dtype: torch.dtype
-) -> None:
-    whole, asked = torch.randn(3000, 200), []
-
-    def fill(start: int, stop: int, out: Tensor) -> None:
-        asked.append(out.nbytes)
-        out.copy_(whole[start:stop])
-
-    tile = kernels.filled_tile(fill, rows, 200, dtype)
-    assert tile.dtype == dtype
-    assert torch.equal(tile, whole[slice(*rows)].to(dtype))
-    assert dtype is torch.float32 or max(asked, default=0) <= ROUNDING_BYTES
-
-
-def test_an_input_of_a_kernel_is_contiguous_fp32_and_its_result_has_the_dtype() -> None:
-    x = torch.randn(6, 2, 4, dtype=torch.bfloat16, requires_grad=True).transpose(0, 2)
-    row = kernels.fp32_input(x, 6)
-    assert row is not None
-    assert row.is_contiguous()
-    assert not row.requires_grad
-    assert torch.equal(row, x.detach().float())
-    assert kernels.like_input(row, x).dtype == torch.bfloat16
-    for other in (x.double(), x[..., :5], x[:0], x.to("meta")):
-        assert kernels.fp32_input(other, 6) is None
-
-
-@pytest.mark.parametrize("name", ["uint8", "int16", "float32", "int64"])
-def test_scratch_begins_at_a_cache_line(name: str) -> None:
-    from modulora_kernels.cpu import scratch
-
-    held = [scratch(3, columns, getattr(np, name)) for columns in range(1, 40)]
-    for number, room in enumerate(held):
-        assert room.shape == (3, number + 1)
-        assert room.dtype == name
-        assert room.flags.c_contiguous
-        assert room.ctypes.data % 64 == 0
-        room[:] = number
-    assert all((room == number).all() for number, room in enumerate(held))
 
 
 ON_STACK = """
@@ -193,9 +130,7 @@ def places(out):
 """
 
 
-def test_memory_on_the_stack_is_a_threads_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_on_the_stack_is_a_threads_own(tmp_path, monkeypatch):
     (tmp_path / "kernels_on_stack.py").write_text(ON_STACK, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     module, out = importlib.import_module("kernels_on_stack"), np.zeros(5000)
@@ -208,14 +143,6 @@ def test_memory_on_the_stack_is_a_threads_own(
     first, second = places[0].tolist()
     assert first % 64 == second % 64 == 0
     assert abs(first - second) >= 4000
-
-
-def test_the_stack_has_room_for_64_kib() -> None:
-    from modulora_kernels.cpu import on_stack
-
-    on_stack(2**14, np.float32)
-    with pytest.raises(ValueError, match="expected at most 65536 bytes, got 65540; decode fewer"):
-        on_stack(2**14 + 1, np.float32)
 
 
 TILES = """
@@ -239,13 +166,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of glibc")
-def test_the_memory_of_a_tile_is_reused_by_the_next() -> None:
+def test_the_memory_of_a_tile_is_reused_by_the_next():
     """If this fails: each tile is faulted in anew, 4096 pages of it."""
     done = subprocess.run([sys.executable, "-c", TILES], capture_output=True, text=True)
     assert int(done.stdout) < 4096, done.stderr
 
 
-def test_an_array_lets_its_tensor_free_the_memory() -> None:
+def test_an_array_lets_its_tensor_free_the_memory():
     """FSDP2 frees a gathered parameter: it resizes the storage, which ``numpy()`` forbids."""
     tensor = torch.arange(6.0).view(2, 3)
     turned = array_of(tensor.t())
@@ -273,7 +200,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_a_fork_of_a_process_that_has_run_kernels_is_refused() -> None:
+def test_a_fork_of_a_process_that_has_run_kernels_is_refused():
     """If this fails: OpenMP ends or hangs the workers of a DataLoader that use the model."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True)
     assert done.returncode == 7, done.stderr

@@ -1,20 +1,14 @@
 """Kernels are compared with plain torch where they run, and those that differ are not used."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from modulora_kernels import KernelQuantizer, compiled
 from modulora_kernels.parity import compare
-from torch import Tensor
 
 from modulora_core.packed import PackedWeight, TensorLayout
-from modulora_core.spec import Calibration, QuantizerSpec
+from modulora_core.spec import QuantizerSpec
 
 KERNELS = """
 import torch
@@ -48,26 +42,26 @@ class Stored(KernelQuantizer):
     )
 
     @staticmethod
-    def tensors(shape: tuple[int, int], **_: Any) -> Mapping[str, TensorLayout]:
+    def tensors(shape, **_):
         return {"values": TensorLayout("float32", shape)}
 
-    def pack(self, weight: Tensor, calibration: Calibration | None = None) -> PackedWeight:
+    def pack(self, weight, calibration=None):
         shape = (weight.shape[0], weight.shape[1])
         return PackedWeight(self.spec.name, self.format, shape, {"values": weight.clone()}, {})
 
-    def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+    def reference_tile(self, packed, rows):
         return packed.tensors["values"][rows[0] : rows[1]]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_remembered() -> Iterator[None]:
+def _nothing_is_remembered():
     before = set(compiled._WRONG)
     yield
     compiled._WRONG.clear()
     compiled._WRONG.update(before)
 
 
-def stored(folder: Path, monkeypatch: pytest.MonkeyPatch, scale: str, product: str) -> Stored:
+def stored(folder, monkeypatch, scale, product):
     """The quantizer with kernels in a package of its own."""
     name = f"kernels_{folder.name}"
     package = folder / name
@@ -83,9 +77,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_right_kernels_pass_and_are_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, recwarn: Any
-) -> None:
+def test_right_kernels_pass_and_are_used(tmp_path, monkeypatch, dtype, recwarn):
     quantizer = stored(tmp_path, monkeypatch, "1", SOUND)
     packed = quantizer.pack(W)
     results = list(compare(quantizer, packed, dtype))
@@ -101,9 +93,7 @@ def test_right_kernels_pass_and_are_used(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fault", WRONG)
-def test_wrong_kernels_are_named_once_and_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, dtype: torch.dtype
-) -> None:
+def test_wrong_kernels_are_named_once_and_replaced(tmp_path, monkeypatch, fault, dtype):
     quantizer = stored(tmp_path, monkeypatch, *WRONG[fault])
     packed = quantizer.pack(W)
     (difference,) = quantizer.check_kernels(packed, dtype)
@@ -115,21 +105,17 @@ def test_wrong_kernels_are_named_once_and_replaced(
     assert torch.equal(quantizer.dequantize_tile(packed, (2, 5), torch.float32), W[2:5])
 
 
-def test_a_quantizer_without_kernels_has_nothing_to_compare(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quantizer_without_kernels_has_nothing_to_compare(tmp_path, monkeypatch):
     quantizer = stored(tmp_path, monkeypatch, "2", SOUND)
     with compiled.plain_torch():
         assert list(compare(quantizer, quantizer.pack(W), torch.float32)) == []
 
 
-def test_an_exception_without_kernels_is_not_blamed_on_them(
-    recwarn: Any,
-) -> None:
+def test_an_exception_without_kernels_is_not_blamed_on_them(recwarn):
     class Broken(Stored):
         kernels = "modulora_kernels"  # it has neither module
 
-        def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
+        def reference_tile(self, packed, rows):
             raise ArithmeticError("no such rows")
 
     with pytest.raises(ArithmeticError, match="no such rows"):

@@ -1,12 +1,9 @@
 """Operations on vectors give the same numbers on every processor, by its own instructions."""
 
-from __future__ import annotations
-
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -154,11 +151,11 @@ PLAIN, AVX2, NATIVE = ("x86-64", "+sse2"), ("haswell", "+sse4.2,+avx,+avx2,+fma"
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, str]], list[str]]:
+def printed(tmp_path_factory):
     """``printed(processor)``: lines of a process that runs all scripts with its instructions."""
 
     @cache
-    def run(processor: tuple[str, str]) -> list[str]:
+    def run(processor):
         folder = tmp_path_factory.mktemp("scripts")
         for name, script in SCRIPTS.items():
             (folder / f"{name}.py").write_text(script)  # numba reads a kernel's source
@@ -191,12 +188,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, st
     ],
     ids=SCRIPTS,
 )
-def test_every_processor_finds_the_same(
-    script: str,
-    has_instruction: dict[tuple[str, str], bool],
-    processor: tuple[str, str],
-    printed: Callable[[tuple[str, str]], list[str]],
-) -> None:
+def test_every_processor_finds_the_same(script, has_instruction, processor, printed):
     if processor == AVX2 and not torch.cpu._is_avx2_supported():
         pytest.skip("this processor has no AVX2")
     lines = printed(processor)

@@ -2,8 +2,6 @@
 ``TRITON_INTERPRET=1``.
 """
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

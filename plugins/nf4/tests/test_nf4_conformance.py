@@ -1,7 +1,5 @@
 """The conformance kit over every configuration that the spec makes promises for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -15,5 +13,5 @@ class TestNF4(QuantizerConformance):
     golden = Path(__file__).parent / "golden"
 
     @pytest.fixture(params=SPEC.promises, ids=lambda promise: promise.title)
-    def quantizer(self, request: pytest.FixtureRequest) -> NF4:
+    def quantizer(self, request):
         return NF4(Options(**request.param.options))

@@ -1,10 +1,6 @@
 """bitsandbytes' 4-bit folders, as transformers saves them, are read to the last bit."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +11,7 @@ from transformers import BitsAndBytesConfig
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
+from modulora_core.tests.fuzzing import refused_or_runs
 from modulora_core.tests.other_tools import (
     assert_trains_as_converted,
     load_with_transformers,
@@ -27,16 +24,16 @@ functional = pytest.importorskip("bitsandbytes.functional")
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
-def save(folder: Path, architecture: str = "llama", dtype: Any = torch.float32, **options: Any):
+def save(folder, architecture="llama", dtype=torch.float32, **options):
     kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **options}
     save_quantized(folder, BitsAndBytesConfig(**kind), architecture, dtype)
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder):
     return {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
 
 
-def change(folder: Path, **changed: torch.Tensor) -> None:
+def change(folder, **changed):
     save_file(tensors(folder) | changed, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -55,9 +52,7 @@ def change(folder: Path, **changed: torch.Tensor) -> None:
     ],
     ids=str,
 )
-def test_tiles_and_logits_are_those_of_bitsandbytes(
-    architecture: str, dtype: torch.dtype, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_tiles_and_logits_are_those_of_bitsandbytes(architecture, dtype, options, tmp_path):
     save(tmp_path, architecture, dtype, **options)
     theirs = load_with_transformers(tmp_path)
     checkpoint = open_packed(tmp_path)
@@ -75,7 +70,7 @@ def test_tiles_and_logits_are_those_of_bitsandbytes(
         torch.testing.assert_close(ours, logits(theirs), rtol=1e-4, atol=1e-4)
 
 
-def test_layers_left_dense_stay_dense_and_other_block_sizes_are_read(tmp_path: Path) -> None:
+def test_layers_left_dense_stay_dense_and_other_block_sizes_are_read(tmp_path):
     save(tmp_path, llm_int8_skip_modules=["lm_head", "q_proj"])
     W = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     codes, state = functional.quantize_4bit(W, blocksize=128, quant_type="nf4")
@@ -88,12 +83,12 @@ def test_layers_left_dense_stay_dense_and_other_block_sizes_are_read(tmp_path: P
     assert torch.equal(ours, functional.dequantize_4bit(codes, state))
 
 
-def test_it_trains_as_its_copy_in_our_format(tmp_path: Path) -> None:
+def test_it_trains_as_its_copy_in_our_format(tmp_path):
     save(tmp_path / "bitsandbytes", dtype=torch.bfloat16, bnb_4bit_use_double_quant=True)
     assert_trains_as_converted(tmp_path / "bitsandbytes", tmp_path)
 
 
-def test_fp4_is_refused_by_name(tmp_path: Path) -> None:
+def test_fp4_is_refused_by_name(tmp_path):
     save(tmp_path, bnb_4bit_quant_type="fp4")
     told = r'quantized as fp4; only nf4 .*bnb_4bit_quant_type="nf4"'
     config = (tmp_path / "config.json").read_text()
@@ -106,12 +101,12 @@ def test_fp4_is_refused_by_name(tmp_path: Path) -> None:
         open_packed(tmp_path)
 
 
-def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+def test_damaged_folders_are_refused(tmp_path):
     save(tmp_path, bnb_4bit_use_double_quant=True)
     whole, state = tensors(tmp_path), f"{DOWN}.quant_state.bitsandbytes__nf4"
     facts = json.loads(bytes(whole[state].tolist()))
 
-    def described(**changed: Any) -> torch.Tensor:
+    def described(**changed):
         return torch.tensor(list(json.dumps(facts | changed).encode()), dtype=torch.uint8)
 
     opening = {
@@ -138,3 +133,9 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     change(tmp_path, **(whole | {f"{DOWN}.nested_absmax": nan}))
     with pytest.raises(CheckpointError, match="nested_absmax: expected finite values"):
         load_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_changed_folder_is_refused_or_runs(tmp_path):
+    save(tmp_path, bnb_4bit_use_double_quant=True)
+    refused_or_runs(tmp_path)

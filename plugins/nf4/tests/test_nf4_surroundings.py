@@ -1,7 +1,5 @@
 """NF4's compiled kernels outside of the ordinary: mapped files, threads, processors, no numba."""
 
-from __future__ import annotations
-
 import pytest
 from modulora_conformance.compiled_kernels import CompiledKernels
 from modulora_nf4.quantizer import NF4, Options
@@ -12,6 +10,6 @@ class TestKernels(CompiledKernels):
     instruction_sets = True
 
     @pytest.fixture
-    def quantizers(self) -> list[NF4]:
+    def quantizers(self):
         options = {}, {"double_quant": True}, {"block_size": 2}, {"block_size": 8}
         return [NF4(Options(**chosen)) for chosen in options]

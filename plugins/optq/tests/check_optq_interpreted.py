@@ -3,8 +3,6 @@
 ``test_optq_triton.py`` runs this file in a process with ``TRITON_INTERPRET=1``.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_conformance.interpreted_kernels import InterpretedKernels

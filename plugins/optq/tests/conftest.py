@@ -1,21 +1,16 @@
 """Weights whose every code, scale and zero is known."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 from modulora_conformance.fixtures import generator, one_thread, plain_torch  # noqa: F401
-from modulora_optq.options import Options
 from modulora_optq.reference import Solution
 
 
 @pytest.fixture(scope="session")
-def random_solution() -> Callable[..., Solution]:
+def random_solution():
     """``random_solution(shape, options, permuted)``: all codes and zeros, scales from 2⁻²⁴ on."""
 
-    def make(shape: tuple[int, int], options: Options, permuted: bool = False) -> Solution:
+    def make(shape, options, permuted=False):
         numbers = torch.Generator().manual_seed(0)
         groups, top = (shape[0], options.groups(shape[1])), options.maxq + 1
         codes = torch.randint(0, top, shape, generator=numbers, dtype=torch.uint8)

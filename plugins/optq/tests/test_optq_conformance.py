@@ -1,7 +1,5 @@
 """The conformance kit over every configuration that the spec makes promises for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -16,5 +14,5 @@ class TestOPTQ(QuantizerConformance):
     golden = Path(__file__).parent / "golden"
 
     @pytest.fixture(params=SPEC.promises, ids=lambda promise: promise.title)
-    def quantizer(self, request: pytest.FixtureRequest) -> OPTQ:
+    def quantizer(self, request):
         return OPTQ(Options(**request.param.options))

@@ -1,16 +1,11 @@
 """GPTQ and AWQ folders of mixtures, whose experts are layers of their own, are used as they are."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from modulora_optq.formats import words
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -41,16 +36,14 @@ AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm",
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def by_awq(codes: Tensor) -> Tensor:
+def by_awq(codes):
     """Codes ``[n, out]`` to words, int32 ``[n, out / 8]``."""
     eights = codes.view(len(codes), -1, 8)
     words = torch.stack([eights[..., column] << 4 * i for i, column in enumerate(AWQ_ORDER)])
     return words.sum(0).to(torch.int32)
 
 
-def random_layer(
-    name: str, shape: tuple[int, int], method: str
-) -> tuple[Tensor, dict[str, Tensor]]:
+def random_layer(name, shape, method):
     """A random weight ``[out, in]``, and its tensors in the files.
 
     GPTQ's groups are of any columns, in each layer of others.
@@ -73,9 +66,7 @@ def random_layer(
 @pytest.mark.parametrize(
     ("config", "architecture"), [(GPTQ, "qwen3_moe"), (AWQ, "mixtral")], ids=["gptq", "awq"]
 )
-def test_experts_are_used_as_they_are(
-    config: dict[str, Any], architecture: str, tmp_path: Path
-) -> None:
+def test_experts_are_used_as_they_are(config, architecture, tmp_path):
     torch.manual_seed(0)
     model = CONFIG_MAPPING[architecture](**SIZES, **EXPERTS[architecture])
     AutoModelForCausalLM.from_config(model).save_pretrained(tmp_path / "dense-base")

@@ -1,7 +1,5 @@
 """Packed bits, and the CPU kernels that read them, beside a definition in numpy."""
 
-from __future__ import annotations
-
 import modulora_kernels as kernels
 import numpy as np
 import pytest
@@ -9,8 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from modulora_conformance.fixtures import without_kernels
-from modulora_conformance.oracle import product_error
-from modulora_conformance.tolerances import PRODUCT
 from modulora_optq import packing
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, from_solution, to_solution
@@ -127,52 +123,3 @@ def test_any_columns_of_some_rows_are_decoded(random_solution, options, columns,
         decode(weight, row, start, count, out)
         assert torch.equal(torch.from_numpy(out[:, :count]).view(dtype), wanted.to(dtype))
         assert (out[:, count:] == 77).all()
-
-
-@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "plain torch"])
-@pytest.mark.parametrize("transpose", [False, True], ids=["forward", "transposed"])
-def test_products_equal_the_product_with_the_definition(
-    odd, transpose, compiled, generator, monkeypatch
-):
-    if not compiled:
-        without_kernels(monkeypatch)
-    quantizer, packed, W = odd
-    for rows in (0, 1, 2, 5, 40):
-        for dtype in DTYPES:
-            x = torch.randn(rows, len(W) if transpose else W.shape[1], generator=generator)
-            x = x.to(dtype)
-            y = quantizer.matmul(x, packed, transpose)
-            assert y.dtype == dtype
-            assert product_error(y, x, W.double(), transpose) <= PRODUCT[dtype].value
-
-
-@pytest.mark.parametrize(
-    ("bits", "group_size", "symmetric", "shape"),
-    [
-        (2, 64, False, (45, 576)),  # 45 rows: the last of 16 are fewer
-        (3, 16, False, (3, 2048)),  # zeros of a row are in several chunks
-        (3, 64, True, (2, 576)),  # a plane of third bits that ends inside 32 bytes
-        (3, 64, False, (19, 64)),  # too short for the kernel
-        (4, -1, False, (1, 64)),
-        (8, 32, False, (19, 192)),
-        (4, 24, False, (5, 192)),  # groups of no whole vectors: not the kernel for one row
-    ],
-)
-def test_a_product_of_one_row_equals_the_product_with_the_definition(
-    bits, group_size, symmetric, shape, random_solution
-):
-    options = Options(bits=bits, group_size=group_size, symmetric=symmetric)
-    solution = random_solution(shape, options)
-    packed, W = from_solution(solution, options), by_definition(solution, options).double()
-    x = torch.randn(1, shape[1], generator=torch.Generator().manual_seed(0))
-    y = OPTQ(options).matmul(x, packed)
-    assert product_error(y, x, W) <= PRODUCT[torch.float32].value
-
-
-@pytest.mark.parametrize("permuted", [False, True], ids=["own order", "permuted"])
-def test_looked_up_rows_have_the_bits_of_tiles(permuted, random_solution):
-    options = Options(bits=3)
-    packed = from_solution(random_solution((41, 130), options, permuted), options)
-    W = OPTQ(options).dequantize_tile(packed, (0, 41), torch.bfloat16)
-    ids = torch.tensor([[40, 0, 7], [7, 3, 40]])
-    assert torch.equal(OPTQ(options).lookup(ids, packed, torch.bfloat16), W[ids])

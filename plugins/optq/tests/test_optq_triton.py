@@ -1,7 +1,5 @@
 """The Triton kernels on a machine without a GPU: interpreted, and compiled for absent GPUs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -8,7 +8,6 @@ held at once beside the weights. A job imports only what its command imports.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Mapping
@@ -45,14 +44,9 @@ def training(options: dict[str, Any]) -> Taken:
 
 
 def quantizing(options: dict[str, Any]) -> Taken:
-    """Run ``modulora quantize``. ``calibration`` has the samples and their tokens."""
-    from modulora_core.calibration import CalibrationConfig
+    """Run ``modulora quantize``."""
     from modulora_core.quantization import quantize as module
-    from modulora_core.registry import Choice
 
-    head = Choice(options["head"]) if "head" in options else None
-    seen = options.get("calibration")
-    text = seen and CalibrationConfig("pydoc", samples=seen[0], seq_len=seen[1])
     write, counted = module._write_packed, []
 
     def watched(*arguments: Any, **more: Any) -> Any:
@@ -62,9 +56,7 @@ def quantizing(options: dict[str, Any]) -> Taken:
         return packed
 
     module._write_packed = watched
-    result = module.quantize(
-        options["model"], options["out"], options["quantizer"], head=head, calibration=text
-    )
+    result = module.quantize(options["model"], options["out"], options["quantizer"])
     return {"peak": result.peak_memory_bytes, "work": max(counted)}
 
 
@@ -76,7 +68,7 @@ def decoding(options: dict[str, Any]) -> Taken:
     from modulora_core.inference.opened import open_to_run
     from modulora_core.models.sampling import Sampling
 
-    opened = open_to_run(options["model"], mapped=options.get("mapped", False))
+    opened = open_to_run(options["model"])
     with PeakMemory() as peak:
         model, tokenizer = opened.load(), opened.tokenizer
         ids = tokenizer("\n".join(topics.values())).input_ids[: options["prompt"]]
@@ -86,17 +78,7 @@ def decoding(options: dict[str, Any]) -> Taken:
     return {"peak": peak.nbytes, "work": allocations.peak, "prompt": output.prompt_tokens}
 
 
-def compiled() -> bool:
-    """Whether numba compiled a kernel, which takes memory, once on a machine."""
-    if "numba" not in sys.modules:
-        return False
-    from numba.core.registry import CPUDispatcher
-
-    kernels = [found for found in gc.get_objects() if isinstance(found, CPUDispatcher)]
-    return any(kernel.stats.cache_misses for kernel in kernels)
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
     job = {"training": training, "quantizing": quantizing, "decoding": decoding}[sys.argv[1]]
-    print(json.dumps({**job(json.loads(sys.argv[2])), "compiled": compiled()}))
+    print(json.dumps(job(json.loads(sys.argv[2]))))

@@ -1,7 +1,5 @@
 """The knapsack: against all allocations of small problems, and at the sizes of real ones."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random
@@ -18,16 +16,14 @@ OFFERS = st.lists(
 )
 
 
-def total(layers: list[list[Offer]], taken: tuple[int, ...]) -> tuple[int, float]:
+def total(layers, taken):
     chosen = [offers[i] for offers, i in zip(layers, taken, strict=True)]
     return sum(offer.nbytes for offer in chosen), math.fsum(offer.error for offer in chosen)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(OFFERS, min_size=1, max_size=4), st.integers(0, 50))
-def test_an_allocation_fits_and_the_best_lies_between_its_bound_and_its_error(
-    layers: list[list[Offer]], budget: int
-) -> None:
+def test_an_allocation_fits_and_the_best_lies_between_its_bound_and_its_error(layers, budget):
     smallest = sum(min(offer.nbytes for offer in offers) for offers in layers)
     if smallest > budget:
         with pytest.raises(OptionError, match=f"at least {smallest} bytes"):
@@ -46,7 +42,7 @@ def test_an_allocation_fits_and_the_best_lies_between_its_bound_and_its_error(
     assert found.error - found.bound <= largest_step + rounding
 
 
-def real_problem(seed: int) -> list[list[Offer]]:
+def real_problem(seed):
     """210 layers of three shapes, six widths, and errors that fall by four for each bit."""
     numbers = random.Random(seed)
     layers = []
@@ -63,7 +59,7 @@ def real_problem(seed: int) -> list[list[Offer]]:
 
 
 @pytest.mark.parametrize("bits", [2.2, 3.05, 4.0])
-def test_at_real_sizes_the_error_is_within_a_percent_of_the_bound(bits: float) -> None:
+def test_at_real_sizes_the_error_is_within_a_percent_of_the_bound(bits):
     layers = real_problem(1)
     budget = int(sum(offers[0].nbytes for offers in layers) / 2.05 * bits)
     found = allocate(layers, budget)
@@ -74,14 +70,14 @@ def test_at_real_sizes_the_error_is_within_a_percent_of_the_bound(bits: float) -
         assert allocate(layers, nbytes).error <= error
 
 
-def test_ties_and_offers_inside_of_the_hull() -> None:
+def test_ties_and_offers_inside_of_the_hull():
     inside = [Offer(0, 10.0), Offer(4, 9.0), Offer(10, 0.0)]  # the middle one saves little
     assert allocate([inside], 9) == Allocation((1,), 4, 9.0, 1.0)
     assert allocate([inside], 10) == Allocation((2,), 10, 0.0, 0.0)
     assert allocate([[Offer(4, 1.0), Offer(4, 1.0), Offer(6, 1.0)]], 100).taken == (0,)
 
 
-def test_a_layer_without_an_offer_and_impossible_numbers_are_refused() -> None:
+def test_a_layer_without_an_offer_and_impossible_numbers_are_refused():
     with pytest.raises(OptionError, match="a layer with none"):
         allocate([[Offer(1, 1.0)], []], 10)
     for nbytes, error in ((-1, 1.0), (1, -1.0), (1, math.nan), (1, math.inf)):

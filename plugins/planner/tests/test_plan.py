@@ -1,18 +1,12 @@
 """Plans add up, need a config alone, and answer a budget."""
 
-from __future__ import annotations
-
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from modulora_planner import fitting, memory, remedies
-from modulora_planner.fitting import CLOSE, MemoryPlan, largest, plan, plan_all
+from modulora_planner import fitting, memory
+from modulora_planner.fitting import CLOSE, largest, plan, plan_all
 from modulora_planner.memory import ITEMS
 from modulora_planner.model import PlannedModel, open_planned
 from modulora_planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
@@ -20,23 +14,21 @@ from transformers import LlamaConfig
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.errors import AdapterError, OptionError, OutputError
+from modulora_core.errors import OptionError
 from modulora_core.hf.load_model import load_model
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.crude_folders import save_crude
-from modulora_core.tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
-Pack = Callable[..., tuple[Path, Path]]
 HIDDEN, KEYS, INTERMEDIATE, BLOCKS, VOCABULARY = 1024, 512, 2816, 8, 8192
 SAVED = {"gradient_checkpointing": False}
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+def llama(tmp_path_factory):
     """A folder with the config of a Llama of 100 million weights, and nothing else."""
     folder = tmp_path_factory.mktemp("config")
     LlamaConfig(
@@ -47,11 +39,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def planned(model: str | Path, quantizer: str | None = "toy", **options: Any) -> MemoryPlan:
+def planned(model, quantizer="toy", **options):
     return plan(str(model), quantizer, **{"batch_size": 2, "seq_len": 256, **options})
 
 
-def test_items_add_up_and_dense_weights_are_the_models(llama: str) -> None:
+def test_items_add_up_and_dense_weights_are_the_models(llama):
     found = planned(llama)
     items = found.training.items
     assert items["packed_codes"] + items["packed_scales"] == found.packed_bytes
@@ -65,14 +57,14 @@ def test_items_add_up_and_dense_weights_are_the_models(llama: str) -> None:
         assert set(job.items) <= set(ITEMS)
 
 
-def test_packing_is_planned_with_the_memory_that_the_spec_promises(llama: str) -> None:
+def test_packing_is_planned_with_the_memory_that_the_spec_promises(llama):
     job = planned(llama).quantizing
     assert job is not None
     units = 8.0 - 1  # the default, without the copy of a weight that is fp32 already
     assert job.items["workspace"] == units * 4 * HIDDEN * INTERMEDIATE
 
 
-def test_a_checkpoint_has_the_plan_of_its_model(pack: Pack, tmp_path: Path) -> None:
+def test_a_checkpoint_has_the_plan_of_its_model(pack, tmp_path):
     dense, packed = pack("llama-tied", "toy")
     shutil.copy(packed / "config.json", tmp_path)  # without its weights
     before, after = planned(dense, seq_len=64), planned(tmp_path, None, seq_len=64)
@@ -81,7 +73,7 @@ def test_a_checkpoint_has_the_plan_of_its_model(pack: Pack, tmp_path: Path) -> N
     assert after.packed_bytes == open_packed(str(packed)).record.nbytes
 
 
-def test_packed_ends_are_planned_as_they_are_packed(pack: Pack, tmp_path: Path) -> None:
+def test_packed_ends_are_planned_as_they_are_packed(pack, tmp_path):
     dense, _ = pack("llama", "toy")
     ends = {"head": Choice("toy"), "embeddings": Choice("verbatim")}
     quantize(str(dense), tmp_path / "out", "toy", **ends)
@@ -91,7 +83,7 @@ def test_packed_ends_are_planned_as_they_are_packed(pack: Pack, tmp_path: Path) 
     assert "embeddings_and_head" not in after.training.items
 
 
-def test_loaded_weights_are_the_planned_ones(pack: Pack) -> None:
+def test_loaded_weights_are_the_planned_ones(pack):
     _, folder = pack("gemma3_text", "toy")
     model = load_model(folder, dtype="bfloat16", device="cpu")
     packed = [m.packed.tensors.values() for m in model.modules() if isinstance(m, PackedParameter)]
@@ -105,8 +97,8 @@ def test_loaded_weights_are_the_planned_ones(pack: Pack) -> None:
 
 
 @pytest.mark.slow
-def test_each_setting_changes_its_item(llama: str) -> None:
-    def items(**options: Any) -> dict[str, int]:
+def test_each_setting_changes_its_item(llama):
+    def items(**options):
         return dict(planned(llama, **{"grad_accum": 4, **options}).training.items)
 
     before = items()
@@ -136,14 +128,12 @@ def test_each_setting_changes_its_item(llama: str) -> None:
         ("adafactor", "cpu", 0),
     ],
 )
-def test_an_optimizer_has_the_states_of_its_name(
-    optim: str, device: str, nbytes: float, llama: str
-) -> None:
+def test_an_optimizer_has_the_states_of_its_name(optim, device, nbytes, llama):
     items = planned(llama, optim=optim, device=device).training.items
     assert items.get("optimizer", 0) == pytest.approx(nbytes / 4 * items["adapter"], rel=1e-6)
 
 
-def test_a_mapped_model_has_one_block_in_memory(llama: str) -> None:
+def test_a_mapped_model_has_one_block_in_memory(llama):
     resident, mapped = (planned(llama, mapped=mapped) for mapped in (False, True))
     assert mapped.packed_bytes == resident.packed_bytes, "of the whole model"
     packed = {"packed_codes", "packed_scales"}
@@ -153,7 +143,7 @@ def test_a_mapped_model_has_one_block_in_memory(llama: str) -> None:
         assert rest[0] == rest[1]
 
 
-def test_a_foreign_checkpoint_is_not_mapped(tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_is_not_mapped(tmp_path):
     save_crude(tmp_path / "foreign")
     request = PlanRequest(model=str(tmp_path / "foreign"), config=finetuning({"mapped": True}))
     for ask in (fitting.plan_request, plan_all):
@@ -161,21 +151,7 @@ def test_a_foreign_checkpoint_is_not_mapped(tmp_path: Path) -> None:
             ask(request)
 
 
-@pytest.mark.slow
-def test_mapping_a_foreign_checkpoint_is_no_advice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remedies, "WORTH", -(2**40))  # so small a model saves nothing
-    save_crude(tmp_path / "foreign")
-    quantize(str(save_tiny_model("llama", tmp_path / "dense")), tmp_path / "ours", "toy")
-    foreign, ours = (
-        {change.change for change in planned(tmp_path / name, None, seq_len=32, budget=1).changes}
-        for name in ("foreign", "ours")
-    )
-    assert ours - foreign == {"--mapped"}
-
-
-def test_a_budget_finds_the_longest_sequence_and_the_largest_batch(llama: str) -> None:
+def test_a_budget_finds_the_longest_sequence_and_the_largest_batch(llama):
     found = planned(llama, **SAVED, budget=planned(llama, **SAVED).training.nbytes)
     assert (found.fits, found.changes, found.largest_batch_size) == (True, (), 2)
     assert found.longest_seq_len is not None
@@ -183,7 +159,7 @@ def test_a_budget_finds_the_longest_sequence_and_the_largest_batch(llama: str) -
 
 
 @pytest.mark.slow
-def test_without_room_it_lists_settings_that_save_memory(llama: str) -> None:
+def test_without_room_it_lists_settings_that_save_memory(llama):
     before = planned(llama, **SAVED)
     found = planned(llama, **SAVED, budget=before.training.nbytes - 2**25)
     assert (found.fits, found.largest_batch_size) == (False, 1)
@@ -200,18 +176,10 @@ def test_without_room_it_lists_settings_that_save_memory(llama: str) -> None:
     assert changes[both].nbytes == pytest.approx(packed.training.nbytes, rel=0.02)
 
 
-def test_nothing_fits_into_nothing(llama: str) -> None:
-    found = planned(llama, budget=1000)
-    assert (found.fits, found.longest_seq_len, found.largest_batch_size) == (False, 0, 0)
-    assert not any(change.fits for change in found.changes)
-
-
 @given(st.integers(1, 1000), st.integers(0, 10**6), st.integers(0, 10**7), st.integers(1, 5000))
 @settings(deadline=None)
-def test_a_search_comes_within_2_percent(
-    slope: int, constant: int, budget: int, start: int
-) -> None:
-    def nbytes(n: int) -> int:
+def test_a_search_comes_within_2_percent(slope, constant, budget, start):
+    def nbytes(n):
         return constant + slope * n + n * n // 5000
 
     found = largest(nbytes, budget, start, range(1, 5001))
@@ -219,29 +187,12 @@ def test_a_search_comes_within_2_percent(
     assert fits * (1 - CLOSE) - 1 <= found <= fits
 
 
-def test_the_calibration_has_the_defaults_of_quantize() -> None:
+def test_the_calibration_has_the_defaults_of_quantize():
     config = CalibrationConfig("pydoc")
     assert (config.max_samples, config.seq_len) == (SAMPLES, SEQ_LEN)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"quantizer": None}, OptionError, "expected a quantizer, got none"),
-        ({"targets": "nothing"}, AdapterError, "target 'nothing'"),
-        ({"offload_activations": True}, OptionError, "expected a GPU, got a CPU"),
-        ({"optimizer": "adamw"}, OptionError, "optim"),
-        ({"optim": "adamw_torhc"}, OptionError, "no such optimizer; expected adamw_torch"),
-    ],
-)
-def test_a_wrong_setting_is_refused(
-    options: dict[str, Any], error: type[Exception], message: str, llama: str
-) -> None:
-    with pytest.raises(error, match=message):
-        planned(llama, **options)
-
-
-def test_sequences_fit_the_context(tmp_path: Path) -> None:
+def test_sequences_fit_the_context(tmp_path):
     LlamaConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         vocab_size=64, max_position_embeddings=128,
@@ -252,24 +203,8 @@ def test_sequences_fit_the_context(tmp_path: Path) -> None:
         plan(str(tmp_path), "toy", seq_len=129)
 
 
-def test_a_picture_has_a_bar_for_each_plan(llama: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from modulora_planner.picture import check_picture, draw
-
-    found = planned(llama)
-    for suffix, start in ((".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")):
-        path = tmp_path / f"plan{suffix}"
-        check_picture(path)
-        draw([found, replace(found, quantizer="other")], path)
-        assert path.read_bytes().startswith(start)
-    with pytest.raises(OutputError, match="expected an existing folder"):
-        check_picture(tmp_path / "nowhere" / "plan.svg")
-
-
 @pytest.mark.parametrize(("device", "width"), [("cpu", 4), ("cuda", 2)])
-def test_without_a_quantizer_the_weights_are_dense_and_nothing_is_packed(
-    llama: str, device: str, width: int
-) -> None:
+def test_without_a_quantizer_the_weights_are_dense_and_nothing_is_packed(llama, device, width):
     found = planned(llama, "none", device=device)
     per_block = 2 * HIDDEN * (HIDDEN + KEYS) + 3 * HIDDEN * INTERMEDIATE
     assert found.training.items["dense_weights"] == width * BLOCKS * per_block

@@ -1,17 +1,10 @@
 """The plan of one process of a distributed run."""
 
-from __future__ import annotations
-
-import json
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from modulora_planner.fitting import plan
 from modulora_planner.processes import DIVIDED
 from transformers import LlamaConfig
 
-from modulora_core.cli import main
 from modulora_core.errors import OptionError
 from modulora_core.tests import width_quantizer
 
@@ -21,13 +14,13 @@ HIDDEN, BLOCKS, VOCABULARY = 256, 8, 4096
 
 
 @pytest.fixture(scope="module", autouse=True)
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def site(tmp_path_factory):
     with width_quantizer.installed(tmp_path_factory.mktemp("site")):
         yield
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("config")
     LlamaConfig(
         hidden_size=HIDDEN, intermediate_size=512, num_hidden_layers=BLOCKS, vocab_size=VOCABULARY,
@@ -36,7 +29,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_ddp_copies_and_fsdp2_divides(llama: Path) -> None:
+def test_ddp_copies_and_fsdp2_divides(llama):
     options = {"seq_len": 32, "batch_size": 1}
     one = plan(str(llama), "toy", **options)
     copied = plan(str(llama), "toy", processes=4, **options)
@@ -52,8 +45,8 @@ def test_ddp_copies_and_fsdp2_divides(llama: Path) -> None:
     assert split.decoding == one.decoding
 
 
-def test_calibration_divides_the_samples(llama: Path) -> None:
-    def quantizing(processes: int) -> int:
+def test_calibration_divides_the_samples(llama):
+    def quantizing(processes):
         found = plan(
             str(llama), "heeding", processes=processes, calibration_samples=64,
             calibration_seq_len=128, seq_len=32,
@@ -65,18 +58,6 @@ def test_calibration_divides_the_samples(llama: Path) -> None:
     assert quantizing(1) - quantizing(4) == pytest.approx(states * 3 / 4, rel=1e-3)
 
 
-def test_the_command_plans_for_each_process(
-    llama: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    command = ["plan", str(llama), "-q", "toy", "--seq-len", "32", "--processes", "2"]
-    assert main([*command, "--shard"]) == 0
-    assert "one of 2 processes sharing the weights" in " ".join(capsys.readouterr().out.split())
-    assert main([*command, "--json", "--budget", "100MiB"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["processes"] == 2
-    assert "--shard" in [change["change"] for change in told["changes"]]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -85,8 +66,6 @@ def test_the_command_plans_for_each_process(
         ({"processes": 2, "shard": True, "mapped": True}, "mapped: expected no shard"),
     ],
 )
-def test_settings_that_exclude_each_other_are_refused(
-    llama: Path, options: dict[str, int], message: str
-) -> None:
+def test_settings_that_exclude_each_other_are_refused(llama, options, message):
     with pytest.raises(OptionError, match=message):
         plan(str(llama), "toy", **options)

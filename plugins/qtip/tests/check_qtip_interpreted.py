@@ -3,8 +3,6 @@
 test_qtip_triton.py runs it in a process with ``TRITON_INTERPRET=1``, which Triton reads once.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_conformance.interpreted_kernels import poison_new_memory

@@ -1,27 +1,22 @@
 """Packed weights of random walks."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 from modulora_conformance.fixtures import generator, layer, one_thread, plain_torch  # noqa: F401
-from modulora_qtip.reference import Options, Solution
-from torch import Tensor
+from modulora_qtip.reference import Solution
 
 
 @pytest.fixture(scope="session")
-def random_solution() -> Callable[..., Solution]:
+def random_solution():
     """``random_solution((M, N), options)``: every bit pattern, scales as after a rescaling."""
 
-    def make(shape: tuple[int, int], options: Options) -> Solution:
+    def make(shape, options):
         numbers = torch.Generator().manual_seed(0)
         block = options.block or 1
         M, N = (-(-n // block) * block for n in shape)
         walks = (-(-N // 16), -(-M // 16), 16 * options.bits)
 
-        def scales(n: int) -> Tensor:
+        def scales(n):
             signs = torch.where(torch.randn(n, generator=numbers) > 0, 1.0, -1.0)
             return (signs * (0.5 + torch.rand(n, generator=numbers))).half()
 

@@ -1,7 +1,5 @@
 """CPU kernels and plain torch against the definition: tiles and products of random walks."""
 
-from __future__ import annotations
-
 import modulora_kernels as kernels
 import pytest
 import torch
@@ -39,29 +37,6 @@ def test_tiles_of_every_width_and_code_are_the_definitions(bits, code, generator
         assert torch.equal(module.tile(C, (0, 48), torch.float32), dense)
         assert torch.equal(module.tile(C, (5, 37), torch.float32), dense[5:37])
         assert torch.equal(module.tile(C, (5, 37), torch.bfloat16), dense[5:37].bfloat16())
-
-
-@pytest.mark.parametrize("path", ["kernels", "torch"])
-@pytest.mark.parametrize("code", in_turn(["bytes", "mcg", "mul1"]))
-@pytest.mark.parametrize("rows", [1, 3, 40, 100])
-def test_products_are_products_with_the_definition(
-    path, code, rows, request, random_solution, generator
-):
-    if path == "torch":
-        request.getfixturevalue("plain_torch")
-    else:
-        pytest.importorskip("numba")
-    options = Options(bits=3, code=code)
-    solution = random_solution((37, 70), options)
-    packed, dense = packed_of(solution, (37, 70), options), solution.dequantize(options)
-    for transpose, M in ((False, dense.T), (True, dense)):
-        x = torch.randn(rows, len(M), generator=generator)
-        y = QTIP(options).matmul(x, packed, transpose)
-        expected = x.double() @ M
-        assert (y - expected).norm() <= 1e-5 * expected.norm()
-        low = QTIP(options).matmul(x.bfloat16(), packed, transpose)
-        expected = x.bfloat16().double() @ M
-        assert (low - expected).norm() <= 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("path", ["kernels", "torch"])

@@ -1,7 +1,5 @@
 """Bit strings, states and tiles, by their definition."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_qtip import codes, trellis

@@ -1,30 +1,25 @@
 """Packed weights of random codes."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
 import pytest
 import torch
 from modulora_conformance.fixtures import generator, layer, one_thread, plain_torch  # noqa: F401
 from modulora_kernels.rotation import signs
-from modulora_quip_sharp_e8.reference import Options, Solution
-from torch import Tensor
+from modulora_quip_sharp_e8.reference import Solution
 
 
 @pytest.fixture(scope="session")
-def random_solution() -> Callable[..., Solution]:
+def random_solution():
     """``random_solution((M, N), options)``: every bit pattern, scales as after a rescaling."""
 
-    def make(shape: tuple[int, int], options: Options) -> Solution:
+    def make(shape, options):
         numbers = torch.Generator().manual_seed(0)
         blocks = (shape[0], -(-shape[1] // 8))
 
-        def codes(dtype: torch.dtype) -> Tensor:
+        def codes(dtype):
             low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
             return torch.randint(low, high + 1, blocks, generator=numbers, dtype=dtype)
 
-        def scales(n: int, side: str) -> Tensor:
+        def scales(n, side):
             return (signs(7, n, side) * (0.5 + torch.rand(n, generator=numbers))).half()
 
         residual = {2: None, 3: torch.uint8, 4: torch.int16}[options.bits]

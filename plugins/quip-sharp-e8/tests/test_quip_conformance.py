@@ -1,7 +1,5 @@
 """The conformance kit over every configuration with a promise."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -16,5 +14,5 @@ class TestQuIPSharpE8(QuantizerConformance):
     golden = Path(__file__).parent / "golden"
 
     @pytest.fixture(params=SPEC.promises, ids=lambda promise: promise.title)
-    def quantizer(self, request: pytest.FixtureRequest) -> QuIPSharpE8:
+    def quantizer(self, request):
         return QuIPSharpE8(Options(**request.param.options))

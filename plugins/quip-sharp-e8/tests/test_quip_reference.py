@@ -1,14 +1,12 @@
 """The reference against the paper's statements: bases, factors, rounding with feedback."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_kernels import incoherence, rotation
 from modulora_quip_sharp_e8 import codebooks, reference
 from modulora_quip_sharp_e8.reference import Options
 
-from modulora_core.errors import ShapeError, WeightError
+from modulora_core.errors import WeightError
 
 
 def in_its_basis(problem):
@@ -40,24 +38,6 @@ def test_an_error_costs_the_same_in_both_bases(rescale, layer, generator):
     damped = H / H.diagonal().mean() + 0.25 * torch.eye(32, dtype=torch.float64)
     there = (moved @ problem.H * moved).sum() * problem.scale.double() ** 2
     torch.testing.assert_close((E @ damped * E).sum()[None], there, rtol=1e-9, atol=0)
-
-
-def test_rotation_leaves_no_outlier(layer):
-    W, H = layer(64, 128)
-    rotated = reference.prepare(W, H, Options(rescale=False)).W
-    # the largest of 8192 values of a Gaussian is at about 4 standard deviations
-    assert W.abs().max() / W.square().mean().sqrt() > 10
-    assert rotated.abs().max() / rotated.square().mean().sqrt() < 5.5
-
-
-def test_rescaling_evens_out_weights_and_inputs(layer):
-    W, H = layer(64, 96, torch.float64)
-    damped = H / H.diagonal().mean()
-    damped.diagonal().add_(0.01)
-    s = 1 / reference.prepare(W, H, Options(damping=0.01)).input_scale.double().abs()
-    ratio = (W * s).square().sum(dim=0) / (damped.diagonal() / s**2)
-    # s is rounded to fp16, and to the fourth power here
-    torch.testing.assert_close(ratio, ratio.mean().expand(96), rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("n", [8, 16, 136])
@@ -128,35 +108,3 @@ def test_feedback_sweeps_and_bits_each_lower_the_proxy_error(layer):
         # a bit more is a quarter of the error for an ideal quantizer
         assert before is None or blockldlq < before / 3
         before = blockldlq
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (5, 8), (8, 9), (20, 12)])
-def test_odd_shapes_are_quantized_as_well_as_even_ones(shape, layer):
-    W, H = layer(*shape)
-    W_hat = reference.solve(W, H, Options(bits=4)).dequantize(4)
-    assert W_hat.shape == shape
-    assert float((W - W_hat).norm() / W.norm()) < 0.25
-
-
-@pytest.mark.parametrize("case", ["an input", "weight", "inputs", "both"])
-def test_zeros_are_quantized_to_finite_values(case, layer):
-    W, H = layer(16, 24)
-    if case == "an input":
-        H[3], H[:, 3] = 0, 0
-    else:
-        W, H = W * (case == "inputs"), H * (case == "weight")
-    assert bool(reference.solve(W, H, Options()).dequantize(2).isfinite().all())
-
-
-def test_a_weight_or_second_moment_that_cannot_be_quantized_is_refused(layer):
-    W, H = layer(16, 24)
-    with pytest.raises(ShapeError, match=r"\[24, 24\]"):
-        reference.solve(W, H[:8, :8], Options())
-    for bad in (float("nan"), float("inf")):
-        for i, name in enumerate(("weight", "second moment")):
-            tensors = [W.clone(), H.clone()]
-            tensors[i][2, 3] = bad
-            with pytest.raises(WeightError, match=f"finite {name}"):
-                reference.solve(*tensors, Options())
-    with pytest.raises(WeightError, match="diagonal"):
-        reference.solve(W, -H, Options())

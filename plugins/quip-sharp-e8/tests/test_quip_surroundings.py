@@ -1,7 +1,5 @@
 """QuIP#'s compiled kernels: mapped files, the end of memory, other processors, several threads."""
 
-from __future__ import annotations
-
 import pytest
 from modulora_conformance.compiled_kernels import SHAPES, CompiledKernels
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, packed_of

@@ -1,11 +1,5 @@
 """A tiny packed Llama with its dense model, and short recoveries of it."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 from modulora_recover.config import RecoverConfig
 
@@ -14,28 +8,28 @@ from modulora_core.tests.conftest import one_thread, toy, toy_root, tunable  # n
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
+def text(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text(pydoc_text()[:3000])
     return file
 
 
 @pytest.fixture
-def dense(tunable: Path) -> Path:  # noqa: F811
+def dense(tunable):  # noqa: F811
     """The dense model that ``tunable`` was quantized from."""
     return tunable.parent / "dense"
 
 
 @pytest.fixture
 def configure(
-    tunable: Path,  # noqa: F811
-    dense: Path,
-    text: Path,
-    tmp_path: Path,
-) -> Callable[..., RecoverConfig]:
+    tunable,  # noqa: F811
+    dense,
+    text,
+    tmp_path,
+):
     """Makes the config of a run of 4 steps without a baseline; options change it."""
 
-    def made(**options: Any) -> RecoverConfig:
+    def made(**options):
         defaults = {"model": str(tunable), "out": str(tmp_path / "out"), "data": str(text),
                     "original": str(dense), "batch_size": 2, "grad_accum": 2, "seq_len": 32,
                     "lr": 1e-2, "baseline": False}  # fmt: skip

@@ -1,31 +1,24 @@
 """A recovery learns the dense model's predictions, computed once, whatever the batches are."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from array import array
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from modulora_recover import predictions as module
-from modulora_recover.config import RecoverConfig
 from modulora_recover.init_adapter import init_adapter
-from modulora_recover.predictions import Distilled, DistilledCollator, Predictions
+from modulora_recover.predictions import Distilled, Predictions
 from modulora_recover.recover import recover
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.cli import main
-from modulora_core.data import Collator, load_examples
+from modulora_core.data import load_examples
 from modulora_core.data.examples import DataReport, Examples
-from modulora_core.errors import ModelError, OptionError
+from modulora_core.errors import OptionError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.models import open_dense
@@ -33,13 +26,11 @@ from modulora_core.tests.processes import run_in_processes
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 
-Configure = Callable[..., RecoverConfig]
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def teacher(dense: Path, tmp_path: Path) -> Path:
+def teacher(dense, tmp_path):
     """A dense model whose predictions differ from the quantized model's by far."""
     folder = tmp_path / "teacher"
     shutil.copytree(dense, folder)
@@ -53,20 +44,20 @@ def teacher(dense: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def chats(tmp_path: Path) -> Path:
+def chats(tmp_path):
     """Conversations of different lengths, of which only the answers are trained."""
     rows = (
         {"prompt": "Why? " * (i + 1), "completion": " because it is so" * (7 - i)} for i in range(7)
     )
-    return write_jsonl(tmp_path / "chats.jsonl", *rows)  # type: ignore[no-any-return]
+    return write_jsonl(tmp_path / "chats.jsonl", *rows)
 
 
 @pytest.fixture
-def examples(chats: Path, tunable: Path) -> Examples:
+def examples(chats, tunable):
     return load_examples(chats, AutoTokenizer.from_pretrained(tunable), seq_len=96)
 
 
-def trained_log_p(model: PreTrainedModel, examples: Examples, number: int) -> Tensor:
+def trained_log_p(model, examples, number):
     """log p of all tokens where a label is trained, fp32 ``[n, vocabulary]``, part by part."""
     found = []
     for ids, labels in examples.parts(number):
@@ -76,7 +67,7 @@ def trained_log_p(model: PreTrainedModel, examples: Examples, number: int) -> Te
     return torch.cat(found)
 
 
-def cross_entropy_of(model: PreTrainedModel, text: Path, tunable: Path) -> float:
+def cross_entropy_of(model, text, tunable):
     examples = load_examples(text, AutoTokenizer.from_pretrained(tunable), seq_len=32)
     losses = []
     for number in range(len(examples)):
@@ -85,7 +76,7 @@ def cross_entropy_of(model: PreTrainedModel, text: Path, tunable: Path) -> float
     return float(torch.cat(losses).mean())
 
 
-def divergence_of_classes(t: Tensor, p: Tensor) -> float:
+def divergence_of_classes(t, p):
     """Σ KL(t ‖ p) of rows, where all tokens but t's 64 most likely ones are one class."""
     order = t.argsort(1, descending=True)
     classes = [
@@ -96,9 +87,7 @@ def divergence_of_classes(t: Tensor, p: Tensor) -> float:
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_rows_are_the_dense_models_own_predictions(
-    dense: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, joined: bool
-) -> None:
+def test_rows_are_the_dense_models_own_predictions(dense, examples, tmp_path, monkeypatch, joined):
     """Padding, batches, chunks and other parts of a row change nothing."""
     monkeypatch.setattr(module, "TOP", 5)
     monkeypatch.setattr(module, "CHUNK_TOKENS", 150)
@@ -121,11 +110,9 @@ def test_rows_are_the_dense_models_own_predictions(
 
 @pytest.mark.parametrize(
     "architecture",
-    ["llama-tied", "mistral", "gpt2", "opt", "gemma3_text", "mixtral", "gpt_oss", "deepseek_v3"],
+    ["gpt2", "gemma3_text", "gpt_oss"],
 )
-def test_padding_changes_no_prediction_of_any_architecture(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_padding_changes_no_prediction_of_any_architecture(architecture, tmp_path):
     folder = save_tiny_model(architecture, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     drawn = torch.randint(3, 96, (3, 30), generator=torch.Generator().manual_seed(0)).tolist()
@@ -147,37 +134,10 @@ def test_padding_changes_no_prediction_of_any_architecture(
         np.testing.assert_allclose(rows["log_p"], expected.gather(1, tokens), rtol=1e-3, atol=1e-3)
 
 
-def test_examples_that_no_step_trains_are_not_predicted(
-    dense: Path, examples: Examples, tmp_path: Path
-) -> None:
-    predictions = Predictions(open_dense(str(dense)), examples, 3, 0, tmp_path)
-    predictions.compute(torch.device("cpu"), lambda *_: None)
-    dataset = Distilled(predictions)
-    assert len(dataset) == len(dataset.lengths) == 3
-    for i, number in enumerate(predictions.numbers):
-        assert dataset[i]["input_ids"] == examples[number]["input_ids"]
-        assert len(dataset[i]["rows"]) == sum(label != -100 for label in dataset[i]["labels"][1:])
-    assert sum(len(dataset[i]["rows"]) for i in range(3)) == predictions.ends[-1]
-
-
-def test_a_dense_model_without_values_for_its_head_is_refused(
-    teacher: Path, examples: Examples, tmp_path: Path
-) -> None:
-    [file] = teacher.glob("*.safetensors")
-    tensors = load_file(file)
-    del tensors["lm_head.weight"]
-    save_file(tensors, file, {"format": "pt"})
-    predictions = Predictions(open_dense(str(teacher)), examples, 3, 0, tmp_path)
-    with pytest.raises(ModelError, match=r"expected values for lm_head\.weight, got none"):
-        predictions.compute(torch.device("cpu"), lambda *_: None)
-
-
-def test_a_killed_run_goes_on_from_its_whole_rows(
-    dense: Path, examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_from_its_whole_rows(dense, examples, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_TOKENS", 1)
     predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
-    calls: list[tuple[str, int, int]] = []
+    calls = []
     predictions.compute(torch.device("cpu"), lambda *call: calls.append(call))
     whole, blocks = predictions.file.read_bytes(), calls[-1][2] // len(examples)
     assert [(done, total) for _, done, total in calls] == [
@@ -194,26 +154,14 @@ def test_a_killed_run_goes_on_from_its_whole_rows(
     assert not calls
 
 
-def test_predictions_of_other_data_are_replaced(
-    dense: Path, examples: Examples, tmp_path: Path
-) -> None:
-    source = open_dense(str(dense))
-    before = Predictions(source, examples, 3, 0, tmp_path)
-    before.compute(torch.device("cpu"), lambda *_: None)
-    after = Predictions(source, examples, 4, 0, tmp_path)
-    after.compute(torch.device("cpu"), lambda *_: None)
-    assert [*tmp_path.glob("predictions-*")] == [after.file]
-
-
 @pytest.mark.parametrize("options", [
     {"batch_size": 7, "baseline": True}, {"batch_size": 2, "grad_accum": 4},
     {"batch_size": 7, "packing": True},
     {"batch_size": 7, "weight": 0.25},
 ], ids=["a batch", "accumulated", "packing", "weighted"])  # fmt: skip
 def test_the_first_loss_is_the_divergence_of_the_two_models(
-    configure: Configure, teacher: Path, tunable: Path, chats: Path, examples: Examples,
-    options: dict[str, Any],
-) -> None:  # fmt: skip
+    configure, teacher, tunable, chats, examples, options
+):
     """A step takes all data, and a new adapter changes nothing."""
     config = configure(data=str(chats), epochs=1, seq_len=96, dropout=0, original=str(teacher),
                        **{"grad_accum": 1, **options})  # fmt: skip
@@ -231,8 +179,8 @@ def test_the_first_loss_is_the_divergence_of_the_two_models(
 
 
 def test_it_brings_the_model_nearer_to_the_dense_one_and_leaves_no_file(
-    configure: Configure, teacher: Path, tunable: Path, text: Path, tmp_path: Path
-) -> None:
+    configure, teacher, tunable, text, tmp_path
+):
     """The loss on evaluation data is the cross-entropy alone."""
     result = recover(configure(steps=20, original=str(teacher), eval_data=str(text), baseline=True))
     assert result.losses[-1] < 0.7 * result.losses[0]
@@ -247,17 +195,14 @@ def test_it_brings_the_model_nearer_to_the_dense_one_and_leaves_no_file(
 
 
 @pytest.mark.parametrize("stopped_at", [0, 3])
-def test_a_resumed_run_has_the_same_losses(
-    configure: Configure, tmp_path: Path, stopped_at: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_a_resumed_run_has_the_same_losses(configure, tmp_path, stopped_at, monkeypatch):
     options = {"weight": 0.5, "steps": 6, "save_every": 2}
     whole = recover(configure(out=str(tmp_path / "whole"), **options))
 
-    def stop(*_: Any) -> None:
+    def stop(*_):
         raise KeyboardInterrupt
 
-    def at_step(step: Any) -> None:
+    def at_step(step):
         if step.step == stopped_at:
             stop()
 
@@ -270,8 +215,8 @@ def test_a_resumed_run_has_the_same_losses(
     assert resumed.losses == whole.losses
 
 
-def test_a_resumed_run_refuses_another_weight(configure: Configure) -> None:
-    def stop(step: Any) -> None:
+def test_a_resumed_run_refuses_another_weight(configure):
+    def stop(step):
         if step.step == 3:
             raise KeyboardInterrupt
 
@@ -281,9 +226,7 @@ def test_a_resumed_run_refuses_another_weight(configure: Configure) -> None:
         recover(configure(save_every=2, weight=0.9), resume=True)
 
 
-def test_another_tokenizer_or_context_is_refused_before_work_starts(
-    configure: Configure, dense: Path, tmp_path: Path
-) -> None:
+def test_another_tokenizer_or_context_is_refused_before_work_starts(configure, dense, tmp_path):
     for name, change in (("vocab_size", 2), ("max_position_embeddings", -100)):
         other = tmp_path / name
         shutil.copytree(dense, other)
@@ -303,33 +246,8 @@ def test_another_tokenizer_or_context_is_refused_before_work_starts(
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("options", [
-    {"weight": 0}, {"weight": 1.5}, {"method": "dpo"}, {"adapter": "a", "rank": 4},
-])  # fmt: skip
-def test_options_without_sense_are_refused(configure: Configure, options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match=r"recover.*(weight|method|rank)"):
-        configure(**options)
-
-
-def test_a_batch_has_the_rows_of_its_examples_behind_each_other(
-    dense: Path, examples: Examples, tmp_path: Path
-) -> None:
-    predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
-    predictions.compute(torch.device("cpu"), lambda *_: None)
-    dataset = Distilled(predictions)
-    batch = DistilledCollator(Collator(0))([dataset[i] for i in (4, 1)])
-    trained = (batch["labels"][:, 1:] != -100).sum()
-    assert batch["teacher_tokens"].shape == batch["teacher_log_p"].shape
-    assert len(batch["teacher_tokens"]) == trained
-    np.testing.assert_array_equal(
-        batch["teacher_tokens"], np.concatenate([dataset[i]["rows"]["token"] for i in (4, 1)])
-    )
-
-
-def test_the_command_gives_a_start_that_finetune_continues(
-    tunable: Path, dense: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*words: str) -> Any:
+def test_the_command_gives_a_start_that_finetune_continues(tunable, dense, text, tmp_path, capsys):
+    def run(*words):
         more = ("--data", str(text), "--seq-len", "32", "--steps", "2", "--json")
         assert main([*words, *more]) == 0
         return json.loads(capsys.readouterr().out)
@@ -342,9 +260,7 @@ def test_the_command_gives_a_start_that_finetune_continues(
     assert len(trained["losses"]) == 2
 
 
-def test_a_recovery_begins_with_another_start(
-    configure: Configure, tunable: Path, dense: Path, tmp_path: Path
-) -> None:
+def test_a_recovery_begins_with_another_start(configure, tunable, dense, tmp_path):
     init_adapter(tunable, tmp_path / "start", dense=dense, calibration=CalibrationConfig(
         "pydoc[:2%]", samples=8, seq_len=32))  # fmt: skip
     losses = recover(configure(adapter=str(tmp_path / "start"), dropout=0)).losses
@@ -353,9 +269,7 @@ def test_a_recovery_begins_with_another_start(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["ddp", "fsdp2"])
-def test_processes_learn_from_one_dense_model(
-    configure: Configure, tmp_path: Path, shard: bool
-) -> None:
+def test_processes_learn_from_one_dense_model(configure, tmp_path, shard):
     """The first process computes the predictions; each reads the rows of its examples."""
     expected = recover(configure(dropout=0.0, weight=0.8)).losses
     of_two = {"dropout": 0.0, "weight": 0.8, "grad_accum": 1, "shard": shard}

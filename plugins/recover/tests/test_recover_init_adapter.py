@@ -1,17 +1,12 @@
 """An adapter of QERA's closed form: the best of its rank, for any quantizer, as PEFT reads it."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from modulora_recover import init_adapter as module
 from modulora_recover.init_adapter import best_correction, init_adapter
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import CalibrationConfig
@@ -33,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32)
 
 
-def save_model(architecture: str, folder: Path, tokenizer: Path) -> Path:
+def save_model(architecture, folder, tokenizer):
     """A tiny random model with the tokenizer of another folder."""
     config = tiny_config(architecture)
     config.vocab_size = 1000
@@ -44,16 +39,14 @@ def save_model(architecture: str, folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def output_error(residual: Tensor, H: Tensor) -> Tensor:
+def output_error(residual, H):
     """E ‖R x‖²."""
     return torch.einsum("oi,ij,oj->", residual, H, residual)
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (6, 40)])
 @pytest.mark.parametrize("rank", [1, 4])
-def test_the_correction_is_the_best_of_its_rank(
-    toy: ModuleType, shape: tuple[int, int], rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_correction_is_the_best_of_its_rank(toy, shape, rank, monkeypatch):
     """Against a whole SVD in float64 with the symmetric root of H, as in the paper."""
     monkeypatch.setattr(module, "DAMPING", 0.0)
     torch.manual_seed(0)
@@ -78,8 +71,8 @@ def test_the_correction_is_the_best_of_its_rank(
 
 @pytest.mark.parametrize(("rank", "left"), [(4, 0.9), (32, 1e-4)])
 def test_it_brings_the_model_nearer_and_finetune_continues_it(
-    dense: Path, tunable: Path, text: Path, tmp_path: Path, rank: int, left: float
-) -> None:
+    dense, tunable, text, tmp_path, rank, left
+):
     """Rank 32 corrects all of each layer; keys and values have 16 outputs alone."""
     result = init_adapter(
         tunable, tmp_path / "start", dense=dense, calibration=TEXT,
@@ -89,7 +82,7 @@ def test_it_brings_the_model_nearer_and_finetune_continues_it(
     teacher = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     ids = torch.randint(3, 90, (4, 32), generator=torch.Generator().manual_seed(1))
 
-    def distance(model: torch.nn.Module) -> float:
+    def distance(model):
         with torch.no_grad():
             return float((model(ids).logits - teacher(ids).logits).square().mean())
 
@@ -104,7 +97,7 @@ def test_it_brings_the_model_nearer_and_finetune_continues_it(
     finetune(config)
 
 
-def test_a_mix_of_quantizers_is_corrected(dense: Path, toy: ModuleType, tmp_path: Path) -> None:
+def test_a_mix_of_quantizers_is_corrected(dense, toy, tmp_path):
     mixed = tmp_path / "mixed"
     quantize(str(dense), mixed, Assignment(default="toy:levels=7", layers={"*.mlp.*": "verbatim"}))
     layers = packed_layers(load_model(mixed)).values()
@@ -113,9 +106,7 @@ def test_a_mix_of_quantizers_is_corrected(dense: Path, toy: ModuleType, tmp_path
     assert result.corrected == result.layers == len(layers)
 
 
-def test_the_command_gives_the_same_bytes(
-    dense: Path, tunable: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_gives_the_same_bytes(dense, tunable, tmp_path, capsys):
     init_adapter(tunable, tmp_path / "a", dense=dense, calibration=TEXT)
     words = ["init-adapter", str(tunable), str(tmp_path / "b"), "--dense", str(dense)]
     words += ["--calibration", "pydoc[:2%]", "--samples", "8", "--seq-len", "32", "--json"]
@@ -127,9 +118,7 @@ def test_the_command_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
-def test_other_layers_are_corrected_and_experts_begin_at_zero(
-    toy: ModuleType, tmp_path: Path, architecture: str, tunable: Path
-) -> None:
+def test_other_layers_are_corrected_and_experts_begin_at_zero(toy, tmp_path, architecture, tunable):
     dense = save_model(architecture, tmp_path / "dense", tunable.parent / "dense")
     quantize(str(dense), tmp_path / "packed", "toy")
     result = init_adapter(
@@ -144,9 +133,7 @@ def test_other_layers_are_corrected_and_experts_begin_at_zero(
     assert bool(zero) == (architecture == "mixtral")
 
 
-def test_another_dense_model_and_a_used_folder_are_refused(
-    dense: Path, tunable: Path, tmp_path: Path, toy: ModuleType
-) -> None:
+def test_another_dense_model_and_a_used_folder_are_refused(dense, tunable, tmp_path, toy):
     other = save_model("llama", tmp_path / "other", dense)
     with pytest.raises(OptionError, match=r"^dense .*quantized from, with model\.layers"):
         init_adapter(tunable, tmp_path / "out", dense=other, calibration=TEXT)

@@ -1,12 +1,9 @@
 """The loss against a teacher is the textbook's, with its gradient, in the memory of a chunk."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_conformance.allocations import Allocations
 from modulora_recover.loss import TeacherLoss
-from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,12 +14,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROWS, VOCABULARY = 20, 96
 
 
-def random(*shape: int, seed: int) -> Tensor:
+def random(*shape, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
 
-def textbook(z: Tensor, goals: Tensor, teacher: TeacherLoss) -> Tensor:
+def textbook(z, goals, teacher):
     """(1 - x) CE + x KL over k + 1 classes, ``[n, 1]``, by torch's own functions."""
     p = z.softmax(1)
     chosen = torch.zeros_like(p, dtype=torch.bool).scatter(1, teacher.tokens, True)
@@ -37,7 +34,7 @@ def textbook(z: Tensor, goals: Tensor, teacher: TeacherLoss) -> Tensor:
 
 @pytest.mark.parametrize("weight", [0.3, 1.0])
 @pytest.mark.parametrize("k", [1, 7, VOCABULARY - 1])
-def test_each_row_has_the_textbooks_loss_and_gradient(k: int, weight: float) -> None:
+def test_each_row_has_the_textbooks_loss_and_gradient(k, weight):
     probabilities, tokens = random(ROWS, VOCABULARY, seed=3).softmax(1).topk(k)
     teacher = TeacherLoss(tokens, probabilities, weight)
     z = random(ROWS, VOCABULARY, seed=4).requires_grad_()
@@ -55,7 +52,7 @@ def test_each_row_has_the_textbooks_loss_and_gradient(k: int, weight: float) -> 
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_a_teacher_who_is_sure_gives_finite_gradients(share: float) -> None:
+def test_a_teacher_who_is_sure_gives_finite_gradients(share):
     """In fp32 the model's other tokens, and the teacher's, have probability 0."""
     goals = torch.arange(ROWS)[:, None]
     for tokens in (torch.zeros(ROWS, 1, dtype=torch.int64), goals):
@@ -66,7 +63,7 @@ def test_a_teacher_who_is_sure_gives_finite_gradients(share: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_more_logits_than_a_chunk_are_alive(dtype: torch.dtype) -> None:
+def test_no_more_logits_than_a_chunk_are_alive(dtype):
     """256 rows × 32,768 take 32 MiB in fp32, a chunk a quarter. The plain loss is the control."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -79,7 +76,7 @@ def test_no_more_logits_than_a_chunk_are_alive(dtype: torch.dtype) -> None:
     ids = torch.randint(3, 32768, (2, 128))
     whole = 256 * 32768 * 4
 
-    def peak() -> int:
+    def peak():
         with Allocations(before=[*model.parameters(), *model.buffers()]) as followed:
             model(input_ids=ids, labels=ids).loss.backward()
         return followed.peak

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from modulora_kernels.triton.clock import seconds_of
+from modulora_kernels.clock import seconds_of
 
 from modulora_core.errors import OptionError
 

@@ -179,16 +179,16 @@ class Packing(Level):
         layers of one shape do not share it.
         """
         weight = data.draw(weights(quantizer))
-        shape, expected = (weight.shape[0], weight.shape[1]), pack(quantizer, weight).layout
-        found = quantizer.layout(shape)
-        assert found == expected, f"layout({shape}): expected {expected}, got {found}"
+        shape, made = (weight.shape[0], weight.shape[1]), pack(quantizer, weight).layout
+        told = quantizer.layout(shape)
+        assert told == made, f"layout({shape}) and pack: {told.differences(made)}"
 
     def test_metadata_goes_through_json(self, quantizer: Quantizer) -> None:
         """If this fails: config.json cannot hold the metadata, or changes it (a tuple to a
         list)."""
         layout = packed(quantizer, (24, 64)).layout
         again = type(layout).from_json(json.loads(json.dumps(layout.to_json())))
-        assert again == layout, f"layout: expected {layout}, got {again} after JSON"
+        assert again == layout, f"layout after JSON: {layout.differences(again)}"
 
     @needs("test_the_input_is_not_kept")
     def test_bits_per_weight_are_those_of_the_bytes(self, quantizer: Quantizer) -> None:

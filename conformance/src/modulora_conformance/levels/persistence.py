@@ -104,7 +104,7 @@ class Persistence(Level):
         weight = packed(quantizer, SHAPE)
         check_same_bytes(weight, weight.to("cpu"), "moved")
         for found in (weight.to("meta"), weight.layout.empty()):
-            assert found.layout == weight.layout, f"expected {weight.layout}, got {found.layout}"
+            assert found.layout == weight.layout, weight.layout.differences(found.layout)
 
     @pytest.mark.parametrize("assign", [True, False], ids=["into a skeleton", "in place"])
     @needs(ROUND_TRIP, CHANGED)

@@ -1,7 +1,5 @@
 """Broken at some shape, magnitude or sign: level 1 finds them."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

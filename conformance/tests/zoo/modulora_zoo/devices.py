@@ -1,7 +1,5 @@
 """Sound and broken with a Triton kernel: level 7 tells them apart in Triton's interpreter."""
 
-from __future__ import annotations
-
 import os
 
 import torch

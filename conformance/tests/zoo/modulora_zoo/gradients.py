@@ -1,7 +1,5 @@
 """Broken where the core differentiates them: level 4 finds them."""
 
-from __future__ import annotations
-
 import weakref
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """A sound quantizer: 4-bit round-to-nearest by groups, with methods that the others override."""
 
-from __future__ import annotations
-
 import threading
 import time
 

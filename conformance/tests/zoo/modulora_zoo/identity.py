@@ -1,7 +1,5 @@
 """Broken in their metadata: level 0 finds them."""
 
-from __future__ import annotations
-
 from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from modulora_zoo.healthy import Healthy, _Options
@@ -63,7 +61,7 @@ class ForgetfulOptions(Healthy):
 
     class Options(_Options):
         @field_serializer("group_size")
-        def halved(self, value: int) -> int:
+        def halved(self, value):
             return value // 2
 
 

@@ -1,7 +1,5 @@
 """Broken by memory that they keep, and by remains of earlier layers: levels 1 and 5."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from modulora_zoo.healthy import Healthy, rows_of

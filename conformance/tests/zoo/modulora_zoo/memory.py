@@ -1,7 +1,5 @@
 """Broken in the memory that they hold: level 5 finds them."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import numpy as np

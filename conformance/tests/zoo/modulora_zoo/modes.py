@@ -1,7 +1,5 @@
 """Broken in a mode of torch or on some threads: level 3 finds them."""
 
-from __future__ import annotations
-
 import multiprocessing
 import threading
 from typing import ClassVar

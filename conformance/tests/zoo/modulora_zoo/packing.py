@@ -1,7 +1,5 @@
 """Broken in their bytes: level 1 finds them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Broken on other devices, in protected memory, without numba, or by their own options."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 

@@ -1,7 +1,5 @@
 """Broken between processes: level 6 finds them."""
 
-from __future__ import annotations
-
 import ctypes
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Broken in their products: level 3 finds them."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

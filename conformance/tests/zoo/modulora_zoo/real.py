@@ -1,7 +1,5 @@
 """Broken at the sizes of real layers, at some rows of x, or at some widths."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Sound quantizers of other kinds: per row, rotated, on a lattice, in floating point, experts."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

@@ -1,7 +1,5 @@
 """Broken by what they remember, and by calibration: levels 1 and 2 find them."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Broken in their rows, by range or by number: level 2 finds them."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -2,8 +2,6 @@
 
 Most do so for the one weight of the check: settings would disturb the run itself."""
 
-from __future__ import annotations
-
 import gc
 import os
 import warnings

@@ -1,8 +1,6 @@
 """The kernel of ``devices.py``. Triton decides when it is imported whether kernels are
 interpreted."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 
@@ -19,7 +17,7 @@ def decode(codes, scale, zero, out, group_size, *, masked):
 
 
 @triton.jit
-def _decode(codes, scale, zero, out, columns, groups, group_size, BLOCK: tl.constexpr):
+def _decode(codes, scale, zero, out, columns, groups, group_size, BLOCK):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns

@@ -53,6 +53,9 @@ class FP4(KernelQuantizer, ScalarGrid):
     kernels = "modulora_fp4.kernels"
     row_tensors = ("codes", "scales")
 
+    def column_block(self, packed: PackedWeight) -> int | None:
+        return reference.BLOCK[packed.metadata["type"]]
+
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Raises ShapeError: blocks do not divide the rows."""
         size = reference.BLOCK[self.options.type]

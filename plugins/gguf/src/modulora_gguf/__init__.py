@@ -7,7 +7,7 @@ from modulora_core.spec import Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="gguf",
-    summary="llama.cpp's tensor types: all 24 are read, and weights are packed to 4 to 8 bits",
+    summary="llama.cpp's tensor types: reads all 24, of 1 to 16 bits; packs seven, of 4 to 8",
     location="modulora_gguf.quantizer:GGUF",
     protocol=2,
     bits=(4, 5, 6, 8),

@@ -72,6 +72,9 @@ class GGUF(KernelQuantizer, ScalarGrid):
     kernels = "modulora_gguf.kernels"
     row_tensors = ("blocks",)
 
+    def column_block(self, packed: PackedWeight) -> int | None:
+        return reference.block_of(packed.metadata["type"])[0]
+
     @property
     def wants_calibration(self) -> bool:
         return self.options.type in packing.WEIGHTED

@@ -54,6 +54,17 @@ class INT8(KernelQuantizer, ScalarGrid):
     kernels = "modulora_int8.kernels"
     row_tensors = ("codes", "scales")
 
+    def column_block(self, packed: PackedWeight) -> int | None:
+        """The group; of scales for whole rows, :meth:`sliced` cuts the codes alone."""
+        size: int | None = packed.metadata["group_size"]
+        return None if size is None or packed.shape[1] % size else size
+
+    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
+        if dim == 0 or packed.metadata["group_size"] is not None:
+            return super().sliced(packed, dim, start, stop)
+        parts = {**packed.tensors, "codes": packed.tensors["codes"][:, start:stop]}
+        return self.layout((packed.shape[0], stop - start)).fill(parts)
+
     def pack(
         self,
         weight: Tensor,

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from modulora_core.errors import lacks_memory
+
 _HERE = Path(__file__).parent
 
 _MISSING = {
@@ -118,6 +120,8 @@ def _compiler(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        if lacks_memory(error):
+            raise
         message = f"{name} can't be imported ({error}). It compiles {_MISSING[name]}"
         warnings.warn(message, RuntimeWarning, stacklevel=4)
         return None

@@ -49,6 +49,32 @@ class KernelQuantizer(Quantizer):
     kernels: ClassVar[str]
     row_tensors: ClassVar[tuple[str, ...]] = ()
 
+    def column_block(self, packed: PackedWeight) -> int | None:
+        """The columns of a block, if each of ``row_tensors`` has its blocks side by side in a row.
+
+        :meth:`sliced` then cuts columns too, between blocks.
+        """
+        del packed
+        return None
+
+    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
+        block = 1 if dim == 0 else self.column_block(packed)
+        if not self.row_tensors or block is None or start % block or stop % block:
+            return None
+        blocks = packed.shape[dim] // block  # each has an equal part of a tensor's length
+        parts = {
+            name: tensor
+            if name not in self.row_tensors
+            else tensor.narrow(
+                dim,
+                start // block * tensor.shape[dim] // blocks,
+                (stop - start) // block * tensor.shape[dim] // blocks,
+            )
+            for name, tensor in packed.tensors.items()
+        }
+        shape = (stop - start, packed.shape[1]) if dim == 0 else (packed.shape[0], stop - start)
+        return PackedWeight(packed.quantizer, packed.format, shape, parts, packed.metadata)
+
     @staticmethod
     @abstractmethod
     def tensors(shape: tuple[int, int], **metadata: Any) -> Mapping[str, TensorLayout]:

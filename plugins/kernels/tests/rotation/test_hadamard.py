@@ -1,20 +1,15 @@
 """Hadamard matrices: the orders that a construction reaches, orthogonality, and digests."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np
 import pytest
 import torch
 from modulora_kernels.rotation.hadamard import (
-    LARGEST_ORDER,
-    SEQUENCES,
     construction,
     decompose,
     hadamard,
     jacobsthal,
-    prime_power,
 )
 
 from modulora_core.errors import ShapeError
@@ -57,13 +52,6 @@ def test_dimensions_of_models_decompose(n, K):
     assert decompose(n) == K
 
 
-def test_a_decomposition_is_the_smallest_there_is():
-    for n in range(1, 3000):
-        orders = [n >> j for j in range(n.bit_length()) if n % 2**j == 0]
-        there = [K for K in orders if K <= LARGEST_ORDER and construction(K)]
-        assert decompose(n) == min(there, default=None)
-
-
 @pytest.mark.parametrize("order", [0, 3, 188])
 def test_an_order_out_of_reach_is_refused(order):
     with pytest.raises(ShapeError, match=f"order {order}: expected"):
@@ -83,22 +71,3 @@ def test_the_jacobsthal_matrix_of_a_prime_power_has_the_products_that_paley_need
     assert (q * np.eye(q) - 1 == Q @ Q.T).all()
     assert (Q.sum(axis=0) == 0).all()
     assert ((Q.T if q % 4 == 1 else -Q.T) == Q).all()
-
-
-def test_prime_powers_are_found_among_other_numbers():
-    primes = [p for p in range(2, 1100) if all(p % d for d in range(2, p))]
-    powers = {p**k: (p, k) for p in primes for k in range(1, 11) if p**k < 1100}
-    assert {q: prime_power(q) for q in range(1100) if prime_power(q)} == powers
-
-
-@pytest.mark.parametrize("q", [1, 8, 15])
-def test_a_jacobsthal_matrix_of_another_order_is_refused(q):
-    with pytest.raises(ValueError, match=f"odd prime, got {q}"):
-        jacobsthal(q)
-
-
-@pytest.mark.parametrize("n", SEQUENCES)
-def test_autocorrelations_of_the_sequences_sum_to_zero(n):
-    signs = np.array([[1 if s == "+" else -1 for s in sequence] for sequence in SEQUENCES[n]])
-    sums = [int((signs * np.roll(signs, shift, axis=1)).sum()) for shift in range(n)]
-    assert sums == [4 * n] + (n - 1) * [0]

@@ -123,6 +123,36 @@ class NF4(KernelQuantizer, ScalarGrid):
             "offset": TensorLayout("float32", (1,)),
         }
 
+    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
+        """Cut between blocks; columns only if rows have whole blocks, and without double_quant."""
+        (out_features, in_features), B = packed.shape, packed.metadata["block_size"]
+        nested = packed.metadata["double_quant"]
+        if dim == 0:
+            first, last, unit = start * in_features, stop * in_features, max(B, 2)
+            unit *= NESTED_BLOCK_SIZE if nested else 1
+            if first % unit or (last % unit and stop < out_features):
+                return None
+            per = {"codes": 2, "absmax": B, "absmax_codes": B, "nested_absmax": unit}
+            parts = {
+                name: t if name == "offset" else t[first // per[name] : -(-last // per[name])]
+                for name, t in packed.tensors.items()
+            }
+            return self._part(packed, (stop - start, in_features), parts)
+        if nested or any(n % max(B, 2) for n in (in_features, start, stop)):
+            return None
+        per = {"codes": 2, "absmax": B}
+        parts = {
+            name: t.view(out_features, -1)[:, start // per[name] : stop // per[name]].flatten()
+            for name, t in packed.tensors.items()
+        }
+        return self._part(packed, (out_features, stop - start), parts)
+
+    @staticmethod
+    def _part(
+        packed: PackedWeight, shape: tuple[int, int], tensors: dict[str, Tensor]
+    ) -> PackedWeight:
+        return PackedWeight(packed.quantizer, packed.format, shape, tensors, packed.metadata)
+
     def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
         (_, in_features), B, tensors = packed.shape, packed.metadata["block_size"], packed.tensors
         begin, end = rows[0] * in_features, rows[1] * in_features

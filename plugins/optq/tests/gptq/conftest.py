@@ -1,13 +1,8 @@
 """GPTQ folders written bit by bit from the format's description, without our code."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,17 +21,17 @@ IDS = torch.arange(3, 27).view(2, 12)
 
 
 @pytest.fixture(scope="session")
-def gptq() -> ModuleType:
+def gptq():
     """This module, for the tests beside it."""
     return sys.modules[__name__]
 
 
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     with torch.no_grad():
-        return model(IDS).logits  # type: ignore[no-any-return]
+        return model(IDS).logits
 
 
-def words(streams: list[list[int]], bits: int) -> Tensor:
+def words(streams, bits):
     """Each list of codes as one little-endian bit stream in 32-bit words: ``[words, streams]``."""
     columns = []
     for codes in streams:
@@ -57,17 +52,7 @@ class Layer:
     bits: int
 
     @classmethod
-    def random(
-        cls,
-        out: int,
-        columns: int,
-        bits: int,
-        group: int,
-        *,
-        symmetric: bool,
-        permuted: bool,
-        seed: int,
-    ) -> Layer:
+    def random(cls, out, columns, bits, group, *, symmetric, permuted, seed):
         generator = torch.Generator().manual_seed(seed)
         size = columns if group == -1 else group
         groups = -(-columns // size)
@@ -81,11 +66,11 @@ class Layer:
         )
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self):
         """Ŵ, fp32 ``[out, in]``."""
         return (self.q - self.z[:, self.g]).float() * self.s.float()[:, self.g]
 
-    def tensors(self, version: int) -> dict[str, Tensor]:
+    def tensors(self, version):
         z = self.z - 1 if version == 1 else self.z
         return {
             "qweight": words(self.q.tolist(), self.bits).contiguous(),
@@ -96,22 +81,22 @@ class Layer:
 
 
 def save_gptq(
-    folder: Path,
+    folder,
     *,
-    bits: int = 4,
-    group: int = 16,
-    version: int = 2,
-    symmetric: bool = False,
-    permuted: bool = False,
-    head: bool = False,
-    g_idx: bool = True,
-    files: int = 1,
-    config_file: str = "config.json",
-    others: dict[str, tuple[int, int]] | None = None,
-    kept: tuple[str, ...] = (),
-    vocab_size: int = SIZES["vocab_size"],
-    **config: Any,
-) -> nn.Module:
+    bits=4,
+    group=16,
+    version=2,
+    symmetric=False,
+    permuted=False,
+    head=False,
+    g_idx=True,
+    files=1,
+    config_file="config.json",
+    others=None,
+    kept=(),
+    vocab_size=SIZES["vocab_size"],
+    **config,
+):
     """Save a tiny Llama whose linear layers are random codes. Returns the same model, dense.
 
     Args:
@@ -155,7 +140,7 @@ def save_gptq(
     return model
 
 
-def _save(folder: Path, tensors: dict[str, Tensor], files: int) -> None:
+def _save(folder, tensors, files):
     (folder / "model.safetensors").unlink()
     names = [f"model-{i + 1:05d}-of-{files:05d}.safetensors" for i in range(files)]
     if files == 1:
@@ -167,11 +152,11 @@ def _save(folder: Path, tensors: dict[str, Tensor], files: int) -> None:
         save_file(dict(list(tensors.items())[i::files]), folder / file, {"format": "pt"})
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
+def stored(folder):
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def change(folder: Path, **tensors: Tensor) -> None:
+def change(folder, **tensors):
     """Put other tensors into a folder of one file."""
     file = folder / "model.safetensors"
     changed = {name: tensor.clone() for name, tensor in load_file(file).items()} | tensors

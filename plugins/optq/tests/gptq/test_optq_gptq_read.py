@@ -1,26 +1,19 @@
 """GPTQ folders, written bit by bit, as our model."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
 import pytest
 import torch
-from modulora_optq.formats import words
 from modulora_optq.quantizer import to_solution
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import QuantLinear
-from modulora_core.models import open_dense
+from modulora_core.tests.fuzzing import refused_or_runs
 
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 
 
-def check(folder: Path, dense: torch.nn.Module, gptq: ModuleType) -> None:
+def check(folder, dense, gptq):
     """Every layer is the dense one to the last bit, and the logits agree."""
     model = load_model(folder, dtype="float32", device="cpu")
     for name, module in model.named_modules():
@@ -36,9 +29,7 @@ def check(folder: Path, dense: torch.nn.Module, gptq: ModuleType) -> None:
     [("symmetric", 2, 1), ("asymmetric", 3, 1), ("act-order", 4, 1), ("symmetric", 3, 2),
      ("asymmetric", 8, 2), ("act-order", 2, 2)],
 )  # fmt: skip
-def test_every_width_and_version_reads_to_the_last_bit(
-    kind: str, bits: int, version: int, gptq: ModuleType, tmp_path: Path
-) -> None:
+def test_every_width_and_version_reads_to_the_last_bit(kind, bits, version, gptq, tmp_path):
     symmetric, permuted = kind == "symmetric", kind == "act-order"
     dense = gptq.save_gptq(
         tmp_path / "m", bits=bits, version=version, symmetric=symmetric, permuted=permuted
@@ -59,9 +50,7 @@ def test_every_width_and_version_reads_to_the_last_bit(
     ],
     ids=str,
 )  # fmt: skip
-def test_variants_of_folders_are_read(
-    options: dict[str, Any], gptq: ModuleType, tmp_path: Path
-) -> None:
+def test_variants_of_folders_are_read(options, gptq, tmp_path):
     dense = gptq.save_gptq(tmp_path / "m", **options)
     check(tmp_path / "m", dense, gptq)
     packed = open_packed(tmp_path / "m").record.weights
@@ -69,9 +58,7 @@ def test_variants_of_folders_are_read(
     assert len(packed) == 7 + ("head" in options) - ("kept" in options)
 
 
-def test_dynamic_overrides_by_the_first_pattern_that_matches(
-    gptq: ModuleType, tmp_path: Path
-) -> None:
+def test_dynamic_overrides_by_the_first_pattern_that_matches(gptq, tmp_path):
     dynamic = {r"-:.*q_proj": {}, r"+:.*\.mlp\.down": {"bits": 8, "group_size": 32}, r".*proj": {}}
     dense = gptq.save_gptq(
         tmp_path / "m", others={"down_proj": (8, 32)}, kept=("q_proj",), dynamic=dynamic
@@ -84,9 +71,7 @@ def test_dynamic_overrides_by_the_first_pattern_that_matches(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_zeros_of_0_that_borrowed_from_their_neighbours_are_read(
-    bits: int, gptq: ModuleType, tmp_path: Path
-) -> None:
+def test_zeros_of_0_that_borrowed_from_their_neighbours_are_read(bits, gptq, tmp_path):
     gptq.save_gptq(tmp_path / "m", bits=bits, version=1, meta={"quantizer": ["gptqmodel:7.6.0"]})
     z = torch.arange(32).remainder(2**bits).view(32, 1).repeat(1, 4)  # [out, groups], every value
     if bits == 3:
@@ -98,25 +83,6 @@ def test_zeros_of_0_that_borrowed_from_their_neighbours_are_read(
     gptq.change(tmp_path / "m", **{f"{DOWN}.qzeros": qzeros.contiguous()})
     (packed,) = open_packed(tmp_path / "m").packed(f"{DOWN}.weight")
     assert torch.equal(to_solution(packed).zeros.long(), z)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_words_survive_packing_and_unpacking(bits: int, gptq: ModuleType) -> None:
-    codes = torch.randint(0, 2**bits, (96, 5), generator=torch.Generator().manual_seed(0)).to(
-        torch.uint8
-    )
-    expected = gptq.words(codes.T.tolist(), bits)
-    assert torch.equal(words.pack(codes, bits), expected)
-    assert torch.equal(words.unpack(expected, bits), codes)
-    one = expected[:, :1].t().contiguous().t()  # of other strides
-    assert torch.equal(words.unpack(one, bits), codes[:, :1])
-
-
-def test_quantizing_it_again_is_refused(gptq: ModuleType, tmp_path: Path) -> None:
-    gptq.save_gptq(tmp_path / "m", config_file="quantize_config.json")
-    match = r"already quantized with gptq \(quantize_config\.json\).*modulora convert \S+ OUT --to"
-    with pytest.raises(ModelError, match=match):
-        open_dense(str(tmp_path / "m"))
 
 
 @pytest.mark.parametrize(
@@ -133,9 +99,7 @@ def test_quantizing_it_again_is_refused(gptq: ModuleType, tmp_path: Path) -> Non
         ({"dynamic": {"(": {}}}, r"dynamic: expected a regular expression, got '\('"),
     ],
 )  # fmt: skip
-def test_a_config_that_is_not_implemented_is_refused_by_name(
-    config: dict[str, Any], match: str, gptq: ModuleType, tmp_path: Path
-) -> None:
+def test_a_config_that_is_not_implemented_is_refused_by_name(config, match, gptq, tmp_path):
     group = config.get("group_size", 16)
     gptq.save_gptq(
         tmp_path / "m",
@@ -153,7 +117,7 @@ def test_a_config_that_is_not_implemented_is_refused_by_name(
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_zeros_of_0_in_v1_are_noticed(bits: int, gptq: ModuleType, tmp_path: Path) -> None:
+def test_zeros_of_0_in_v1_are_noticed(bits, gptq, tmp_path):
     gptq.save_gptq(tmp_path / "m", bits=bits, version=1)
     qzeros = gptq.stored(tmp_path / "m")[f"{DOWN}.qzeros"].clone()
     qzeros[0, 0] |= 2**bits - 1
@@ -163,7 +127,7 @@ def test_zeros_of_0_in_v1_are_noticed(bits: int, gptq: ModuleType, tmp_path: Pat
         open_packed(tmp_path / "m")
 
 
-def test_groups_of_uneven_sizes_are_refused(gptq: ModuleType, tmp_path: Path) -> None:
+def test_groups_of_uneven_sizes_are_refused(gptq, tmp_path):
     gptq.save_gptq(tmp_path / "m")
     g_idx = gptq.stored(tmp_path / "m")[f"{DOWN}.g_idx"].clone()
     g_idx[0] = 1
@@ -175,7 +139,7 @@ def test_groups_of_uneven_sizes_are_refused(gptq: ModuleType, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("part", ["qzeros", "scales", "g_idx", "qweight"])
-def test_tensors_that_disagree_are_refused(part: str, gptq: ModuleType, tmp_path: Path) -> None:
+def test_tensors_that_disagree_are_refused(part, gptq, tmp_path):
     gptq.save_gptq(tmp_path / "m")
     tensor = gptq.stored(tmp_path / "m")[f"{UP}.{part}"]
     gptq.change(tmp_path / "m", **{f"{UP}.{part}": tensor[:-1].clone()})
@@ -183,7 +147,7 @@ def test_tensors_that_disagree_are_refused(part: str, gptq: ModuleType, tmp_path
         open_packed(tmp_path / "m")
 
 
-def test_scales_with_nan_are_refused_when_they_are_read(gptq: ModuleType, tmp_path: Path) -> None:
+def test_scales_with_nan_are_refused_when_they_are_read(gptq, tmp_path):
     gptq.save_gptq(tmp_path / "m")
     scales = gptq.stored(tmp_path / "m")[f"{UP}.scales"] * float("nan")
     gptq.change(tmp_path / "m", **{f"{UP}.scales": scales})
@@ -191,7 +155,14 @@ def test_scales_with_nan_are_refused_when_they_are_read(gptq: ModuleType, tmp_pa
         load_model(tmp_path / "m")
 
 
-def test_a_layer_that_the_config_leaves_out_is_refused(gptq: ModuleType, tmp_path: Path) -> None:
+def test_a_layer_that_the_config_leaves_out_is_refused(gptq, tmp_path):
     gptq.save_gptq(tmp_path / "m", dynamic={"-:.*up_proj": {}})
     with pytest.raises(CheckpointError, match=rf"{UP}\.qweight: expected a dense weight"):
         open_packed(tmp_path / "m")
+
+
+@pytest.mark.slow
+def test_a_changed_folder_is_refused_or_runs(gptq, tmp_path):
+    dynamic = {r"+:.*up_proj$": {"bits": 8}, r"-:^lm_head$": {}}
+    gptq.save_gptq(tmp_path, permuted=True, others={"up_proj": (8, 16)}, dynamic=dynamic)
+    refused_or_runs(tmp_path)

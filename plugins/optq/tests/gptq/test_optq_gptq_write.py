@@ -16,13 +16,12 @@ from modulora_optq.quantizer import OPTQ, from_solution
 from modulora_optq.reference import Solution
 
 from modulora_core.checkpoints.convert import convert
-from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import ModelError, ShapeError
-from modulora_core.hf.load_model import load_model
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight
-from modulora_core.quantization.quantize import quantize
 from modulora_core.spec import PackedWeight
+from modulora_core.tests.other_tools import assert_used
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 KINDS: list[dict[str, Any]] = [
     {"bits": 2, "symmetric": True},
@@ -118,39 +117,7 @@ def test_a_shape_that_does_not_fill_words_is_refused(
             writer("gptq").plan(weight)
 
 
-def test_a_weight_of_another_quantizer_is_refused_by_name(gptq: ModuleType, tmp_path: Path) -> None:
-    pytest.importorskip("modulora_nf4")
-    gptq.LlamaForCausalLM(gptq.LlamaConfig(**gptq.SIZES)).save_pretrained(tmp_path / "dense")
-    quantize(str(tmp_path / "dense"), tmp_path / "ours", "nf4")
-    with pytest.raises(
-        ModelError,
-        match=r"model\.layers\.0\.\S+_proj: packed by nf4; gptq holds weights of optq only",
-    ):
-        convert(str(tmp_path / "ours"), tmp_path / "out", "gptq")
-    assert not (tmp_path / "out").exists()
-
-
-def test_finetuning_works_straight_on_a_folder(gptq: ModuleType, tmp_path: Path) -> None:
-    from modulora_core.cli import main
-    from modulora_core.tests.tiny_tokenizer import make_tokenizer
-
-    gptq.save_gptq(tmp_path / "m", version=1, symmetric=True, permuted=True, vocab_size=600)
+def test_a_folder_is_converted_merged_finetuned_and_asked(gptq: ModuleType, tmp_path: Path) -> None:
+    gptq.save_gptq(tmp_path / "m", version=1, symmetric=True, permuted=True, vocab_size=640)
     make_tokenizer().save_pretrained(tmp_path / "m")
-    before = gptq.logits(load_model(tmp_path / "m"))
-    model, adapter = str(tmp_path / "m"), str(tmp_path / "adapter")
-    words = ["finetune", model, adapter, "--data", "pydoc[:1%]", "--steps", "2", "--no-baseline"]
-    words += ["--batch-size", "1", "--grad-accum", "1", "--seq-len", "32"]
-    assert main(words) == 0
-    record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())
-    assert record["base"]["quantizers"][0]["quantizer"] == "optq"
-    convert(model, tmp_path / "ours", "modulora")
-    from modulora_core.hf.load_adapter import load_adapter
-
-    logits = []
-    for folder in ("m", "ours"):
-        loaded = load_model(tmp_path / folder)
-        load_adapter(loaded, adapter)
-        logits.append(gptq.logits(loaded))
-    assert torch.equal(*logits)
-    assert not torch.equal(logits[0], before)
-    assert open_packed(tmp_path / "ours").record.source["format"] == "gptq"
+    assert_used(tmp_path / "m", tmp_path)

@@ -16,13 +16,18 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.packed_modules import install
 from modulora_core.checkpoints.record import QuantizationRecord, packed_sites
 from modulora_core.hf.load_model import check_mapped
-from modulora_core.models.config import config_values, transformers_config, window_of
+from modulora_core.models.config import (
+    config_values,
+    read_config,
+    transformers_config,
+    window_of,
+)
 from modulora_core.models.ends import find_ends
 from modulora_core.models.installed_formats import recognise
-from modulora_core.models.locate import locate
+from modulora_core.models.locate import Location, locate
 from modulora_core.models.sites import find_sites
 from modulora_core.models.skeleton import build_skeleton
-from modulora_core.models.source import ModelSource, open_config, open_dense
+from modulora_core.models.source import ModelSource, load_dtype, open_dense
 from modulora_core.progress import quiet
 from modulora_core.quantization.layout import end_quantizer
 from modulora_core.registry import Choice
@@ -176,7 +181,7 @@ def _open(request: PlanRequest) -> Dense | PlannedModel:
         if record is not None:
             return _packed(Dense(name, _config(location.folder)), record)
         if recognise(location.folder, values) is None:
-            return Dense(name, open_config(location))
+            return Dense(name, _dense_config(location))
         found = open_model(location)
     if not isinstance(found, PackedCheckpoint):
         return Dense(name, found.config)
@@ -190,6 +195,22 @@ def _packed(dense: Dense, record: QuantizationRecord, *, foreign: bool = False) 
     for site in record.sites:
         quantizers[site.recipe].check_format(site.layout)
     return PlannedModel(dense, record, quantizers, foreign)
+
+
+def _dense_config(location: Location) -> PretrainedConfig:
+    """The config of a model of safetensors, with the dtype that transformers loads it in.
+
+    The weights need not be there: those of a Hub model are not downloaded.
+
+    Raises:
+        ModelError: as :func:`open_dense`.
+    """
+    with quiet():
+        config, _ = read_config(location.folder)
+        dtype = load_dtype(config, ())
+        config = build_skeleton(config, dtype).config  # refuses other models than language models
+    config.name_or_path, config.dtype = location.model, dtype
+    return config
 
 
 def _config(folder: Path) -> PretrainedConfig:

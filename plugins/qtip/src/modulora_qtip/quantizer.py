@@ -80,6 +80,21 @@ class QTIP(RotatedQuantizer):
         metadata = metadata_of(self.options)
         return PackedLayout(SPEC.name, self.format, shape, tensors(shape, **metadata), metadata)
 
+    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
+        """Cut between blocks of the Hadamard matrices, if they are not as wide as the weight."""
+        block, size = self.block(packed), packed.shape[dim]
+        if block is None or start % block or (stop % block and stop < size):
+            return None
+        held, padded = packed.tensors, -(-stop // block) * block
+        name, tiles = (("svh", 1), ("suh", 0))[dim]
+        parts = {
+            **held,
+            "trellis": held["trellis"].narrow(tiles, start // TILE, (padded - start) // TILE),
+            name: held[name][start:padded],
+        }
+        shape = (stop - start, packed.shape[1]) if dim == 0 else (packed.shape[0], stop - start)
+        return PackedWeight(packed.quantizer, packed.format, shape, parts, packed.metadata)
+
     @staticmethod
     def tensors(
         shape: tuple[int, int], bits: int, states: int, code: str, hadamard: str

@@ -1,7 +1,5 @@
 """The modules beside the tests, for them."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -3,22 +3,16 @@
 Nothing of the plugin is used: codebooks, transform and words are here again, in slow Python.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SIZES = {
@@ -49,17 +43,17 @@ Codes = list[list[int]]
 
 
 @pytest.fixture(scope="session")
-def relaxml() -> ModuleType:
+def relaxml():
     """This module, for the tests beside it."""
     return sys.modules[__name__]
 
 
 @pytest.fixture(scope="session")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Path, nn.Module]]:
+def published(tmp_path_factory):
     """``published(bits)``: a folder, not to be changed, and its dense model; each made once."""
-    made: dict[int, tuple[Path, nn.Module]] = {}
+    made = {}
 
-    def make(bits: int) -> tuple[Path, nn.Module]:
+    def make(bits):
         if bits not in made:
             folder = tmp_path_factory.mktemp(f"E8P-{bits}Bit") / "m"
             made[bits] = folder, save_relaxml(folder, bits)
@@ -69,26 +63,24 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple
 
 
 @pytest.fixture
-def copied(
-    published: Callable[[int], tuple[Path, nn.Module]], tmp_path: Path
-) -> Callable[[int], Path]:
+def copied(published, tmp_path):
     """``copied(bits)``: a folder to change."""
 
-    def copy(bits: int = 2) -> Path:
+    def copy(bits=2):
         return Path(shutil.copytree(published(bits)[0], tmp_path / "m"))
 
     return copy
 
 
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     with torch.no_grad():
-        return model(IDS).logits  # type: ignore[no-any-return]
+        return model(IDS).logits
 
 
 # --- the points of codes ---------------------------------------------------------------------
 
 
-def absolute_vectors() -> list[tuple[float, ...]]:
+def absolute_vectors():
     """The 256 of E8P12, in their order."""
     short = [v for v in itertools.product((0.5, 1.5, 2.5), repeat=8) if sum(x * x for x in v) <= 10]
     halves = (
@@ -104,7 +96,7 @@ def absolute_vectors() -> list[tuple[float, ...]]:
 ABSOLUTE = absolute_vectors()
 
 
-def e8p(code: int) -> list[float]:
+def e8p(code):
     a, s = code >> 8, code & 255
     v = list(ABSOLUTE[a])
     if sum(v) % 2 == 1:
@@ -118,7 +110,7 @@ def e8p(code: int) -> list[float]:
     ]
 
 
-def e81() -> list[tuple[float, ...]]:
+def e81():
     """The 256 points of the residual at 3 bits, in their order."""
     whole = [v for v in itertools.product((-1, 0, 1), repeat=8)
              if sum(v) % 2 == 0 and sum(x * x for x in v) <= 2]  # fmt: skip
@@ -127,7 +119,7 @@ def e81() -> list[tuple[float, ...]]:
     return [*whole, *halves, *twos]
 
 
-def decode(codes: Codes, residual: Codes, bits: int) -> Tensor:
+def decode(codes, residual, bits):
     """C, fp64 ``[out, in]``."""
     C = torch.tensor([[x for code in row for x in e8p(code)] for row in codes], dtype=torch.float64)
     if bits == 3:
@@ -140,7 +132,7 @@ def decode(codes: Codes, residual: Codes, bits: int) -> Tensor:
     return C
 
 
-def sylvester(n: int) -> Tensor:
+def sylvester(n):
     """H_n for a power of two: entry (i, j) is (−1)^(number of ones in i & j) / √n."""
     signs = [[(-1) ** (i & j).bit_count() for j in range(n)] for i in range(n)]
     return torch.tensor(signs, dtype=torch.float64) / n**0.5
@@ -149,7 +141,7 @@ def sylvester(n: int) -> Tensor:
 # --- the stored form -------------------------------------------------------------------------
 
 
-def words_of_e8p(codes: Codes) -> Tensor:
+def words_of_e8p(codes):
     """int64 ``[out, in / 32]``, each bit put where the description says."""
     m, n = len(codes), 8 * len(codes[0])
     words = [0] * (m * n // 32)
@@ -164,7 +156,7 @@ def words_of_e8p(codes: Codes) -> Tensor:
     return signed(words).view(m, n // 32)
 
 
-def words_of_bytes(codes: Codes) -> Tensor:
+def words_of_bytes(codes):
     """int64 ``[out, in / 64]``: byte k is code 8 w + k."""
     words = [
         sum(row[8 * w + k] << 8 * k for k in range(8))
@@ -174,13 +166,11 @@ def words_of_bytes(codes: Codes) -> Tensor:
     return signed(words).view(len(codes), -1)
 
 
-def signed(words: list[int]) -> Tensor:
+def signed(words):
     return torch.from_numpy(np.array(words, dtype=np.uint64).view(np.int64).copy())
 
 
-def layer(
-    out: int, columns: int, rows: list[int], bits: int, seed: int, tuned: bool, meaning: bool
-) -> tuple[dict[str, Tensor], Tensor]:
+def layer(out, columns, rows, bits, seed, tuned, meaning):
     """The tensors of a layer of random codes, and Ŵ, fp64 ``[out, in]``.
 
     Args:
@@ -189,8 +179,8 @@ def layer(
         meaning: without it Ŵ is zeros, for dimensions that this file has no transform for.
     """
     rng = np.random.default_rng(seed)
-    codes: Codes = rng.integers(0, 65536, (out, columns // 8)).tolist()
-    residual: Codes = rng.integers(0, 256 if bits == 3 else 65536, (out, columns // 8)).tolist()
+    codes = rng.integers(0, 65536, (out, columns // 8)).tolist()
+    residual = rng.integers(0, 256 if bits == 3 else 65536, (out, columns // 8)).tolist()
     S_U, S_V = (
         torch.from_numpy(rng.choice([-1.0, 1.0], n) * (rng.uniform(0.8, 1.25, n) if tuned else 1))
         for n in (columns, out)
@@ -221,9 +211,7 @@ def layer(
     return tensors, W
 
 
-def save_relaxml(
-    folder: Path, bits: int = 2, *, tuned: bool = True, meaning: bool = True, **sizes: Any
-) -> nn.Module:
+def save_relaxml(folder, bits=2, *, tuned=True, meaning=True, **sizes):
     """Save a tiny Llama as relaxml published theirs, in one file. Returns the dense model."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES | sizes)).eval()
@@ -258,7 +246,7 @@ def save_relaxml(
     return model
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
+def edit_config(folder, **changes):
     """None removes a key."""
     values = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(
@@ -266,7 +254,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     )
 
 
-def edit_params(folder: Path, **changes: Any) -> None:
+def edit_params(folder, **changes):
     """Change ``quip_params``. None removes a key."""
     values = json.loads((folder / "config.json").read_text())["quip_params"] | changes
     edit_config(
@@ -274,13 +262,13 @@ def edit_params(folder: Path, **changes: Any) -> None:
     )
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
+def stored(folder):
     return {
         name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()
     }
 
 
-def change(folder: Path, **tensors: Tensor | None) -> None:
+def change(folder, **tensors):
     """Put other tensors into the file. None removes one."""
     changed = stored(folder) | tensors
     kept = {name: tensor for name, tensor in changed.items() if tensor is not None}

@@ -14,12 +14,13 @@ from modulora_quip_sharp_e8 import FORMATS
 from modulora_quip_sharp_e8.formats.relaxml import Relaxml, unpack
 from torch import Tensor, nn
 
-from modulora_core.checkpoints.convert import convert
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.hf.load_model import load_model
-from modulora_core.hf.merge import merge
 from modulora_core.layers import QuantLinear
 from modulora_core.spec import PackedWeight, TensorLayout
+from modulora_core.tests.fuzzing import refused_or_runs
+from modulora_core.tests.other_tools import assert_used
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 Published = Callable[[int], tuple[Path, nn.Module]]
 Copied = Callable[..., Path]
@@ -64,15 +65,6 @@ def test_optional_keys_and_shapes_are_read(relaxml: ModuleType, tmp_path: Path) 
         },
     )
     check(tmp_path / "m", dense, relaxml)
-
-
-@pytest.mark.parametrize(("bits", "scale"), [(3, 2.04), (4, 3.45)])
-def test_the_residuals_own_scale_may_be_written_out(
-    bits: int, scale: float, relaxml: ModuleType, copied: Copied
-) -> None:
-    folder = copied(bits)
-    relaxml.edit_params(folder, resid_scale_override=scale)
-    assert len(open_packed(folder).record.weights) == 14
 
 
 def test_the_biases_of_layers_that_are_not_fused_are_read(
@@ -163,46 +155,13 @@ def test_factors_of_parts_are_rounded_into_the_output_scale_once(
     assert bool((error <= 1.0001 * 2**-11 * expected.abs()).all())
 
 
-def test_convert_writes_a_checkpoint_of_ours_with_the_same_logits(
-    relaxml: ModuleType, published: Published, tmp_path: Path
-) -> None:
-    folder, _ = published(3)
-    result = convert(str(folder), tmp_path / "ours", "modulora")
-    assert (result.source_format, result.format) == ("quip-sharp", "modulora")
-    ours = open_packed(tmp_path / "ours")
-    assert ours.format == "modulora"
-    assert ours.record.source["format"] == "quip-sharp"
-    assert {site.layout.metadata["bits"] for _, site in ours.record.items()} == {3}
-    assert torch.equal(
-        relaxml.logits(load_model(tmp_path / "ours")), relaxml.logits(load_model(folder))
-    )
-
-
-def test_merge_unpacks_a_folder_to_a_model_of_plain_transformers(
-    relaxml: ModuleType, published: Published, tmp_path: Path
-) -> None:
-    folder, dense = published(2)
-    merge(str(folder), tmp_path / "out", dtype="float32")
-    plain = relaxml.LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    assert not hasattr(plain.config, "quip_params")
-    torch.testing.assert_close(relaxml.logits(plain), relaxml.logits(dense), rtol=1e-4, atol=1e-4)
-
-
-def test_finetuning_works_straight_on_a_folder(
-    relaxml: ModuleType, copied: Copied, tmp_path: Path
-) -> None:
-    from modulora_core.cli import main
-    from modulora_core.hf.load_adapter import load_adapter
-    from modulora_core.tests.tiny_tokenizer import make_tokenizer
-
+def test_a_folder_is_converted_merged_finetuned_and_asked(copied: Copied, tmp_path: Path) -> None:
     folder = copied(2)
     make_tokenizer().save_pretrained(folder)
-    words = f"finetune {folder} {tmp_path / 'adapter'} --data pydoc[:1%] --steps 2"
-    options = "--batch-size 1 --seq-len 32 --grad-accum 1"
-    assert main([*words.split(), *options.split()]) == 0
-    record = json.loads((tmp_path / "adapter" / "modulora.json").read_text())
-    assert record["base"]["quantizers"][0]["quantizer"] == "quip-sharp-e8"
-    model = load_model(folder)
-    before = relaxml.logits(model)
-    load_adapter(model, str(tmp_path / "adapter"))
-    assert not torch.equal(relaxml.logits(model), before)
+    assert_used(folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_changed_folder_is_refused_or_runs(relaxml: ModuleType, tmp_path: Path) -> None:
+    relaxml.save_relaxml(tmp_path / "E8P-2Bit", 2)
+    refused_or_runs(tmp_path / "E8P-2Bit")

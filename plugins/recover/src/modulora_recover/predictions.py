@@ -33,7 +33,8 @@ from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.config import vocabulary_of
 from modulora_core.progress import Progress
-from modulora_core.training.chunked_loss import deferred_logits, label_logits
+from modulora_core.training.chunked_loss import label_logits
+from modulora_core.training.readout import read_out
 
 TOP = 64
 """Tokens in a row, of 6 bytes each. The loss counts all other tokens as one class."""
@@ -157,9 +158,9 @@ class Predictions:
         for_each_block(self.teacher, (), device, run)
         rows: list[Rows] = [np.empty(0, self.row)] * len(sequences)
         for numbers, batch, found in zip(batches, padded, calls, strict=True):
-            with deferred_logits(outer.model):
-                logits = outer.logits_after(found, batch["input_ids"], states.pop(0))
-            made = np.concatenate([*map(self._rows, label_logits(logits, batch["labels"]))])
+            with read_out(outer.model) as readout:
+                outer.logits_after(found, batch["input_ids"], states.pop(0))
+            made = np.concatenate([*map(self._rows, label_logits(readout, batch["labels"]))])
             counts = [_trained(sequences[i]) for i in numbers]
             for i, part in zip(numbers, np.split(made, [*accumulate(counts)][:-1]), strict=True):
                 rows[i] = part

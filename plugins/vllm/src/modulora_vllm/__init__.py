@@ -1,8 +1,12 @@
-"""Adapters for vLLM. This module is the entry point: metadata only, no torch."""
+"""Serving: any quantizer in vLLM, ``serve``, and adapters for vLLM.
+
+This module is an entry point of ``modulora``: metadata only, no torch. vLLM's own entry point is
+:func:`modulora_vllm.registration.register`.
+"""
 
 from __future__ import annotations
 
-from modulora_core.hookspecs import FormatSpec, hookimpl
+from modulora_core.hookspecs import CommandSpec, FormatSpec, hookimpl
 
 
 @hookimpl
@@ -14,5 +18,18 @@ def modulora_formats() -> list[FormatSpec]:
             location="modulora_vllm.export:VLLMAdapter",
             protocol=2,
             adapters=True,
+        )
+    ]
+
+
+@hookimpl
+def modulora_commands() -> list[CommandSpec]:
+    return [
+        CommandSpec(
+            name="serve",
+            summary="Serve a model and its adapters to OpenAI's clients.",
+            panel="Use",
+            location="modulora_vllm.cli.serve:command",
+            protocol=2,
         )
     ]

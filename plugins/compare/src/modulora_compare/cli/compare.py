@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
+from time import perf_counter
 from typing import Annotated
 
 from modulora_compare.cli.installed import embedding_quantizer
@@ -87,7 +90,7 @@ def command(
         samples=samples, device=device, embeddings=packs,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
-    methods = compare(request, out, Bars(terminal().progress))
+    methods = compare(request, out, Bars(terminal().progress), _noted())
     written = out / PAGE
     words = ["modulora", "compare", model, "--data", data]
     words += [word for name in quantizers for word in ("-q", name)]
@@ -110,3 +113,26 @@ def command(
     json = {"page": str(written), "methods": [asdict(each) for each in methods]}
     follow = next_commands(f"open {shlex.quote(str(written))} in a browser")
     return Report(json, Group(shown, follow))
+
+
+def _noted() -> Callable[[str, int, int], None]:
+    """A callback that notes each step, and the time left by the steps that were done in this run.
+
+    A step that an earlier run did takes no time, so it says nothing of the others.
+    """
+    begun = perf_counter()
+    worked: list[float] = []
+
+    def note(title: str, done: int, total: int) -> None:
+        nonlocal begun
+        now = perf_counter()
+        if done and now - begun > 1:
+            worked.append(now - begun)
+        begun, left = now, ""
+        if worked:
+            seconds = fmean(worked) * (total - done)
+            spoken = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} s"
+            left = f", about {spoken} left"
+        terminal().note(f"step {done + 1} of {total}: {title}{left}")
+
+    return note

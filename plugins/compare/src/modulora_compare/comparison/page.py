@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from modulora_compare.comparison.measure import ANSWER_TOKENS, Measured, Method, Request, difference
+from modulora_compare.comparison.measure import (
+    ANSWER_TOKENS,
+    LEAST_SEGMENTS,
+    Measured,
+    Method,
+    Request,
+    difference,
+)
 from modulora_compare.report.curves import Curve
 from modulora_compare.report.page import template
 from modulora_core.version import VERSION
@@ -13,11 +20,25 @@ from modulora_core.version import VERSION
 HEADS = ("", "MiB", "perplexity", "nats beside original", "finetuned", "nats beside original",
          "tokens/s", "peak GiB")  # fmt: skip
 
+MEANING = (
+    "Nats beside original: the mean difference of the loss of a token to the original in the same "
+    "column, or to the original as it was if it cannot be finetuned."
+)
+MANY = (
+    "In brackets its 95 % interval, by bootstrap over the segments. An interval without 0 is a "
+    "difference on this text."
+)
+FEW = (
+    f"So few segments say nothing about which is better: from {LEAST_SEGMENTS} on, an interval is "
+    "beside the mean (--segments)."
+)
+
 
 def page(request: Request, methods: Sequence[Method], command: str) -> str:
     """The text of the page. ``command`` repeats the comparison."""
     heads = HEADS if request.steps else (*HEADS[:4], *HEADS[6:])
     finetuned = f", then finetuned for {request.steps} steps of {request.batch_size}"
+    few = len(methods[0].before.losses) < LEAST_SEGMENTS
     table = f" The embedding is packed with {request.embeddings}." if request.embeddings else ""
     return template(Path(__file__).with_name("comparison.html.jinja")).render(
         title=f"Quantizers of {request.model}",
@@ -26,9 +47,7 @@ def page(request: Request, methods: Sequence[Method], command: str) -> str:
         curve=_curve(methods),
         heads=heads,
         rows=[list(_row(each, methods[0], request.steps)) for each in methods],
-        meaning="Nats beside original: the mean difference of the loss of a token to the original "
-        "in the same column, or to the original as it was if it cannot be finetuned. In brackets "
-        "its 95 % interval, by bootstrap over the segments. An interval without 0 is a difference.",
+        meaning=f"{MEANING} {FEW if few else MANY}",
         samples=list(_samples(methods)),
         longest=ANSWER_TOKENS,
         command=command,
@@ -45,7 +64,7 @@ def _curve(methods: Sequence[Method]) -> Curve:
     if after:
         series["finetuned"] = after
     names = [each.name for each in ordered]
-    return Curve("Perplexity by MiB", series, labels=names, axis="MiB")
+    return Curve("Perplexity by MiB", series, labels=names, axis="MiB", joined=False)
 
 
 def _row(method: Method, base: Method, steps: int) -> Iterator[str]:
@@ -65,6 +84,8 @@ def _beside(measured: Measured, base: Measured) -> str:
     if measured.losses == base.losses:
         return ""
     mean, low, high = difference(measured.losses, base.losses)
+    if len(base.losses) < LEAST_SEGMENTS:
+        return f"{mean:+.3f}"
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 

@@ -29,6 +29,7 @@ class Curve:
         from_zero: the vertical axis begins at zero.
         labels: the label of each point of the first series.
         axis: the name of the horizontal axis in tooltips.
+        joined: a line joins the points of a series.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Curve:
     from_zero: bool = False
     labels: Sequence[str] = ()
     axis: str = "step"
+    joined: bool = True
 
     @property
     def svg(self) -> str:
@@ -67,7 +69,8 @@ class Curve:
         for kind, points in zip(("first", "second"), shown.values(), strict=False):
             places = [place(*point) for point in points]
             line = " ".join(f"{x},{y}" for x, y in places)
-            parts.append(f'<polyline class="{kind}" points="{line}"/>')
+            if self.joined:
+                parts.append(f'<polyline class="{kind}" points="{line}"/>')
             if len(points) <= 40:
                 parts += [
                     f'<circle class="{kind}" cx="{x}" cy="{y}" r="2.5">'

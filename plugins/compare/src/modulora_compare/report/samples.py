@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ from modulora_core.progress import Display, Progress, shown
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.methods import METHODS
 from modulora_core.training.run_log import RunLog
+
+_ROLE = re.compile(r"\A(system|user|assistant|model)[ \t]*(\n|\Z)")
+"""The line that a template writes before a turn."""
 
 COUNT, PROMPT = 5, 32
 """Number of prompts, and tokens of a prompt that is cut from a text."""
@@ -95,7 +101,19 @@ def answers(
         after = answered(LONGEST)
     show("answering", 2 * LONGEST, 2 * LONGEST)  # answers may end early
     expected = texts([answer[:LONGEST] for _, answer in pairs])
-    return list(map(Sample, texts(prompts), expected, before, after))
+    asked = [question(prompt, tokenizer) for prompt in prompts]
+    return list(map(Sample, asked, expected, before, after))
+
+
+def question(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The last turn of a chat's prompt, without the words of its template; else the whole text."""
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    runs = [[*run] for is_special, run in groupby(ids, special.__contains__) if not is_special]
+    texts = [text.strip() for text in tokenizer.batch_decode(runs)]
+    turns = [_ROLE.sub("", text).strip() for text in texts]
+    if turns == texts:
+        return str(tokenizer.decode([*ids], skip_special_tokens=True)).strip()
+    return next((turn for turn in reversed(turns) if turn), "")
 
 
 class _Bar(StoppingCriteria):

@@ -19,8 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
+from modulora_kernels.clock import seconds_of
 from modulora_kernels.triton.blocks import INTERPRETED
-from modulora_kernels.triton.clock import seconds_of
 
 Argument = Tensor | int | float | tuple["Argument", ...]
 """A kernel's argument: a tensor becomes a pointer, a tuple stays one."""

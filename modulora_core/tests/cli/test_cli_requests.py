@@ -1,0 +1,88 @@
+"""A wrong request is refused before torch is imported, which takes many seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modulora_core.errors import OutputError
+from modulora_core.tests.conftest import TOY_SITE
+
+RUN = """
+import json, sys
+sys.modules["torch"] = None  # importing it raises ImportError
+from modulora_core.cli import main
+for words in json.load(sys.stdin):
+    print(json.dumps([main([*words, "--json"])]))
+"""
+
+LINK = "output folder link: expected a folder or nothing, found a link"
+ABSENT = "model ./absent: no such file or folder"
+SLICE = "pydoc[90%]: expected a slice in percent such as"
+NEAR = "quantizer 'tyo' isn't installed; did you mean 'toy"
+
+WRONG = {
+    "finetune ./absent OUT --data pydoc": ABSENT,
+    "finetune absent.single OUT --data pydoc": "model absent.single: no such file or folder",
+    "finetune notes.txt OUT --data pydoc": "model notes.txt: expected a folder or a file",
+    "finetune empty OUT --data pydoc": "empty: no config.json",
+    "finetune MODEL OUT": "data: expected training data, got none; give --data SOURCE",
+    "finetune MODEL OUT --data absent.txt": "absent.txt: expected a file, and there is none",
+    "finetune MODEL OUT --data MODEL/config.py": "expected a file that ends in one of .txt",
+    "finetune MODEL OUT --data notes.txt --eval-data ./absent": "./absent: expected a file",
+    "finetune MODEL OUT --data pydoc[90%]": SLICE,
+    "finetune MODEL OUT --data pydoc --adapter ./absent": "adapter ./absent: expected a folder",
+    "finetune MODEL OUT --data pydoc --adapter empty": "expected adapter_config.json in it",
+    "finetune MODEL OUT --data pydoc -q tyo": NEAR,
+    "finetune --config run.yaml": ABSENT,
+    "evaluate MODEL --data pydoc[90%]": SLICE,
+    "generate ./absent Hello": ABSENT,
+    "chat MODEL --adapter ./absent": "adapter ./absent: expected a folder or a Hub id",
+    "convert MODEL OUT --to ggfu": "format 'ggfu': expected one of modulora, ",
+    "convert MODEL link --to crude": LINK,
+    "merge MODEL link": LINK,
+    "merge MODEL OUT --adapter empty": "adapter empty: expected adapter_config.json in it",
+    "quantize MODEL link -q toy": LINK,
+    "quantize MODEL OUT -q tyo": NEAR,
+    "quantize MODEL OUT -q toy --calibration absent.txt": "absent.txt: expected a file",
+}
+
+
+def test_a_wrong_request_is_refused_without_torch(tmp_path: Path) -> None:
+    for name in ("MODEL", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "MODEL" / "config.json").write_text("{}")
+    (tmp_path / "MODEL" / "config.py").touch()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "notes.txt").write_text("The ship sailed north.")
+    (tmp_path / "run.yaml").write_text("{model: ./absent, out: OUT, data: notes.txt}")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN], input=json.dumps([words.split() for words in WRONG]),
+        cwd=tmp_path, text=True, capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(TOY_SITE)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    for words, report, code in zip(WRONG, lines[::2], lines[1::2], strict=True):
+        message = report["error"]["message"]
+        assert WRONG[words] in message, (words, message)
+        assert code == [2], words
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"MODEL", "empty", "link", "notes.txt", "run.yaml"}
+
+
+def test_a_run_is_written_through_a_link(tmp_path: Path) -> None:
+    """A run is written in its place, so no rename would fail at its end."""
+    from modulora_core.training.resuming import check_new
+
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    check_new(tmp_path / "link")
+    (tmp_path / "disk" / "notes.txt").touch()
+    with pytest.raises(OutputError, match="expected it new or empty"):
+        check_new(tmp_path / "link")

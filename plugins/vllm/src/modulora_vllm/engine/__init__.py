@@ -1,0 +1,1 @@
+"""The part that runs inside of vLLM, and imports it."""

@@ -1,0 +1,132 @@
+"""``modulora serve``: the requests that it refuses, and the commands that it starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from modulora_vllm import adapters, server
+
+from modulora_core import load_model
+from modulora_core.checkpoints.opening import open_model
+from modulora_core.cli import main
+from modulora_core.errors import AdapterError, OptionError, WorkError
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
+from modulora_core.tests.adapted_models import randomize, trained
+
+WRONG = {
+    "--engine other": "--engine: expected one of auto, vllm, transformers, got 'other'",
+    "--adapter path": "--adapter: expected NAME=ADAPTER, got 'path'",
+    "--adapter a=x --adapter a=y": "--adapter: expected each name once, got 'a' twice",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_a_wrong_request_is_one_sentence(
+    tunable: Path, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    assert main(["serve", str(tunable), *words.split()]) == 2
+    assert WRONG[words] in " ".join(capsys.readouterr().err.split())
+
+
+def test_adapters_need_vllm(
+    tunable: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "vllm_here", lambda: None)
+    assert main(["serve", str(tunable), "--adapter", "mine=somewhere"]) == 2
+    assert "transformers' server takes no adapters" in " ".join(capsys.readouterr().err.split())
+
+
+def test_vllm_gets_a_slot_more_than_adapters() -> None:
+    made = server.vllm_server(
+        ("0.32.0", "cpu"), "packed", {"a": "/a", "b": "/b"}, rank=9, host="localhost", port=1,
+        dtype="auto", loading=False, more=["--max-model-len", "64"],
+    )  # fmt: skip
+    line = " ".join(made.words)
+    assert "--enable-lora --max-loras 3 --max-lora-rank 16 --lora-modules a=/a b=/b" in line
+    assert "--enforce-eager" in line
+    assert line.endswith("--max-model-len 64")
+    assert made.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "False"
+
+
+def test_an_adapter_with_channel_scales_is_refused(tunable: Path, tmp_path: Path) -> None:
+    model = load_model(tunable, device="cpu")
+    add_lora(model, LoRASettings(rank=2, train_scales=True))
+    randomize(model)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"channel scales, which vLLM doesn't know.*merge"):
+        prepared(tunable, tmp_path)
+
+
+def test_an_adapter_of_packed_weights_on_dense_ones_is_named(tunable: Path, tmp_path: Path) -> None:
+    save_adapter(trained(load_model(tunable, device="cpu")), tmp_path / "adapter")
+    dense = tunable.with_name("dense")
+    ready, rank, warnings = prepared(dense, tmp_path)
+    assert (list(ready), rank) == (["mine"], 4)
+    assert "trained on weights quantized with toy" in warnings[0]
+    assert "serve the packed folder" in warnings[0]
+
+
+def prepared(model: Path, tmp_path: Path) -> Any:
+    wanted = adapters.parse([f"mine={tmp_path / 'adapter'}"])
+    return adapters.prepare(wanted, open_model(model), str(model), tmp_path)
+
+
+def test_names_of_adapters_are_plain() -> None:
+    with pytest.raises(OptionError, match="expected NAME=ADAPTER"):
+        adapters.parse(["a b=path"])
+
+
+SLEEPER = """
+import signal, subprocess, sys, time
+{ignore}
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, file=open(sys.argv[1], "w"), flush=True)
+time.sleep(600)
+"""
+IGNORES = "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)"
+
+
+@pytest.mark.parametrize("ignore", ["", IGNORES], ids=["ends", "ignores signals"])
+def test_no_process_of_a_server_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ignore: str
+) -> None:
+    monkeypatch.setattr(server, "GRACE", 1.0)
+    note = tmp_path / "pid"
+    words = [sys.executable, "-c", SLEEPER.format(ignore=ignore), str(note)]
+
+    def answers(_: str) -> bool:
+        return note.exists() and note.read_text().endswith("\n")
+
+    def on_ready() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(server, "_answers", answers)
+    begin = time.monotonic()
+    server.serve(server.Server("sleeper", words), "http://localhost", on_ready)
+    assert time.monotonic() - begin < 10
+    child = int(note.read_text())
+    for _ in range(50):
+        if not is_alive(child):
+            break
+        time.sleep(0.1)
+    assert not is_alive(child)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie, which nobody has waited for, doesn't."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_server_that_ends_is_an_error() -> None:
+    words = [sys.executable, "-c", "raise SystemExit(3)"]
+    with pytest.raises(WorkError, match=r"sleeper: expected a server that runs.*code 3"):
+        server.serve(server.Server("sleeper", words), "http://localhost:9", lambda: None)

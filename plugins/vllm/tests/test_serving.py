@@ -1,0 +1,278 @@
+"""vLLM serves packed folders: its log-probabilities are transformers', in fp32."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from modulora_vllm.export import export_for_vllm
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from vllm_processes import PROMPTS, largest_difference, log_probabilities, need_vllm, run_vllm
+
+from modulora_core import load_model
+from modulora_core.calibration import CalibrationConfig
+from modulora_core.checkpoints.convert import convert
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.settings import LoRASettings
+from modulora_core.quantization.assignment import Assignment
+from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.adapted_models import trained
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
+
+need_vllm()
+pytestmark = pytest.mark.slow  # each process of vLLM takes half a minute
+
+TOLERANCE = 1e-4
+"""Of log-probabilities: vLLM's attention and norms round otherwise than torch's."""
+
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 600, "head_dim": 32,
+         "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+         "eos_token_id": 2}  # fmt: skip
+
+
+def save_model(folder: Path, model_type: str = "llama", **sizes: Any) -> Path:
+    """Save a tiny model with random norms and biases too, and a tokenizer."""
+    config = CONFIG_MAPPING[model_type](**{**SIZES, **sizes})
+    generator = torch.Generator().manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                values = torch.randn(tensor.shape, generator=generator)
+                is_norm = tensor.dim() == 1 and "norm" in name
+                tensor.copy_(1 + values / 8 if is_norm else values / 16)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def packed_model(
+    root: Path, quantizer: str | Assignment, model_type: str = "llama", *,
+    more: dict[str, Any] | None = None, **sizes: Any,
+) -> Path:  # fmt: skip
+    needs_text = any(name in str(quantizer) for name in ("optq", "quip", "qtip"))
+    text = CalibrationConfig("pydoc[:5%]", samples=4, seq_len=48) if needs_text else None
+    root.mkdir(exist_ok=True)
+    dense = save_model(root / "dense", model_type, **sizes)
+    if not isinstance(quantizer, Assignment):
+        quantizer = Assignment(default=quantizer, **(more or {}))
+    quantize(str(dense), root / "packed", quantizer, calibration=text, progress=False)
+    return root / "packed"
+
+
+QUANTIZERS = (
+    "nf4", "nf4:double_quant=true", "int8", "optq:bits=3", "quip-sharp-e8", "qtip", "fp4",
+    "gguf:type=Q4_K", "gguf:type=Q8_0", "half-quadratic:bits=3", "toy",
+)  # fmt: skip
+"""The last two are of strangers: the package of an example, and one that only tests have."""
+
+
+def test_each_quantizer_gives_transformers_log_probabilities(
+    tmp_path: Path, toy: ModuleType, toy_root: Path
+) -> None:
+    folders = {name: packed_model(tmp_path / name, name) for name in QUANTIZERS}
+    qtip = packed_model(tmp_path / "layout", "qtip:bits=4,layout=exl3")
+    convert(str(qtip), tmp_path / "exl3", "exl3")
+    check_answers(tmp_path, {**folders, "a folder of EXL3": tmp_path / "exl3"}, toy_root)
+
+
+def check_answers(tmp_path: Path, folders: Mapping[str, Path], site: Path | None = None) -> None:
+    """Compare vLLM's answers with transformers', for several models."""
+    answers = run_vllm(tmp_path, *({"model": each} for each in folders.values()), site=site)
+    found = {
+        name: largest_difference(answer, load_model(folder, device="cpu"))
+        for (name, folder), answer in zip(folders.items(), answers, strict=True)
+    }
+    print(found)
+    assert {name: error for name, error in found.items() if error >= TOLERANCE} == {}
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2,
+           "moe_intermediate_size": 128}  # fmt: skip
+
+MIXED = Assignment(
+    default="nf4",
+    layers={"*.q_proj": "int8", "*.k_proj": None, "*.layers.1.*.gate_proj": None,
+            "*.layers.1.*.down_proj": "qtip", "*.layers.0.*.o_proj": "gguf"},
+    head="int8", embeddings="nf4",
+)  # fmt: skip
+"""Quantizers differ within a layer of vLLM, and some of its parts are dense."""
+
+
+ARCHITECTURES: dict[str, tuple[str, str | Assignment, dict[str, Any]]] = {
+    "mixed": ("llama", MIXED, {"attention_bias": True, "tie_word_embeddings": False}),
+    "packed tied table": (
+        "llama", Assignment(default="nf4", embeddings="int8"), {"tie_word_embeddings": True}
+    ),
+    "qwen2": ("qwen2", "int8", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", MIXED, {"tie_word_embeddings": False}),
+    "gemma3": (
+        "gemma3_text", Assignment(default="nf4", embeddings="int8"),
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3": ("phi3", "nf4", {}),
+    "gpt2": ("gpt2", "int8", {"n_embd": 256, "n_layer": 2, "n_head": 8, "n_positions": 64}),
+    "mixtral": ("mixtral", "nf4", EXPERTS),
+    "qwen3_moe": ("qwen3_moe", "int8", {**EXPERTS, "tie_word_embeddings": False}),
+}  # fmt: skip
+
+
+def test_each_architecture_gives_transformers_log_probabilities(tmp_path: Path) -> None:
+    check_answers(
+        tmp_path,
+        {
+            name: packed_model(tmp_path / name, quantizer, model_type, **sizes)
+            for name, (model_type, quantizer, sizes) in ARCHITECTURES.items()
+        },
+    )
+
+
+def test_adapters_of_one_batch_give_transformers_log_probabilities(tmp_path: Path) -> None:
+    packed = packed_model(tmp_path, "qtip")
+    paths, models = {}, {None: load_model(packed, device="cpu")}
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        models[name] = trained(load_model(packed, device="cpu"), LoRASettings(rank=4, alpha=7.0))
+        save_adapter(models[name], tmp_path / name)
+        export_for_vllm(str(tmp_path / name), tmp_path / f"{name}-vllm", model=str(packed))
+        paths[name] = str(tmp_path / f"{name}-vllm")
+    names = ["one", None, "two", "one", None, "two"]
+    (answers,) = run_vllm(tmp_path, {"model": packed, "adapters": names, "paths": paths})
+    for name, ids, answer in zip(names, PROMPTS, answers, strict=True):
+        assert largest_difference([answer], models[name], [ids]) < TOLERANCE
+    shared = log_probabilities(models["one"], [*PROMPTS[1], *answers[1]["ids"]])
+    assert not torch.allclose(shared, torch.tensor(answers[1]["logprobs"]), atol=1e-2)
+
+
+@pytest.mark.parametrize("quantizer", ["int8", "nf4", "quip-sharp-e8"])
+def test_three_processes_give_the_same_answers(tmp_path: Path, quantizer: str) -> None:
+    """The first two are cut, as far as their blocks allow, and the last one stays whole."""
+    sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 576}
+    packed = packed_model(
+        tmp_path, quantizer, hidden_size=288, vocab_size=603, more={"embeddings": "int8"},
+        tie_word_embeddings=True, **sizes,
+    )  # fmt: skip
+    options = {"tensor_parallel_size": 3, "distributed_executor_backend": "mp"}
+    (answers,) = run_vllm(tmp_path, {"model": packed, "options": options}, processes=True)
+    assert largest_difference(answers, load_model(packed, device="cpu")) < TOLERANCE
+
+
+Damage = Callable[[Path], None]
+
+
+def without(*names: str) -> Damage:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        for name in names:
+            del tensors[name]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def unknown_quantizer(folder: Path) -> None:
+    text = (folder / "config.json").read_text().replace('"quantizer": "nf4"', '"quantizer": "gone"')
+    (folder / "config.json").write_text(text)
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "packed": (
+        without("model.layers.1.mlp.up_proj.weight.codes"),
+        "up_proj.weight.codes: expected uint8",
+    ),
+    "dense": (without("model.norm.weight"), "model.norm.weight: expected [256]"),
+    "quantizer": (unknown_quantizer, "quantizer 'gone' isn't installed"),
+}
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    packed = packed_model(tmp_path, "nf4")
+    for name, (damage, _) in DAMAGES.items():
+        shutil.copytree(packed, tmp_path / name)
+        damage(tmp_path / name)
+    answers = run_vllm(tmp_path, *({"model": tmp_path / name} for name in DAMAGES))
+    for (_, message), answer in zip(DAMAGES.values(), answers, strict=True):
+        assert message in answer
+
+
+@pytest.mark.parametrize("engine", ["vllm", "transformers"])
+def test_the_command_answers_and_leaves_no_process(tmp_path: Path, engine: str) -> None:
+    packed = packed_model(tmp_path, "nf4")
+    torch.manual_seed(0)
+    models = {str(packed): load_model(packed, device="cpu")}
+    words = ["serve", str(packed), "--engine", engine, "--dtype", "float32"]
+    if engine == "vllm":
+        models["mine"] = trained(load_model(packed, device="cpu"), LoRASettings(rank=4))
+        save_adapter(models["mine"], tmp_path / "mine")
+        words += ["--adapter", f"mine={tmp_path / 'mine'}"]
+    tokenizer = AutoTokenizer.from_pretrained(packed)
+    ids = tokenizer("the first", return_tensors="pt").input_ids
+    with serving(tmp_path, words) as address:
+        for name, model in models.items():
+            text = completion(address, name, "the first", 5)
+            new = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+            assert text == tokenizer.decode(new, skip_special_tokens=True), name
+
+
+@contextmanager
+def serving(folder: Path, words: Sequence[str]) -> Iterator[str]:
+    """The address of ``modulora serve``, which SIGTERM ends within ten seconds."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "modulora_core.cli", *words, "--port", str(port)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        while "Ctrl-C ends it" not in (folder / "log").read_text():
+            time.sleep(0.5)
+            assert process.poll() is None, (folder / "log").read_text()[-4000:]
+        (group,) = children(process.pid)
+        yield f"http://localhost:{port}"
+        assert (folder / "log").read_text().count("curl http") == 1
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0
+    left = [path for path in Path("/proc").glob("[0-9]*") if session_of(path) == group]
+    assert not left
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(each) for each in text.split()]
+
+
+def session_of(process: Path) -> int | None:
+    """The session of a process, which `modulora serve` makes for its server; None if it ended."""
+    try:
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[3])
+
+
+def completion(address: str, name: str, prompt: str, tokens: int) -> str:
+    body = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    request = urllib.request.Request(
+        f"{address}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        text: str = json.load(answer)["choices"][0]["text"]
+    return text
