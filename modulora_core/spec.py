@@ -327,25 +327,15 @@ class Quantizer(ABC):
 
     @property
     def snaps(self) -> bool:
-        """Whether :meth:`snap` and :meth:`snapped` work with these options."""
+        """Whether :meth:`snap` and :meth:`snapped` work with these options, as merging needs."""
         return False
 
     def snap(
         self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int], V: Tensor
     ) -> Tensor:
-        """The points nearest to V that rows and columns of ``packed`` can hold by other codes.
-
-        Scales, zeros and signs stay. A point is its own nearest point. Merging calls it for one
-        column after the other.
-
-        Args:
-            packed: a result of :meth:`pack`.
-            rows, columns: ``(start, stop)``, columns of Ŵ in the original basis.
-            V: fp32 ``[stop - start of rows, stop - start of columns]``.
-
-        Returns:
-            fp32, of V's shape.
-        """
+        """The points nearest to V, fp32, that rows and columns ``[start, stop)`` of Ŵ can take by
+        other codes. Scales, zeros and signs stay. A point is its own nearest point. V and the
+        result are ``[rows, columns]``; merging asks for one column after the other."""
         del packed, rows, columns, V
         raise PluginError(f"{self.spec.name}: expected a quantizer that snaps; merge dense weights")
 
@@ -354,13 +344,6 @@ class Quantizer(ABC):
         scales and so its grid stay."""
         del packed, V
         raise PluginError(f"{self.spec.name}: expected a quantizer that snaps; merge dense weights")
-
-    def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
-        """The packed weight of rows (``dim`` 0) or columns (1) ``[start, stop)`` of Ŵ, bit for bit.
-
-        Tensor parallelism gives each process such a part. None, the default, refuses a cut.
-        """
-        del packed, dim, start, stop
 
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a shape that cannot be packed, before any work.
