@@ -314,25 +314,15 @@ class Quantizer(ABC):
 
     @property
     def snaps(self) -> bool:
-        """Whether :meth:`snap` and :meth:`snapped` work with these options."""
+        """Whether :meth:`snap` and :meth:`snapped` work with these options, as merging needs."""
         return False
 
     def snap(
         self, packed: PackedWeight, rows: tuple[int, int], columns: tuple[int, int], V: Tensor
     ) -> Tensor:
-        """The points nearest to V that rows and columns of ``packed`` can hold by other codes.
-
-        Scales, zeros and signs stay. A point is its own nearest point. Merging calls it for one
-        column after the other.
-
-        Args:
-            packed: a result of :meth:`pack`.
-            rows, columns: ``(start, stop)``, columns of Ŵ in the original basis.
-            V: fp32 ``[stop - start of rows, stop - start of columns]``.
-
-        Returns:
-            fp32, of V's shape.
-        """
+        """The points nearest to V, fp32, that rows and columns ``[start, stop)`` of Ŵ can take by
+        other codes. Scales, zeros and signs stay. A point is its own nearest point. V and the
+        result are ``[rows, columns]``; merging asks for one column after the other."""
         del packed, rows, columns, V
         raise PluginError(f"{self.spec.name}: expected a quantizer that snaps; merge dense weights")
 

@@ -33,8 +33,7 @@ class Divergence:
     Attributes:
         kl_divergence: KL(P ‖ Q) to the other model; kl_of_adapter: to P without its adapter, None
             without one; both in nats a token.
-        perplexity: the other model's; perplexity_before: P's; perplexity_of_base: P's without
-            its adapter.
+        perplexity: the other model's; perplexity_before: P's; perplexity_of_base: without adapter.
     """
 
     kl_divergence: float
@@ -79,13 +78,9 @@ def divergence(
     if not math.isfinite(kl + effect + nll):
         raise WorkError("divergence: expected finite logits, got NaN or Inf")
     return Divergence(
-        kl,
-        None if before.adapter is None else effect,
-        perplexity_of(nll),
-        perplexity_of(nll_before),
-        perplexity_of(nll_of_base),
-        tokens,
-    )
+        kl, None if before.adapter is None else effect, perplexity_of(nll),
+        perplexity_of(nll_before), perplexity_of(nll_of_base), tokens,
+    )  # fmt: skip
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

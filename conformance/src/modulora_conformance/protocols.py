@@ -27,7 +27,7 @@ CHANGES = (
         2,
         "return the FormatSpecs from the hook modulora_formats, each with protocol=2, and leave "
         "`formats` out of QuantizerSpec; FormatSpec is in modulora_core.hookspecs",
-        ("formats: expected no such field", "import name 'FormatSpec'"),
+        ("formats: Extra inputs", "import name 'FormatSpec'"),
     ),
     Change(
         2,

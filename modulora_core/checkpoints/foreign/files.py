@@ -158,14 +158,8 @@ class FileWriter(AdapterWriter):
     def replace(
         self, model: PackedCheckpoint, path: Path, parameter: str, matrices: Sequence[PackedWeight]
     ) -> None:
-        """Write other packed weights of a parameter, of the same layout, into a copy of its file.
-
-        Args:
-            model: the opened file; path: its copy.
-
-        Raises:
-            ModelError: this format, or this file, has no place for them. The default always does.
-        """
+        """Write other packed weights of a parameter of ``model``, of the same layout, into
+        ``path``, a copy of its file. Raises ModelError, as the default does: it has no place."""
         del path, matrices
         raise ModelError(f"{model.name}: {self.spec.name} has no place for {parameter} alone")
 

@@ -46,7 +46,7 @@ class Snapped(Level):
 
     @needs(STAYS)
     def test_no_packed_point_is_nearer_than_the_snapped_one(self, quantizer: Quantizer) -> None:
-        """If this fails: `snap` takes a farther point than the one that is packed.
+        """If this fails: `snap` takes a farther point than the packed one.
 
         Round to nearest: not down, and not to a coarser grid.
         """

@@ -27,8 +27,8 @@ class BlockGrid:
     """The grid of a type.
 
     Attributes:
-        fields: the first byte of a field of codes, its number of bytes, and the width and the run
-            of :func:`~modulora_gguf.bits.bits`; the field with the lowest bits first.
+        fields: of each field of codes the first byte, the number of bytes, and the width and run
+            of :func:`~modulora_gguf.bits.bits`. The field with the lowest bits comes first.
         first: the level of code 0, for levels that are whole numbers.
         codebook: the type whose table has the levels, for others.
         scales: of blocks, uint8 ``[n, bytes]``.

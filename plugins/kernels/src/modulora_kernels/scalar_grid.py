@@ -24,8 +24,7 @@ class Grid:
 
     Attributes:
         levels: fp32 ``[codes]``, by code, in any order.
-        scale: fp32, of the weights' shape, or of one that is expanded to it; and ``zero`` and
-            ``offset`` likewise.
+        scale: fp32, of the weights' shape or expandable to it; ``zero`` and ``offset`` likewise.
     """
 
     levels: Tensor

@@ -128,8 +128,8 @@ def merge_packed(
         seq_len: tokens of a segment.
         damping: added to H's diagonal, as a share of its mean.
         seed: for the choice of segments.
-        progress: called with a phase, what is done and all of it; by default a bar on a terminal,
-            and False shows none.
+        progress: called with a phase, the finished count and the total; by default a bar on a
+            terminal, and False shows none.
 
     Raises:
         OptionError: a packed weight has no grid to move on, or a run of several processes.
