@@ -145,7 +145,7 @@ class PackedParameter(nn.Module):
         """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``; differentiable in ``x``."""
         return packed_product(x, self, transpose)
 
-    def rows(self, index: Any) -> Tensor:
+    def rows_at(self, index: Any) -> Tensor:
         """``Ŵ[index]``, decoded, ``[..., in]`` in ``dtype``, without a gradient.
 
         Args:
@@ -251,7 +251,7 @@ class PackedTable(PackedParameter):
         return packed_lookup(ids, self, self.dtype)
 
     def __getitem__(self, rows: Any) -> Tensor:
-        return self.rows(rows)
+        return self.rows_at(rows)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -302,7 +302,7 @@ class HeadWeight(Tensor):
         weight, others = args[0] if args else None, args[1:]
         if isinstance(weight, HeadWeight):
             if name == "__getitem__":
-                return weight.parameter.rows(*others)
+                return weight.parameter.rows_at(*others)
             if name == "requires_grad_":
                 weight.parameter.requires_grad_(*others, **kwargs)
                 return weight

@@ -68,7 +68,8 @@ class Comparison:
         self._folder = folder
 
     def measure(self, request: Request, words: str | None) -> measure.Method:
-        return measure.measure(request, self._folder, words, False)
+        steps = measure.Steps(False, lambda *_: None, 0)
+        return measure.measure(request, self._folder, words, steps)
 
 
 class PeerJob(ModelJob):

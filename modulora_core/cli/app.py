@@ -183,7 +183,8 @@ def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
             if given[first] is None:
                 raise RequestError("--revision: expected MODEL beside it, got none")
             given[first] = f"{given[first]}@{revision}"
-        check_places(given)
+        if "resume" not in given or "config" not in given:  # a run looks once it has its config
+            check_places(given)
         return function(**given)
 
     declared = inspect.Parameter(

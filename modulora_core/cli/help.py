@@ -51,7 +51,7 @@ def show_help(
         for line in lines:
             table.add_row(*map(Text, line))
         shown += [Panel(table, title=title, title_align="left", border_style="dim")] * bool(lines)
-    text = inspect.cleandoc(command.help).split("\n\n")
+    text = inspect.cleandoc(command.help or "").split("\n\n")
     # a paragraph without indented lines wraps anew
     prose = "\n\n".join(p if "\n " in p else p.replace("\n", " ") for p in text)
     examples = re.compile(r"^    modulora .*", re.MULTILINE)

@@ -14,11 +14,27 @@ from modulora_core.models.json_files import read_json
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_MOST = {"num_hidden_layers": 512, "n_layer": 512, "num_layers": 512} | dict.fromkeys(
+    ("experts", "num_experts", "num_local_experts", "n_routed_experts"), 4096
+)
+"""The largest counts in config.json: transformers makes a module or a list of so many."""
+
 
 def config_values(folder: Path) -> dict[str, Any]:
     """The contents of config.json; empty if there is none. Raises ModelError: it is broken."""
     path = folder / "config.json"
-    return read_json(path, dict[str, Any], error=ModelError) if path.exists() else {}
+    values = read_json(path, dict[str, Any], error=ModelError) if path.exists() else {}
+    _check_counts(values, str(path))
+    return values
+
+
+def _check_counts(values: Any, subject: str) -> None:
+    """Refuse a count of modules that would take all memory to build. Raises ModelError."""
+    for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, (dict, list)):
+            _check_counts(value, f"{subject}: {key}" if isinstance(values, dict) else subject)
+        elif isinstance(value, int) and value > (most := _MOST.get(key, value)):
+            raise ModelError(f"{subject}: {key}: expected 0 to {most}, got {value}")
 
 
 def read_config(

@@ -34,7 +34,7 @@ ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.S
 SERVER = """
 import json, os, signal, sys
 import torch, transformers, modulora_core.cli.app as app
-from modulora_core import quantize, finetune, merge, convert
+from modulora_core import quantize, finetune, merge
 from modulora_core.training.trainer import AdapterTrainer
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it

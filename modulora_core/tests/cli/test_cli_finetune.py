@@ -74,6 +74,7 @@ def test_flags_and_file_become_the_config(tmp_path, monkeypatch, capsys):
         )
 
     monkeypatch.setattr("modulora_core.training.finetune.finetune", finetune)
+    monkeypatch.setattr("modulora_core.cli.finetune.check_places", lambda _: None)
     flags = ["--data", "a", "--data", "b", "--steps", "2", "--lr", "1e-2", "--rank", "4",
              "--targets", "q_proj,up_proj", "--no-gradient-checkpointing", "--optim", "sgd",
              "--report-to", "wandb,mlflow", "--trainer", "adam_beta1=0.8", "--trainer",

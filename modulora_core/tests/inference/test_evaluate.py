@@ -261,7 +261,8 @@ def test_evaluate_takes_a_name_an_opened_and_a_loaded_model(tunable: Path, asked
     assert measured == accuracy(opened.load(), opened.tokenizer, asked_in(asked))
     pytest.importorskip("rouge_score")
     measured = evaluate(opened, asked, metric="rouge", max_new_tokens=4)
-    assert measured == rouge(opened.load(), opened.tokenizer, asked_in(asked), 4)
+    sampling = Sampling(max_new_tokens=4)
+    assert measured == rouge(opened.load(), opened.tokenizer, asked_in(asked), sampling)
 
 
 @pytest.mark.parametrize(

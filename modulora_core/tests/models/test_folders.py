@@ -67,7 +67,7 @@ def test_a_folder_without_safetensors_is_refused(
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
 def test_a_broken_config_is_refused(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text)
-    refused(folder, ModelError, r"config\.json: (Invalid JSON: |expected a valid dictionary, got)")
+    refused(folder, ModelError, r"config\.json: (Invalid JSON: |expected an object, got)")
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
         ('{"weight_map": [1]}', "weight_map: expected"),
         ('{"weight_map": {}}', "weight_map: .*at least 1 item"),
         ('{"weight_map": {"w": 3}}', "weight_map: w: expected"),
-        ('{"weight_map": {"w": "../w.safetensors"}}', "weight_map: w: .* file of this folder, got"),
-        ('{"weight_map": {"w": "/etc/w.safetensors"}}', "weight_map: w: .* file of this folder"),
-        ('{"weight_map": {"w": "w.bin"}}', "weight_map: w: .* file of this folder, got 'w.bin'"),
+        ('{"weight_map": {"w": "../w.safetensors"}}', "weight_map: w: .*match pattern.*, got"),
+        ('{"weight_map": {"w": "/etc/w.safetensors"}}', "weight_map: w: .*match pattern"),
+        ('{"weight_map": {"w": "w.bin"}}', "weight_map: w: .*match pattern.*, got 'w.bin'"),
     ],
 )
 def test_a_broken_index_is_refused(text: str, message: str, sharded: Path) -> None:

@@ -107,7 +107,7 @@ WRONG: dict[str, tuple[type[ModuLoRAError], str]] = {
     "default: {quantizer: toy, option: {}}": (OptionError, r"'default': expected NAME, NAME:KEY"),
     "default: 'toy:'": (OptionError, r"mixed\.yaml: option 'default': .*got 'toy:'"),
     "default: toy\nlayers: {'a.*': [toy]}": (OptionError, r"option 'layers\.a\.\*': expected NAME"),
-    "default: toy\nlayers:\n  a: toy\n  a: toy": (OptionError, r"key 'a' twice, again in line 4"),
+    "default: toy\nlayers:\n  a: toy\n  a: toy": (OptionError, r"key 'a' twice, first in line 3"),
     "- toy": (OptionError, r"mixed\.yaml: expected lines such as `default: NAME`, got list"),
     "default: [": (OptionError, r"mixed\.yaml: expected YAML, got: .*line 1"),
     "default: toy\nlayers: {'*.upproj': toy}": (

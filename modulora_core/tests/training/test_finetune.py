@@ -304,7 +304,7 @@ def test_a_run_that_diverged_warns_and_still_finishes(
         ({"eval_data": "nowhere.jsonl"}, DataError, "nowhere.jsonl: expected a file"),
         ({"optim": "adamw_torhc"}, OptionError, "no such optimizer; expected adamw_torch"),
         ({"trainer": {"adam_beta1": 5.0}}, OptionError, "trainer: Invalid beta parameter"),
-        ({"trainer": {"optim_args": "x"}}, OptionError, "trainer: not enough values"),
+        ({"trainer": {"optim_args": "x"}}, OptionError, "trainer optim_args: expected KEY=VALUE"),
         ({"optim": "galore_adamw"}, MissingExtraError, "galore_torch"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",

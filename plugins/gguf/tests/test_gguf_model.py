@@ -10,10 +10,10 @@ import pytest
 import torch
 from gguf import GGUFReader
 from modulora_convert.convert import convert
-from modulora_gguf import FORMATS, reference
-from modulora_gguf.file.merging import LlamaCppWriter
-from modulora_gguf.file.rows import places
-from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
+from modulora_file import FORMATS, reference
+from modulora_file.file.merging import LlamaCppWriter
+from modulora_file.file.rows import places
+from modulora_file.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.gguf.gguf_conversion_mapping import (
@@ -148,7 +148,7 @@ def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
     data.write_text("the ship sailed north and the crew sang " * 30)
     options = {
         "model": path, "out": adapter, "data": str(data), "steps": 4, "batch_size": 1,
-        "baseline": False, "grad_accum": 1, "seq_len": 32, "lora_gguf": str(tmp_path / "lora.gguf"),
+        "baseline": False, "grad_accum": 1, "seq_len": 32, "lora_file": str(tmp_path / "lora.gguf"),
     }  # fmt: skip
     losses = finetune(FinetuneConfig.build(options)).losses
     assert losses[-1] < losses[0]

@@ -51,7 +51,7 @@ def random_C(shape, bits, generator):
 
 
 @triton.jit
-def one_block(weight, out, OPTIONS, ROWS, COLUMNS):
+def one_block(weight, out, OPTIONS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     values = gpu.decode(weight, 0, 0, ROWS, COLUMNS, OPTIONS, ROWS, COLUMNS)
     tl.store(out + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], values)
 

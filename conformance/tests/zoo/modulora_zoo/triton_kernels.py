@@ -17,7 +17,7 @@ def decode(codes, scale, zero, out, group_size, *, masked):
 
 
 @triton.jit
-def _decode(codes, scale, zero, out, columns, groups, group_size, BLOCK):
+def _decode(codes, scale, zero, out, columns, groups, group_size, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns

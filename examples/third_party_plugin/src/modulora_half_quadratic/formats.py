@@ -92,9 +92,10 @@ class HQQ(FormatReader):
             quantizer = quantizers.setdefault(options, HalfQuadratic(options))
             layout = quantizer.layout(facts.shape)
             _check(module, facts, tensors)
-            parts = (f"{module}.{part}" for part in ("W_q", "scale", "zero"))
+            facts_too = {each for each in tensors if each.rpartition(".")[0] == module}
+            parts = (name, *sorted(facts_too - {name, f"{module}.bias"}))
             found[module] = ForeignWeight(
-                tuple(parts), quantizer, layout, partial(_unpack, module, facts, layout)
+                parts, quantizer, layout, partial(_unpack, module, facts, layout)
             )
         return found
 

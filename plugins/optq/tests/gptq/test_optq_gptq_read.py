@@ -18,8 +18,8 @@ def check(folder, dense, gptq):
     model = load_model(folder, dtype="float32", device="cpu")
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            packed = module.weight.packed
-            W = module.weight.quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)
+            weight, rows = module.packed_weight, (0, module.out_features)
+            W = weight.quantizer.dequantize_tile(weight.packed, rows, torch.float32)
             assert torch.equal(W, dense.get_submodule(name).weight), name
     torch.testing.assert_close(gptq.logits(model), gptq.logits(dense), rtol=1e-4, atol=1e-4)
 
