@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel
+
 from modulora_core.errors import ModelError, first_line
 from modulora_core.hookspecs import PROJECT, QUANTIZATION_KEYS, FormatSpec
 from modulora_core.models.folders import no_config
@@ -20,10 +22,18 @@ _MOST = {"num_hidden_layers": 512, "n_layer": 512, "num_layers": 512} | dict.fro
 """The largest counts in config.json: transformers makes a module or a list of so many."""
 
 
+class _Ends(BaseModel):
+    """The fields of generation_config.json that end an answer."""
+
+    eos_token_id: int | list[int] | None = None
+
+
 def config_values(folder: Path) -> dict[str, Any]:
     """The contents of config.json; empty if there is none. Raises ModelError: it is broken."""
     path = folder / "config.json"
     values = read_json(path, dict[str, Any], error=ModelError) if path.exists() else {}
+    if (generation := folder / "generation_config.json").exists():
+        read_json(generation, _Ends, error=ModelError)
     _check_counts(values, str(path))
     return values
 

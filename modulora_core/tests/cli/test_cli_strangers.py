@@ -158,9 +158,6 @@ def test_tokens_beyond_the_vocabulary_are_refused(words, source, packed, tmp_pat
         ["plan", "MODEL", "--seq-len", 16, "--plot", "FOLDER.svg"],
         ["finetune", "MODEL", "OUT", "--data", "pydoc", "--seed", 2**32],
         ["finetune", "MODEL", "OUT", "--data", "pydoc", "--epochs", 1e300],
-        ["merge", "MODEL", "MODEL/out"],
-        ["merge", "MODEL", "x" * 5000],
-        ["finetune", "MODEL", "MODEL/out", "--data", "pydoc", "--steps", 1, "--seq-len", 16],
     ],
     ids=str,
 )
@@ -174,7 +171,6 @@ def test_requests_that_cannot_be(words, packed, tmp_path, run):
     assert code == 2, err
     assert "unexpected" not in err
     assert len(err.strip().splitlines()) == 1
-    assert not (packed / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """A SentencePiece model without tokenizer.json is a tokenizer."""
 
-
 import pytest
 
 from modulora_core.data.rendering import token_ids
