@@ -41,7 +41,8 @@ def show_help(
         if not getattr(parameters[name], "hidden", False):
             kind = f"{parameters[name].param_type_name.title()}s"
             names, help = parameters[name].get_help_record(context)
-            names = kind == "Arguments" and parameters[name].metavar or names
+            if kind == "Arguments":
+                names = parameters[name].metavar or names
             help = re.sub(r"\[default: \((.+)\)", r"[default: \1", help)  # typer's parentheses
             rows.setdefault(titles.get(name, kind), []).append((names, help))
     shown = []
