@@ -116,7 +116,7 @@ def _has_type(value: Any, kind: Any) -> bool:
     if plain is abc.Sequence:
         return not isinstance(value, str) and all(_has_type(each, parts[0]) for each in value)
     if plain is abc.Mapping and parts:
-        return all(_has_type(each, parts[1]) for each in value.values())
+        return all(all(map(_has_type, item, parts)) for item in value.items())
     if plain is tuple and parts:
         kinds = parts[:1] * len(value) if parts[1:] == (...,) else parts
         return len(value) == len(kinds) and all(map(_has_type, value, kinds))

@@ -13,14 +13,8 @@ import typer
 
 from modulora_core import distributed
 from modulora_core.cli.terminal import Terminal
-from modulora_core.errors import (
-    ModuLoRAError,
-    RequestError,
-    WorkError,
-    first_line,
-    lacks_memory,
-    said_by_system,
-)
+from modulora_core.errors import ModuLoRAError, RequestError, WorkError, first_line, lacks_memory
+from modulora_core.models.system_errors import said_by_system
 
 SIGNALLED = 128
 """Shells add a signal's number to it: 130 after Ctrl-C, 143 after SIGTERM."""

@@ -32,10 +32,11 @@ from modulora_core.checkpoints.written.outputs import (
     write_digests,
 )
 from modulora_core.checkpoints.written.shards import ShardWriter, plan_shards
-from modulora_core.errors import OptionError, OutputError, WeightError, usable_path
+from modulora_core.errors import OptionError, OutputError, WeightError
 from modulora_core.hf.load_adapter import adapter_for, outline_with
 from modulora_core.hf.peft_format import AdapterDelta
 from modulora_core.models.store import is_finite
+from modulora_core.models.system_errors import usable_path
 from modulora_core.progress import Display, shown
 from modulora_core.spec import PackedWeight, Quantizer, TensorLayout
 from modulora_core.tiles import tile_bytes, tile_ranges

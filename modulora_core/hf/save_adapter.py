@@ -10,7 +10,7 @@ from torch import nn
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.distributed import is_first, whole
-from modulora_core.errors import AdapterError, OutputError, usable_path
+from modulora_core.errors import AdapterError, OutputError
 from modulora_core.hf.base_record import AdapterRecord, RecordedSettings, describe_base, record_of
 from modulora_core.hf.expert_format import stacks_of
 from modulora_core.hf.peft_config import TASKS, lora_config, peft_targets
@@ -19,6 +19,7 @@ from modulora_core.layers import ChannelScales, LoRALayer
 from modulora_core.lora.adapted import adapter_layers, head_parameters, model_name, task_heads
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.locate import names_file
+from modulora_core.models.system_errors import usable_path
 
 
 @checked

@@ -43,7 +43,7 @@ def _check_counts(values: Any, subject: str) -> None:
     for key, value in values.items() if isinstance(values, dict) else enumerate(values):
         if isinstance(value, (dict, list)):
             _check_counts(value, f"{subject}: {key}" if isinstance(values, dict) else subject)
-        elif isinstance(value, int) and value > (most := _MOST.get(key, value)):
+        elif isinstance(value, int) and value > (most := _MOST.get(str(key), value)):
             raise ModelError(f"{subject}: {key}: expected 0 to {most}, got {value}")
 
 

@@ -22,13 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modulora_core import registry
-from modulora_core.errors import (
-    AdapterError,
-    ModelError,
-    RequestError,
-    first_line,
-    usable_path,
-)
+from modulora_core.errors import AdapterError, ModelError, RequestError, first_line
 from modulora_core.models import installed_formats
 from modulora_core.models.folders import (
     ADAPTER_CONFIG,
@@ -39,6 +33,7 @@ from modulora_core.models.folders import (
     check_links,
 )
 from modulora_core.models.installed_formats import InstalledFormat
+from modulora_core.models.system_errors import usable_path
 from modulora_core.models.tokenizer import COPIED_FILES
 
 if TYPE_CHECKING:

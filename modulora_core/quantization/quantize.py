@@ -27,9 +27,10 @@ from modulora_core.checkpoints.written.model_card import model_card
 from modulora_core.checkpoints.written.outputs import check_output, write_digests, write_file
 from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
 from modulora_core.distributed import is_first, pick_device, together, world_size
-from modulora_core.errors import OptionError, OutputError, usable_path
+from modulora_core.errors import OptionError, OutputError
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.models.folders import REQUEST
+from modulora_core.models.system_errors import usable_path
 from modulora_core.models.tokenizer import TOKENIZER_FILES
 from modulora_core.options import validate_model
 from modulora_core.progress import Display, Progress, shown

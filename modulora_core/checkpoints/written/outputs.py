@@ -9,15 +9,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 
-from modulora_core.errors import (
-    CheckpointError,
-    DiskSpaceError,
-    OutputError,
-    full_disk_named,
-    usable_path,
-)
+from modulora_core.errors import CheckpointError, DiskSpaceError, OutputError
 from modulora_core.models.folders import MARKER, REQUEST
 from modulora_core.models.json_files import read_bytes
+from modulora_core.models.system_errors import full_disk_named, usable_path
 from modulora_core.progress import Progress, no_progress
 
 DIGESTS = "SHA256SUMS"

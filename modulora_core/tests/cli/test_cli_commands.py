@@ -193,7 +193,7 @@ WRONG = {
     "evaluate {packed} --seq-len 1": "--seq-len",
     "evaluate {packed} --config missing.yaml": "missing.yaml: expected a readable file",
     "evaluate {packed} --metric rouge --prompt x": "expected prompt and completion together",
-    "generate {source} x --adapter {new}": "is dense",
+    "generate {source} x --adapter {source}": "expected adapter_config.json in it",
     "generate {packed} x --adapter {new}": "adapter",
     "generate {packed} x --temperature -1": "temperature",
     "generate {packed} x --dtype int4": "dtype",
@@ -204,7 +204,7 @@ WRONG = {
     "merge {source} {new}": "modulora quantize",
     "finetune {source} {new} --data {text} --steps 1": "modulora quantize",
     "convert {packed} {new} --to tyo": "tyo",
-    "convert {packed} {new} --to toy --model {packed}": "--to that writes an adapter, got --to toy",
+    "convert {packed} {new} --to crude --model {packed}": "--to that writes an adapter, got --to",
 }
 
 

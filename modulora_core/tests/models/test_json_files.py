@@ -9,19 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from modulora_core.errors import (
-    AdapterError,
-    ModelError,
-    as_output_error,
-    said_by_system,
-    usable_path,
-)
+from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.json_files import (
     matches,
     read_json,
     read_yaml,
     repair_journal,
 )
+from modulora_core.models.system_errors import as_output_error, said_by_system, usable_path
 
 DEEP = 100_000
 BROKEN = {

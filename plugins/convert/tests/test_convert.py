@@ -86,7 +86,9 @@ def test_a_format_that_is_only_read_is_converted_to_ours_and_refused_as_a_target
     convert(str(tmp_path / "theirs"), tmp_path / "ours", "modulora")
     assert torch.equal(logits(tmp_path / "ours"), logits(tmp_path / "theirs"))
     assert "crude_levels" not in config_of(tmp_path / "ours")
-    with pytest.raises(OptionError, match=r"'crude_3': .*only read.* expected one of modulora, "):
+    with pytest.raises(
+        OptionError, match="'crude_3': expected a format that is written, got one only read"
+    ):
         convert(str(tmp_path / "ours"), tmp_path / "back", "crude_3")
     assert not (tmp_path / "back").exists()
 

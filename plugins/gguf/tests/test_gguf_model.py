@@ -10,10 +10,10 @@ import pytest
 import torch
 from gguf import GGUFReader
 from modulora_convert.convert import convert
-from modulora_file import FORMATS, reference
-from modulora_file.file.merging import LlamaCppWriter
-from modulora_file.file.rows import places
-from modulora_file.tests.tiny_gguf import write_tiny_gguf
+from modulora_gguf import FORMATS, reference
+from modulora_gguf.file.merging import LlamaCppWriter
+from modulora_gguf.file.rows import places
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.gguf.gguf_conversion_mapping import (

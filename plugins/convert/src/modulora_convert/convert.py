@@ -31,9 +31,10 @@ from modulora_core.checkpoints.written.outputs import (
     write_digests,
 )
 from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
-from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError, usable_path
+from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
+from modulora_core.models.system_errors import usable_path
 from modulora_core.progress import Display, shown
 from modulora_core.spec import TensorLayout
 

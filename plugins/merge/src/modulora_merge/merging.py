@@ -37,7 +37,7 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.data import Source, token_segments
 from modulora_core.distributed import pick_device, world_size
-from modulora_core.errors import AdapterError, DataError, OptionError, usable_path
+from modulora_core.errors import AdapterError, DataError, OptionError
 from modulora_core.hf.load_adapter import adapter_for
 from modulora_core.hf.merge import delta_of
 from modulora_core.hf.peft_format import AdapterDelta
@@ -46,6 +46,7 @@ from modulora_core.inference.opened import open_to_run
 from modulora_core.models import ModelSource
 from modulora_core.models.locate import locate
 from modulora_core.models.sites import LinearSite, find_sites
+from modulora_core.models.system_errors import usable_path
 from modulora_core.progress import Display, Progress, shown
 from modulora_core.spec import Calibration, PackedWeight
 from modulora_merge.adapted import adapted_source

@@ -7,7 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from modulora_core.errors import ModelError, full_disk_named
+from modulora_core.errors import ModelError
+from modulora_core.models.system_errors import full_disk_named
 from modulora_gguf.file.header import Header
 from modulora_gguf.file.store import MIXTRAL
 from modulora_gguf.file.tensors import FileTensor

@@ -24,10 +24,11 @@ from modulora_core.checkpoints.written.outputs import (
     write_file,
 )
 from modulora_core.distributed import pick_device, world_size
-from modulora_core.errors import CheckpointError, OptionError, OutputError, usable_path
+from modulora_core.errors import CheckpointError, OptionError, OutputError
 from modulora_core.models import open_dense
 from modulora_core.models.folders import REQUEST
 from modulora_core.models.json_files import read_json
+from modulora_core.models.system_errors import usable_path
 from modulora_core.progress import Display, shown
 from modulora_core.quantization.assignment import Assignment
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
