@@ -81,9 +81,9 @@ def use_dense_products(model: nn.Module, skip: Collection[str] = ()) -> None:
 
 
 def _name_in(model: nn.Module, parameter: str) -> str | None:
-    """The name of a recorded parameter in ``model``, or None.
+    """Find a recorded parameter in ``model``; return its name there, or None.
 
-    The recorded names begin with the name of the base model, which the base model alone lacks.
+    Recorded names start with the base model's name. The base model by itself has no such prefix.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     for name in (parameter, parameter.removeprefix(prefix), prefix + parameter):

@@ -81,7 +81,7 @@ def test_the_page_says_on_which_examples_the_loss_is(
     assert "on 8 examples of the training data that the run did not reach" in page
     whole = tmp_path / "whole"
     finetune(configure(data=str(data), epochs=1, out=str(whole), baseline=True))
-    assert "No loss is on held-out data." in written(run, whole)
+    assert "No loss was measured on held-out data." in written(run, whole)
 
 
 def test_a_page_needs_the_log_of_a_finished_run(run: Run, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ KEYS = {
 
 
 def test_plan_prints_an_object(run, source, monkeypatch):
-    monkeypatch.setattr(remedies, "WORTH", 0)  # of so small a model
+    monkeypatch.setattr(remedies, "WORTH", 0)  # for a model this small
     code, plan, _ = run("plan", source, "-q", "toy", "--seq-len", 32, "--budget", "1KiB")
     assert code == 0
     assert set(plan) == KEYS

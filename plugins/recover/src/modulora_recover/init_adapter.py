@@ -1,4 +1,4 @@
-"""Makes an adapter that begins where the quantizer erred, by a closed form.
+"""Make an adapter that starts by correcting the quantizer's errors, in closed form.
 
     (W - Ŵ) L = U Σ Vᵀ, cut to rank r      s B A = U Σ Vᵀ L⁻¹      H = E[xxᵀ] = L Lᵀ
 

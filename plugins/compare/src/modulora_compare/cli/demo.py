@@ -121,7 +121,7 @@ def _commands(
     training = (
         "--data", TRAINING_TEXT, "--steps", steps, "--batch-size", 2, "--seq-len", 256, *dtype,
         "--dropout", 0,  # no text is read twice
-        "--no-gradient-checkpointing",  # activations of so small a model fit
+        "--no-gradient-checkpointing",  # the activations of a model this small fit
         "--no-baseline",  # the demo evaluates by itself
     )  # fmt: skip
 

@@ -17,12 +17,12 @@ from modulora_compare.report.curves import Curve
 from modulora_compare.report.page import template
 from modulora_core.version import VERSION
 
-HEADS = ("", "MiB", "perplexity", "nats beside original", "finetuned", "nats beside original",
+HEADS = ("", "MiB", "perplexity", "nats above original", "finetuned", "nats above original",
          "tokens/s", "peak GiB")  # fmt: skip
 
 MEANING = (
-    "Nats beside original: the mean difference of the loss of a token to the original in the same "
-    "column, or to the original as it was if it cannot be finetuned."
+    "Nats above original: the mean loss of a token, minus the original's in the same column. If "
+    "the original cannot be finetuned, its loss before finetuning is subtracted in both columns."
 )
 MANY = (
     "In brackets its 95 % interval, by bootstrap over the segments. An interval without 0 is a "
@@ -37,7 +37,7 @@ FEW = (
 def page(request: Request, methods: Sequence[Method], command: str) -> str:
     """The text of the page. ``command`` repeats the comparison."""
     heads = HEADS if request.steps else (*HEADS[:4], *HEADS[6:])
-    finetuned = f", then finetuned for {request.steps} steps of {request.batch_size}"
+    finetuned = f", then finetuned for {request.steps} steps at batch size {request.batch_size}"
     few = len(methods[0].before.losses) < LEAST_SEGMENTS
     table = f" The embedding is packed with {request.embeddings}." if request.embeddings else ""
     return template(Path(__file__).with_name("comparison.html.jinja")).render(

@@ -84,8 +84,8 @@ def _losses(run: Run) -> str:
             f"The held-out loss is on {run.held_out.examples} examples of the training data that "
             "the run did not reach, without and with the adapter."
         )
-    advice = " For one, leave a part out: --data 'SOURCE[:95%]' --eval-data 'SOURCE[95%:]'."
-    return "No loss is on held-out data." + (advice if run.commands else "")
+    advice = " To measure one, leave a part out: --data 'SOURCE[:95%]' --eval-data 'SOURCE[95%:]'."
+    return "No loss was measured on held-out data." + (advice if run.commands else "")
 
 
 def _tiles(run: Run) -> dict[str, str]:

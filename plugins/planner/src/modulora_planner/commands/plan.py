@@ -215,7 +215,10 @@ def _verdict(plan: MemoryPlan) -> list[RenderableType]:
         total = format_size(plan.together.nbytes)
         lines += ["", f"Fits, with {total} in all:", ToPaste(f"  {_again(plan.together.request)}")]
     elif plan.fits is False:
-        lines += ["", "No few settings together fit. Choose a smaller model or a larger budget."]
+        lines += [
+            "",
+            "No two or three settings are enough. Choose a smaller model or a larger budget.",
+        ]
     return lines
 
 

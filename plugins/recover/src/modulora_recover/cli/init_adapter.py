@@ -38,7 +38,7 @@ def command(
     targets: Targets = ",".join(_RUN["targets"].default),
     seed: Seed = 0,
 ) -> Report:
-    """Make an adapter that begins where the quantizer erred.
+    """Make an adapter that starts by correcting the quantizer's errors.
 
     B and A are the best correction of each layer's outputs on the text, of rank r, by QERA's
     closed form. A decoder block of the dense model is in memory at a time. The result is an
