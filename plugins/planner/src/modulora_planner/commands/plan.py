@@ -217,7 +217,7 @@ def _verdict(plan: MemoryPlan) -> list[RenderableType]:
     elif plan.fits is False:
         lines += [
             "",
-            "No two or three settings are enough. Choose a smaller model or a larger budget.",
+            "None of the combinations tried fits. Choose a smaller model or a larger budget.",
         ]
     return lines
 
