@@ -204,7 +204,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         without("model.layers.1.mlp.up_proj.weight.codes"),
         "up_proj.weight.codes: expected uint8",
     ),
-    "dense": (without("model.norm.weight"), "model.norm.weight: expected [256]"),
+    "dense": (without("model.norm.weight"), "model.norm.weight: expected floats [256]"),
     "quantizer": (unknown_quantizer, "quantizer 'gone' isn't installed"),
 }
 
