@@ -17,12 +17,13 @@ pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
 EXAMPLES = Path(__file__).parents[1]
 TRL = ("trl_sft", "trl_dpo", "trl_grpo")
+WITH_A_SERVER = ("trl_async_grpo",)
 SCRIPTS = ("finetune", "own_loop", "quantize_a_matrix")
 
 Module = Callable[[str], ModuleType]
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *TRL])
+@pytest.mark.parametrize("name", [*SCRIPTS, *TRL, *WITH_A_SERVER])
 def test_a_script_is_short(name: str) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) < 60
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 import torch
 from modulora_convert.convert import convert
 from modulora_vllm.export import export_for_vllm
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -159,11 +161,15 @@ def test_adapters_of_one_batch_give_transformers_log_probabilities(tmp_path: Pat
     assert not torch.allclose(shared, torch.tensor(answers[1]["logprobs"]), atol=1e-2)
 
 
-def test_three_processes_give_the_same_answers(tmp_path: Path) -> None:
+def test_three_processes_give_the_same_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Some weights are cut, others refuse a cut and stay whole, and the vocabulary is padded."""
+    uncut = "half-quadratic"  # has no `sliced`
     quantizer = Assignment(
         default="nf4", embeddings="int8",
-        layers={"*.gate_proj": "nf4:double_quant=true", "*.v_proj": None},
+        layers={"*.gate_proj": "nf4:double_quant=true", "*.v_proj": None,
+                "*.layers.1.*.up_proj": uncut, "*.layers.1.*.o_proj": uncut},
     )  # fmt: skip
     sizes = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 576}
     packed = packed_model(
@@ -171,6 +177,7 @@ def test_three_processes_give_the_same_answers(tmp_path: Path) -> None:
     )
     options = {"tensor_parallel_size": 3, "distributed_executor_backend": "mp"}
     (answers,) = run_vllm(tmp_path, {"model": packed, "options": options}, processes=True)
+    assert f"{uncut} can't cut its weights of [576, 288]" in capsys.readouterr().out
     assert largest_difference(answers, load_model(packed, device="cpu")) < TOLERANCE
 
 
@@ -197,7 +204,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         without("model.layers.1.mlp.up_proj.weight.codes"),
         "up_proj.weight.codes: expected uint8",
     ),
-    "dense": (without("model.norm.weight"), "model.norm.weight: expected [256]"),
+    "dense": (without("model.norm.weight"), "model.norm.weight: expected floats [256]"),
     "quantizer": (unknown_quantizer, "quantizer 'gone' isn't installed"),
 }
 
@@ -205,9 +212,9 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     packed = packed_model(tmp_path, "nf4")
     for name, (damage, _) in DAMAGES.items():
-        shutil.copytree(packed, tmp_path / name)
-        damage(tmp_path / name)
-    answers = run_vllm(tmp_path, *({"model": tmp_path / name} for name in DAMAGES))
+        shutil.copytree(packed, tmp_path / f"no {name}")
+        damage(tmp_path / f"no {name}")
+    answers = run_vllm(tmp_path, *({"model": tmp_path / f"no {name}"} for name in DAMAGES))
     for (_, message), answer in zip(DAMAGES.values(), answers, strict=True):
         assert message in answer
 
@@ -224,7 +231,8 @@ def test_the_command_answers_and_leaves_no_process(tmp_path: Path, engine: str) 
         words += ["--adapter", f"mine={tmp_path / 'mine'}"]
     tokenizer = AutoTokenizer.from_pretrained(packed)
     ids = tokenizer("the first", return_tensors="pt").input_ids
-    with serving(tmp_path, words) as address:
+    end = signal.SIGINT if engine == "vllm" else signal.SIGTERM
+    with serving(tmp_path, words, end) as address:
         for name, model in models.items():
             text = completion(address, name, "the first", 5)
             new = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
@@ -237,8 +245,8 @@ CUT = "\ufffd"
 
 
 @contextmanager
-def serving(folder: Path, words: Sequence[str]) -> Iterator[str]:
-    """The address of ``modulora serve``, which SIGTERM ends within ten seconds."""
+def serving(folder: Path, words: Sequence[str], end: signal.Signals) -> Iterator[str]:
+    """The address of ``modulora serve``, which a signal ends within ten seconds."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -254,7 +262,7 @@ def serving(folder: Path, words: Sequence[str]) -> Iterator[str]:
         yield f"http://localhost:{port}"
         assert (folder / "log").read_text().count("curl http") == 1
     finally:
-        process.terminate()
+        process.send_signal(end)
         assert process.wait(10) == 0
     left = [path for path in Path("/proc").glob("[0-9]*") if session_of(path) == group]
     assert not left
@@ -276,9 +284,49 @@ def session_of(process: Path) -> int | None:
 
 def completion(address: str, name: str, prompt: str, tokens: int) -> str:
     body = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    text: str = json.loads(post(f"{address}/v1/completions", body))["choices"][0]["text"]
+    return text
+
+
+def post(address: str, body: Mapping[str, Any]) -> str:
     request = urllib.request.Request(
-        f"{address}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        address, json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        text: str = json.load(answer)["choices"][0]["text"]
+        text: str = answer.read().decode()
     return text
+
+
+def test_a_trainer_and_its_server_give_one_completion_the_same_log_probabilities(
+    tmp_path: Path,
+) -> None:
+    """As in reinforcement learning: the server loads PEFT's adapter while it runs, in 2 bits."""
+    packed = packed_model(tmp_path, "qtip")
+    torch.manual_seed(0)
+    trainer = get_peft_model(
+        load_model(packed, device="cpu"), LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    )
+    words = ["serve", str(packed), "--engine", "vllm", "--dtype", "float32", "--allow-loading"]
+    words += ["--engine-options", "--max-loras 3 --max-lora-rank 8"]
+    found = list[list[int]]()
+    with serving(tmp_path, words, signal.SIGTERM) as address:
+        for step in ("one", "two"):
+            with torch.no_grad():
+                for name, tensor in trainer.named_parameters():
+                    if "lora_B" in name:
+                        tensor.normal_(std=0.3)
+            trainer.save_pretrained(tmp_path / step)
+            path = {"lora_name": step, "lora_path": str(tmp_path / step)}
+            post(f"{address}/v1/load_lora_adapter", path)
+            body = {"model": step, "prompt": PROMPTS[0], "max_tokens": 8, "temperature": 1,
+                    "seed": 3, "logprobs": 0, "return_token_ids": True,
+                    "ignore_eos": True}  # fmt: skip
+            answer = json.loads(post(f"{address}/v1/completions", body))["choices"][0]
+            ids = [*PROMPTS[0], *answer["token_ids"]]
+            expected = log_probabilities(trainer, ids)[len(PROMPTS[0]) - 1 :]
+            served = torch.tensor(answer["logprobs"]["token_logprobs"])
+            assert len(served) == 8
+            print("difference:", float((served - expected).abs().max()))
+            torch.testing.assert_close(served, expected, rtol=0, atol=TOLERANCE)
+            found.append(expected.tolist())
+    assert found[0] != found[1]

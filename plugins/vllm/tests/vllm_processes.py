@@ -51,7 +51,7 @@ def run_vllm(
         env=environment, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    print(done.stderr[-8000:])  # pytest shows it if the test fails
+    print(done.stdout, done.stderr[-8000:])  # pytest shows it if the test fails
     answers: list[Any] = json.loads(target.read_text())
     return answers
 
