@@ -48,7 +48,7 @@ from modulora_core.models.locate import locate
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.system_errors import usable_path
 from modulora_core.progress import Display, Progress, shown
-from modulora_core.spec import Calibration, PackedWeight
+from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_merge.adapted import adapted_source
 from modulora_merge.copying import Copy, copy_of
 
@@ -57,6 +57,9 @@ SAMPLES, SEQ_LEN, HELD_BACK = 16, 512, 8
 
 DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean."""
+
+SWEEPS = 1
+"""Of coordinate descent, after the rounding with feedback."""
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +115,7 @@ def merge_packed(
     seq_len: int = SEQ_LEN,
     held_back: int = HELD_BACK,
     damping: float = DAMPING,
+    sweeps: int = SWEEPS,
     seed: int = 0,
     progress: Display = True,
 ) -> PackedMerge:
@@ -128,6 +132,7 @@ def merge_packed(
             comparison, 0 compares nothing.
         seq_len: tokens of a segment.
         damping: added to H's diagonal, as a share of its mean.
+        sweeps: of coordinate descent, after the rounding with feedback.
         seed: for the choice of segments.
         progress: called with a phase, the finished count and the total; by default a bar on a
             terminal, and False shows none.
@@ -164,7 +169,7 @@ def merge_packed(
             shown(progress, "merging", "layers") as show,
             tempfile.TemporaryDirectory() as folder,
         ):
-            merger = _Merger(checkpoint, copy, len(linears), damping, show)
+            merger = _Merger(checkpoint, copy, len(linears), damping, sweeps, show)
             BlockWalk(source, text, linears, merger, pick_device(), Path(folder)).run()
         found = None
         if held_back:
@@ -224,6 +229,7 @@ class _Merger(BlockVisitor):
     copy: Copy
     total: int
     damping: float
+    sweeps: int
     progress: Progress
     done: int = 0
     weights: int = 0
@@ -239,14 +245,12 @@ class _Merger(BlockVisitor):
         for before, V, calibration in given:
             assert calibration is not None
             packed = before.to(V.device)
+            W = _values(quantizer, packed)
             after = rounded_to_grid(
-                quantizer, packed, V.float(), calibration.hessian, damping=self.damping
-            )
-            tiles = (
-                quantizer.dequantize_tile(each, (0, each.shape[0]), torch.float32)
-                for each in (packed, after)
-            )
-            self.changed += int(torch.ne(*tiles).sum())
+                quantizer, packed, V.float(), calibration.hessian,
+                damping=self.damping, sweeps=self.sweeps,
+            )  # fmt: skip
+            self.changed += int(torch.ne(W, _values(quantizer, after)).sum())
             self.weights += V.numel()
             merged.append(after)
         self.done += 1
@@ -255,3 +259,7 @@ class _Merger(BlockVisitor):
 
     def write(self, packed: PackedMatrices) -> None:
         self.copy.replace(packed.name, packed.matrices)
+
+
+def _values(quantizer: Quantizer, packed: PackedWeight) -> Tensor:
+    return quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)
