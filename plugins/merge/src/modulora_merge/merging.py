@@ -36,6 +36,7 @@ from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.data import Source, token_segments
+from modulora_core.dense_products import product
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import AdapterError, DataError, OptionError
 from modulora_core.hf.load_adapter import adapter_for
@@ -60,6 +61,12 @@ DAMPING = 0.01
 
 SWEEPS = 1
 """Of coordinate descent, after the rounding with feedback."""
+
+GAIN = 1.5
+"""The factor on the adapter's change before rounding, of which a coarse grid keeps two thirds."""
+
+OVERSHOT = 1.4
+"""A layer is rounded again with a smaller gain if it has more of the change than this."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +123,7 @@ def merge_packed(
     held_back: int = HELD_BACK,
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
+    gain: float = GAIN,
     seed: int = 0,
     progress: Display = True,
 ) -> PackedMerge:
@@ -133,6 +141,8 @@ def merge_packed(
         seq_len: tokens of a segment.
         damping: added to H's diagonal, as a share of its mean.
         sweeps: of coordinate descent, after the rounding with feedback.
+        gain: multiplies the adapter's change before rounding. Layers whose grid is fine enough to
+            keep the larger change get a smaller one.
         seed: for the choice of segments.
         progress: called with a phase, the finished count and the total; by default a bar on a
             terminal, and False shows none.
@@ -169,7 +179,7 @@ def merge_packed(
             shown(progress, "merging", "layers") as show,
             tempfile.TemporaryDirectory() as folder,
         ):
-            merger = _Merger(checkpoint, copy, len(linears), damping, sweeps, show)
+            merger = _Merger(checkpoint, copy, len(linears), damping, sweeps, gain, show)
             BlockWalk(source, text, linears, merger, pick_device(), Path(folder)).run()
         found = None
         if held_back:
@@ -230,6 +240,7 @@ class _Merger(BlockVisitor):
     total: int
     damping: float
     sweeps: int
+    gain: float
     progress: Progress
     done: int = 0
     weights: int = 0
@@ -244,18 +255,30 @@ class _Merger(BlockVisitor):
         given = zip(self.checkpoint.packed(name), matrices, calibrations, strict=True)
         for before, V, calibration in given:
             assert calibration is not None
-            packed = before.to(V.device)
-            W = _values(quantizer, packed)
-            after = rounded_to_grid(
-                quantizer, packed, V.float(), calibration.hessian,
-                damping=self.damping, sweeps=self.sweeps,
-            )  # fmt: skip
-            self.changed += int(torch.ne(W, _values(quantizer, after)).sum())
+            after = self._merged(quantizer, before.to(V.device), V.float(), calibration.hessian)
             self.weights += V.numel()
             merged.append(after)
         self.done += 1
         self.progress("merging", self.done, self.total)
         return PackedMatrices(name, quantizer, merged)
+
+    def _merged(
+        self, quantizer: Quantizer, packed: PackedWeight, V: Tensor, H: Tensor
+    ) -> PackedWeight:
+        """The packed weight with the change D = V − Ŵ, rounded."""
+        W, gain = _values(quantizer, packed), self.gain
+        DH = product(V - W, H)
+        for _ in range(2):
+            after = rounded_to_grid(
+                quantizer, packed, W.lerp(V, gain), H, damping=self.damping, sweeps=self.sweeps
+            )
+            made = _values(quantizer, after) - W
+            kept = float((made * DH).sum() / ((V - W) * DH).sum())  # NaN without a change
+            if not kept > OVERSHOT:
+                break
+            gain = max(1.0, gain / kept)
+        self.changed += int(made.count_nonzero())
+        return after
 
     def write(self, packed: PackedMatrices) -> None:
         self.copy.replace(packed.name, packed.matrices)
