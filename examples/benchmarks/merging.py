@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from modulora_merge.merging import merge_packed
-from report import markdown
 
 from modulora_core import FinetuneConfig, finetune, quantize
 from modulora_core.calibration import CalibrationConfig
@@ -119,7 +118,8 @@ def main(words: Sequence[str] | None = None) -> int:
     flags = parser.parse_args(words)
     table = [row for quantizer in flags.quantizers for row in rows(quantizer, flags)]
     header = ["quantizer", "way", "perplexity", "effect kept", "weights changed", "seconds"]
-    print(markdown(header, table))
+    for line in (header, ["-"] * len(header), *table):
+        print("|", " | ".join(line), "|")
     return 0
 
 
