@@ -39,7 +39,7 @@ def prepare(folder: Path, words: str, flags: argparse.Namespace) -> tuple[Path, 
     if not packed.exists():
         choice = Choice.parse(words)
         text = CalibrationConfig(flags.data, samples=flags.samples, seq_len=flags.seq_len)
-        calibration = None if choice.create().spec.calibration == "none" else text
+        calibration = text if choice.create().wants_calibration else None
         quantize(flags.model, packed, choice.quantizer, choice.options, calibration=calibration)
     if not (adapter / "adapter_config.json").exists():
         finetune(FinetuneConfig(
