@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from modulora_conformance.cases import correlated, gaussian, generator
@@ -68,6 +70,27 @@ def test_outputs_are_nearer_than_by_rounding_each_weight(case: Case) -> None:
     assert fed < 0.8 * nearest
 
 
+def test_a_sweep_makes_no_rows_error_larger(case: Case) -> None:
+    quantizer, packed, V, H = case
+    found = []
+    for sweeps in (0, 1, 3):
+        made = rounded_to_grid(quantizer, packed, V, H, damping=0.01, sweeps=sweeps)
+        E = (V - value(case, made)).double()
+        found.append((E @ damped(H, 0.01).double() * E).sum(1))
+    assert all((after <= before * (1 + 1e-4)).all() for before, after in pairwise(found))
+    assert found[1].sum() < found[0].sum()
+
+
+def test_no_single_move_is_better_after_many_sweeps(case: Case) -> None:
+    quantizer, packed, V, H = case
+    found = value(case, rounded_to_grid(quantizer, packed, V, H, damping=0.01, sweeps=50))
+    H = damped(H, 0.01)
+    best = found + (V - found) @ H / H.diagonal()
+    snapped = quantizer.snap(packed, (0, SHAPE[0]), (0, SHAPE[1]), best)
+    differing = (snapped - found).abs() > 1e-6  # ties
+    assert differing.float().mean() < 0.001
+
+
 def test_one_block_and_many_give_the_same_points(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +98,7 @@ def test_one_block_and_many_give_the_same_points(
     found = []
     for block in (16, 192):
         monkeypatch.setattr(feedback, "BLOCK", block)
-        made = rounded_to_grid(quantizer, packed, V, H, damping=0.1)
+        made = rounded_to_grid(quantizer, packed, V, H, damping=0.1, sweeps=1)
         found.append(value(case, made))
     differing = (found[0] - found[1]).abs() > 1e-6  # sums in another order
     assert differing.float().mean() < 0.01

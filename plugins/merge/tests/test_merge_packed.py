@@ -156,6 +156,19 @@ def test_a_file_keeps_its_header_types_and_scales(
     assert (found - beside).norm() < 0.85 * (plain - beside).norm()
 
 
+def test_a_fine_grid_gets_the_change_and_not_a_larger_one(
+    trained: Trained, text: Path, tmp_path: Path
+) -> None:
+    packed, adapter = trained("int8")
+    merged(packed, tmp_path / "out", adapter, text, held_back=0)
+    model = load_model(packed)
+    plain = logits(model)
+    load_adapter(model, adapter)
+    beside = logits(model)
+    found = logits(load_model(tmp_path / "out"))
+    assert (found - beside).norm() < 0.1 * (plain - beside).norm()
+
+
 def test_a_folder_of_another_tool_gets_other_codes_in_its_own_form(
     trained: Trained, text: Path, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.data import Source, token_segments
+from modulora_core.dense_products import product
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import AdapterError, DataError, OptionError
 from modulora_core.hf.load_adapter import adapter_for
@@ -48,7 +49,7 @@ from modulora_core.models.locate import locate
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.system_errors import usable_path
 from modulora_core.progress import Display, Progress, shown
-from modulora_core.spec import Calibration, PackedWeight
+from modulora_core.spec import Calibration, PackedWeight, Quantizer
 from modulora_merge.adapted import adapted_source
 from modulora_merge.copying import Copy, copy_of
 
@@ -57,6 +58,15 @@ SAMPLES, SEQ_LEN, HELD_BACK = 16, 512, 8
 
 DAMPING = 0.01
 """Added to H's diagonal, as a share of its mean."""
+
+SWEEPS = 1
+"""Of coordinate descent, after the rounding with feedback."""
+
+GAIN = 1.5
+"""The factor on the adapter's change before rounding, of which a coarse grid keeps two thirds."""
+
+OVERSHOT = 1.4
+"""A layer is rounded again with a smaller gain if it has more of the change than this."""
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +122,8 @@ def merge_packed(
     seq_len: int = SEQ_LEN,
     held_back: int = HELD_BACK,
     damping: float = DAMPING,
+    sweeps: int = SWEEPS,
+    gain: float = GAIN,
     seed: int = 0,
     progress: Display = True,
 ) -> PackedMerge:
@@ -128,6 +140,9 @@ def merge_packed(
             comparison, 0 compares nothing.
         seq_len: tokens of a segment.
         damping: added to H's diagonal, as a share of its mean.
+        sweeps: of coordinate descent, after the rounding with feedback.
+        gain: multiplies the adapter's change before rounding. Layers whose grid is fine enough to
+            keep the larger change get a smaller one.
         seed: for the choice of segments.
         progress: called with a phase, the finished count and the total; by default a bar on a
             terminal, and False shows none.
@@ -164,7 +179,7 @@ def merge_packed(
             shown(progress, "merging", "layers") as show,
             tempfile.TemporaryDirectory() as folder,
         ):
-            merger = _Merger(checkpoint, copy, len(linears), damping, show)
+            merger = _Merger(checkpoint, copy, len(linears), damping, sweeps, gain, show)
             BlockWalk(source, text, linears, merger, pick_device(), Path(folder)).run()
         found = None
         if held_back:
@@ -224,6 +239,8 @@ class _Merger(BlockVisitor):
     copy: Copy
     total: int
     damping: float
+    sweeps: int
+    gain: float
     progress: Progress
     done: int = 0
     weights: int = 0
@@ -238,20 +255,34 @@ class _Merger(BlockVisitor):
         given = zip(self.checkpoint.packed(name), matrices, calibrations, strict=True)
         for before, V, calibration in given:
             assert calibration is not None
-            packed = before.to(V.device)
-            after = rounded_to_grid(
-                quantizer, packed, V.float(), calibration.hessian, damping=self.damping
-            )
-            tiles = (
-                quantizer.dequantize_tile(each, (0, each.shape[0]), torch.float32)
-                for each in (packed, after)
-            )
-            self.changed += int(torch.ne(*tiles).sum())
+            after = self._merged(quantizer, before.to(V.device), V.float(), calibration.hessian)
             self.weights += V.numel()
             merged.append(after)
         self.done += 1
         self.progress("merging", self.done, self.total)
         return PackedMatrices(name, quantizer, merged)
 
+    def _merged(
+        self, quantizer: Quantizer, packed: PackedWeight, V: Tensor, H: Tensor
+    ) -> PackedWeight:
+        """The packed weight with the change D = V − Ŵ, rounded."""
+        W, gain = _values(quantizer, packed), self.gain
+        DH = product(V - W, H)
+        for _ in range(2):
+            after = rounded_to_grid(
+                quantizer, packed, W.lerp(V, gain), H, damping=self.damping, sweeps=self.sweeps
+            )
+            made = _values(quantizer, after) - W
+            kept = float((made * DH).sum() / ((V - W) * DH).sum())  # NaN without a change
+            if not kept > OVERSHOT:
+                break
+            gain = max(1.0, gain / kept)
+        self.changed += int(made.count_nonzero())
+        return after
+
     def write(self, packed: PackedMatrices) -> None:
         self.copy.replace(packed.name, packed.matrices)
+
+
+def _values(quantizer: Quantizer, packed: PackedWeight) -> Tensor:
+    return quantizer.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)
