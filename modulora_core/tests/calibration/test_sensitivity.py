@@ -17,7 +17,6 @@ from modulora_core.calibration import (
     CalibrationConfig,
     CalibrationText,
     find_blocks,
-    states,
 )
 from modulora_core.calibration.gradients import Sensitivity
 from modulora_core.calibration.sensitivity import loss_sensitivities
@@ -187,31 +186,6 @@ def test_half_the_weighted_square_of_a_small_error_is_the_growth_of_the_divergen
             # seen; a wrong ½ is 100 %
             expected = pytest.approx(float(s.sum()) * noise**2 / 2, rel=0.25)
             assert sum(divergences) / 2 == expected, name
-
-
-def test_states_in_a_file_give_the_same_and_the_file_has_the_computed_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = save_tiny_model("llama", tmp_path)
-    files, in_memory = sorted(folder.iterdir()), sensitivities(folder, spill=False)
-    largest: list[int] = []
-    write = states.SampleStates.__setitem__
-
-    def measured(self: states.SampleStates, place: tuple[int, int], state: Tensor) -> None:
-        write(self, place, state)
-        largest.append(self._file.tell())
-
-    monkeypatch.setattr(states.SampleStates, "__setitem__", measured)
-    in_file = sensitivities(folder)
-    for name, (one,) in in_memory.items():
-        (other,) = in_file[name]
-        assert torch.equal(one.outputs, other.outputs)
-        assert all(map(torch.equal, one.tokens, other.tokens))
-    assert sorted(folder.iterdir()) == files
-    config, cpu = open_dense(str(folder)).config, torch.device("cpu")
-    tokens = (2 + 1) * IDS.numel()
-    assert states.spilled_bytes(tokens, config, cpu, spill=True) == max(largest)
-    assert states.spilled_bytes(tokens, config, cpu, spill=None) == 0
 
 
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:

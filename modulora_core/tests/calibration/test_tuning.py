@@ -17,7 +17,7 @@ from modulora_core.calibration import (
     find_blocks,
 )
 from modulora_core.calibration.observe import Key, ObservedWeight
-from modulora_core.errors import DataError, OptionError, WorkError
+from modulora_core.errors import WorkError
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import ChannelScales
 from modulora_core.models import open_dense
@@ -221,17 +221,3 @@ def test_scales_multiply_columns_and_rows_and_have_exact_gradients(generator):
 
     torch.testing.assert_close(product(x, b, u, v), x @ (v.diag() @ W @ u.diag()).t() + b)
     assert torch.autograd.gradcheck(product, [tensor.requires_grad_() for tensor in (x, b, u, v)])
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("epochs", -1), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("batch_size", 0)],
-)
-def test_a_number_out_of_its_range_is_refused(name, value):
-    with pytest.raises(OptionError, match=f"tuning {name}: expected"):
-        TuningConfig(**{name: value})
-
-
-def test_one_sample_is_refused():
-    with pytest.raises(DataError, match="at least 2 calibration samples"):
-        TuningConfig().batches(1, 512)

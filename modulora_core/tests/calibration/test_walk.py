@@ -109,26 +109,6 @@ def test_every_layer_gets_the_second_moment_of_its_inputs(architecture, tmp_path
     assert sorted(done.unreached) == sorted(f"{name}[{i}]" for name, i in unreached)
 
 
-@pytest.mark.parametrize("architecture", ["llama-biased", "gpt2", "mixtral"])
-def test_every_parameter_of_the_blocks_is_packed_or_kept_once(architecture, tmp_path):
-    folder, seen = save_tiny_model(architecture, tmp_path, torch.bfloat16), Seen()
-    walk(folder, seen)
-    source = open_dense(str(folder))
-    blocks = find_blocks(source.skeleton())
-    stored = {name: tensor for name, tensor in source.tensors() if name.startswith(blocks)}
-    assert seen.dense.keys() | seen.weights.keys() == stored.keys()
-    for name, tensor in seen.dense.items():
-        assert tensor.dtype == torch.bfloat16
-        assert torch.equal(tensor, stored[name])
-    for name, matrices in seen.weights.items():
-        stack = stored[name] if len(matrices) > 1 else stored[name][None]
-        for matrix, expected in zip(matrices, stack, strict=True):
-            assert matrix.dtype == torch.float32
-            assert torch.equal(
-                matrix, (expected.t() if architecture == "gpt2" else expected).float()
-            )
-
-
 LLAMA = "q_proj k_proj v_proj, o_proj, gate_proj up_proj, down_proj"
 
 
@@ -224,17 +204,6 @@ def test_an_expert_without_tokens_gets_the_identity_and_is_listed(tmp_path):
         found = seen.calibrations[stack, int(index)]
         assert found.samples == 0
         assert torch.equal(found.hessian, torch.eye(found.hessian.shape[0]))
-
-
-def test_experts_that_the_first_batch_does_not_use_see_the_others(tmp_path):
-    folder, seen = save_tiny_model("mixtral", tmp_path), Seen()
-    ids = IDS[2:, :3]  # experts 1 and 2 first, then all
-    expected = second_moments(dense(folder), ids)
-    walk(folder, seen, ids, batch_size=1)
-    for key, inputs in expected.inputs.items():
-        if key in seen.calibrations:
-            assert seen.calibrations[key].samples == sum(map(len, inputs)), key
-            assert error(seen.calibrations[key].hessian, expected.hessian(*key)) < 1e-5, key
 
 
 @pytest.mark.parametrize("paused_bytes", [0, 2**30])

@@ -111,14 +111,6 @@ def test_an_empty_folder_may_be_filled_and_others_are_refused(tmp_path: Path) ->
     assert (tmp_path / "folder" / "mine").read_text() == "x"
 
 
-def test_a_folder_that_cannot_be_written_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(OutputError, match="is not writable"):
-        check_output(tmp_path / "out")
-
-
 def test_work_killed_before_its_folder_was_renamed_may_be_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
-import pkgutil
 import re
 import shlex
 import signal
@@ -19,13 +17,12 @@ from typing import Any
 import pytest
 
 import modulora_core
-from modulora_core import cli, registry
+from modulora_core import registry
 from modulora_core.cli import app, main
-from modulora_core.cli.commands import modulora_commands
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.terminal import Terminal
 from modulora_core.tests.cli.conftest import Run
-from modulora_core.tests.fake_site import FakeSite, failing
+from modulora_core.tests.fake_site import FakeSite
 
 PROBE = '''
 import logging, os, sys, time, warnings
@@ -185,11 +182,6 @@ def test_stdout_has_the_result_alone(tmp_path: Path) -> None:
     assert "from write" not in out + err
 
 
-def test_a_word_after_two_dashes_is_no_flag(probe: FakeSite, capsys: Captured) -> None:
-    assert main(["probe", "--", "--json"]) == 0
-    assert capsys.readouterr().out == "did --json\n"
-
-
 FAILURES = {
     "refuse": (2, "OptionError", "option 'rank' of probe: expected 1 or more, got 0"),
     "fail": (1, "WorkError", "the work failed"),
@@ -221,16 +213,10 @@ def test_a_failure_is_one_sentence_and_an_exit_code(
 USAGE = {
     "prob": "no such command: 'prob'; did you mean probe?",
     "xyz": "no such command: 'xyz'; expected one of ",
-    "a:b:c[red]": "no such command: 'a:b:c[red]'",
     "probe well --rnak 1": "no such option: --rnak",
     "probe": "missing argument",
-    "probe well again": "again",
-    "probe well --rank many": "invalid value for '--rank'",
     "probe well --rank 0": "invalid value for '--rank': expected greater than or equal to 1",
     "probe well --budget 24gigs": "expected a size such as 24GiB",
-    "probe well --budget 0GB": "expected a size such as 24GiB or 800MB, got 0GB",
-    "probe well --budget 1": "expected a size such as 24GiB or 800MB, got 1",
-    "probe well --rank": "'--rank' requires",
     "--debug": "missing command",
 }
 
@@ -275,7 +261,6 @@ def starved() -> OSError:
     "error",
     [
         MemoryError(),
-        RuntimeError("can't start new thread"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), "file"),
         starved(),
@@ -290,17 +275,6 @@ def test_a_lack_of_memory_is_one_sentence(error: BaseException, capsys: Captured
     assert not re.search("plugin|install|find/load", said)
 
 
-def test_only_work_that_is_left_is_resumed(tmp_path: Path) -> None:
-    out = tmp_path / "adapter"
-    assert not app._left_work(out)
-    (out / "checkpoints").mkdir(parents=True)
-    assert not app._left_work(f"{out}/")
-    (out / "checkpoints" / "checkpoint-1").mkdir()
-    assert app._left_work(f"{out}/")
-    (tmp_path / "packed.partial").mkdir()
-    assert app._left_work(f"{tmp_path}/packed/")
-
-
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX pipe")
 @pytest.mark.parametrize("words", [["much"], ["much", "--json"], ["--help"]], ids=" ".join)
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, words: list[str]) -> None:
@@ -310,16 +284,6 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, words: list[str]) -
     os.close(write)
     _, err = process.communicate(timeout=600)
     assert (process.returncode, err) == (1, "")
-
-
-def test_every_command_of_the_core_has_a_spec() -> None:
-    modules = {name for _, name, _ in pkgutil.iter_modules(cli.__path__)} - {"__main__"}
-    with_command = {
-        name.replace("_", "-")
-        for name in modules
-        if hasattr(importlib.import_module(f"modulora_core.cli.{name}"), "command")
-    }
-    assert with_command == {spec.name for spec in modulora_commands()}
 
 
 # --- plugins -------------------------------------------------------------------------------------
@@ -334,17 +298,6 @@ def test_help_has_a_plugins_command_with_its_distribution(
     assert "[modulora-core]" not in shown
 
 
-def test_a_broken_plugin_is_in_the_help_with_its_reason_and_harms_no_command(
-    probe: FakeSite, capsys: Captured
-) -> None:
-    probe.install("fake-broken", {"broken": "fake_broken"}, {"fake_broken": failing("no GPU")})
-    assert main(["--help"]) == 0
-    assert re.search(
-        r"─ Broken plugins ─.*\n│ fake-broken +RuntimeError: no GPU", capsys.readouterr().out
-    )
-    assert main(["probe", "well"]) == 0
-
-
 def test_two_plugins_that_claim_one_command_are_refused_by_name(
     probe: FakeSite, capsys: Captured
 ) -> None:
@@ -355,22 +308,6 @@ def test_two_plugins_that_claim_one_command_are_refused_by_name(
     error = capsys.readouterr().err
     assert "error: command 'probe': brought by fake-" in error
     assert all(name in error for name in ("fake-probe 1.0", "fake-second 1.0", "uninstall one"))
-
-
-def test_a_plugins_command_may_not_take_the_place_of_one_of_the_core(
-    site: FakeSite, capsys: Captured
-) -> None:
-    install_probe(site, name="quantize")
-    app.load_command.cache_clear()
-    assert main(["quantize", "--help"]) == 2
-    assert "command 'quantize': brought by" in capsys.readouterr().err
-    app.load_command.cache_clear()
-
-
-def test_a_command_for_another_protocol_says_so(site: FakeSite, capsys: Captured) -> None:
-    install_probe(site, protocol=9)
-    assert main(["probe", "well"]) == 2
-    assert "written for protocol 9" in capsys.readouterr().err
 
 
 def test_a_command_whose_module_fails_says_whose_it_is(site: FakeSite, capsys: Captured) -> None:
@@ -390,23 +327,6 @@ def test_a_known_command_that_is_not_installed_names_its_distribution(
     error = capsys.readouterr().err
     assert "no such command: 'weigh'; it is of modulora-absent, which isn't installed" in error
     assert "pip install -r plugins/requirements.txt" in error
-
-
-def test_a_command_of_a_blocked_distribution_is_not_called_absent(
-    site: FakeSite, monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
-    monkeypatch.setattr(registry, "requires", lambda _: ["modulora-weigh>=0.1; extra == 'weigh'"])
-    site.install("modulora-weigh", {"weigh": "fake_weigh"}, {})
-    monkeypatch.setenv(registry.BLOCK_VARIABLE, "modulora-weigh")
-    assert main(["weigh", "MODEL"]) == 2
-    error = capsys.readouterr().err
-    assert "it is of modulora-weigh, which is disabled by MODULORA_BLOCK=modulora-weigh" in error
-
-
-def test_the_install_line_of_messages_is_in_readme() -> None:
-    """If this fails: README installs in another way than messages say."""
-    (line,) = re.findall("`(.*)`", registry.INSTALL)
-    assert line in (Path(modulora_core.__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", app.command_names())
@@ -461,29 +381,6 @@ def test_no_words_show_the_help_and_the_module_is_the_same_program() -> None:
         result = subprocess.run(words, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0
         assert expected in result.stdout
-
-
-@pytest.mark.parametrize("word", ["--help", "list-quantizers"])
-def test_nothing_is_said_when_nobody_reads(word: str) -> None:
-    """As in ``modulora --help | head -1``."""
-    code = f"import sys; from modulora_core.cli import main; sys.exit(main([{word!r}]))"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert (process.stderr.read(), process.wait()) == ("", 1)
-
-
-def test_a_deleted_current_folder_is_refused(
-    probe: FakeSite, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    assert main(["probe", "well"]) == 2
-    assert "current folder: expected a folder, got a deleted one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -60,18 +60,3 @@ def test_check_imports_each_class_and_marks_a_broken_one(tmp_path: Path) -> None
     assert before["alpha"]["status"] == "ok"
     assert after["alpha"]["status"] == "broken"
     assert "no_such_part" in str(after["alpha"]["reason"])
-
-
-def test_check_fails_for_incompatible_and_duplicate_quantizers(tmp_path: Path) -> None:
-    for kind, second in (("incompatible", "beta"), ("duplicate", "alpha")):
-        folder = tmp_path / kind
-        folder.mkdir()
-        site = FakeSite(folder)
-        site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
-        protocol = 99 if kind == "incompatible" else 2
-        site.install_quantizer(
-            second, distribution="fake-two", module="fake_two", protocol=protocol
-        )
-        rows, code = listed(site, "--check")
-        assert kind in {row["status"] for row in rows.values()}
-        assert code == 1

@@ -8,10 +8,8 @@ import sys
 import time
 
 import pytest
-from rich.console import Console
 
 from modulora_core.cli.terminal import Terminal
-from modulora_core.progress import bar
 
 
 class Screen(io.StringIO):
@@ -44,28 +42,6 @@ def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(
         assert "--:--" in last, "the time left belongs to other work"
 
 
-def test_a_bar_without_a_count_says_what_runs_and_no_numbers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    screen = Screen()
-    with Terminal(stderr=screen).progress("reading", "bytes"):
-        wait_until(screen, "reading")
-        time.sleep(0.2)  # longer than a refresh
-    assert not re.search(
-        r"reading.*[?\d━]", re.sub("\x1b\\[[^a-zA-Z]*[a-zA-Z]", "", screen.getvalue())
-    )
-
-
-def test_the_spinner_says_what_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    screen = Screen()
-    terminal = Terminal(stderr=screen)
-    with terminal.working():
-        terminal.doing("loading torch")
-        wait_until(screen, "loading torch")
-
-
 def wait_until(screen: Screen, text: str) -> None:
     """A thread draws ten times a second, and less often on a busy machine."""
     end = time.monotonic() + 60
@@ -94,36 +70,6 @@ def test_without_a_terminal_a_line_comes_at_most_once_a_minute(
             show(f"training, loss [{step}]", step, 8)
     assert stderr.getvalue() == "training, loss [3]: 3/8 steps\ntraining, loss [6]: 6/8 steps\n"
     assert stdout.getvalue() == ""
-
-
-def test_lines_show_sizes_and_unknown_totals(clock: list[float]) -> None:
-    stderr = io.StringIO()
-    for unit in ("bytes", "layers"):
-        with Terminal(stderr=stderr).progress("reading", unit) as show:
-            for done, total in ((2048, None), (4096, 8192)):
-                clock[0] += 60
-                show("reading", done, total)
-    assert stderr.getvalue().splitlines() == [
-        "reading: 2.00 KiB",
-        "reading: 4.00 KiB/8.00 KiB",
-        "reading: 2048 layers",
-        "reading: 4096/8192 layers",
-    ]
-
-
-def test_work_that_fails_leaves_no_bar() -> None:
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=80)
-
-    def fail() -> None:
-        with bar(console, "packing", "layers") as show:
-            show("packing", 3, 8)
-            raise ValueError
-
-    with pytest.raises(ValueError):
-        fail()
-    last = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue().rpartition("\r")[2])
-    assert "packing" not in last
 
 
 def test_a_spinner_turns_until_a_bar_or_output_comes(monkeypatch: pytest.MonkeyPatch) -> None:

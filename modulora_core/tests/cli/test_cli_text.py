@@ -5,10 +5,9 @@ import re
 import shlex
 
 import pytest
-from rich.console import Group
 
 from modulora_core.cli.terminal import Report, Terminal
-from modulora_core.cli.text import facts, format_size, next_commands, parse_size, size_flag
+from modulora_core.cli.text import facts, format_size, next_commands, parse_size
 
 
 def test_sizes_are_read_in_binary_and_decimal_units() -> None:
@@ -33,12 +32,6 @@ def test_sizes_are_written_with_a_few_digits() -> None:
     assert {number: format_size(number) for number in sizes} == sizes
 
 
-def test_a_long_command_stays_on_its_line_so_that_it_can_be_pasted() -> None:
-    command, stdout = f"modulora plan {'--flag value ' * 30}end", io.StringIO()
-    Terminal(stdout=stdout).show(Report({}, Group("done", next_commands(command, command))))
-    assert stdout.getvalue() == f"done\n\nNext: {command}\n  or: {command}\n"
-
-
 def test_a_terminal_gets_a_long_command_on_lines_that_a_shell_joins(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -52,11 +45,6 @@ def test_a_terminal_gets_a_long_command_on_lines_that_a_shell_joins(
     assert max(map(len, shown.splitlines())) <= 40
     words = shlex.split(shown.replace("\\\n", ""))
     assert words == ["Next:", *shlex.split(command), "$", *shlex.split(command)]
-
-
-def test_a_size_is_written_as_it_is_read() -> None:
-    for text in ("24GiB", "800MB", "1GB", "147MiB", "1500", "1TiB"):
-        assert size_flag(parse_size(text)).lower() == text.lower()
 
 
 def test_facts_have_a_line_for_each_entry(capsys: pytest.CaptureFixture[str]) -> None:

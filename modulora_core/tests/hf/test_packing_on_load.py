@@ -12,7 +12,6 @@ from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import (
     CheckpointError,
     OptionError,
-    UnknownQuantizerError,
     WeightError,
 )
 from modulora_core.packed_parameters import PackedParameter
@@ -82,16 +81,6 @@ def test_a_calibrated_quantizer_is_refused(pack, toy, monkeypatch):
         OptionError, match=r"toy: expected .* no calibration.* -q toy --calibration"
     ):
         loaded(source)
-
-
-def test_wrong_requests_are_refused(pack):
-    source = pack("llama", "toy")[0]
-    with pytest.raises(UnknownQuantizerError, match="toyy"):
-        loaded(source, "toyy")
-    with pytest.raises(OptionError, match=r"--include \*\.gate: matches none"):
-        loaded(source, include=["*.gate"])
-    with pytest.raises(OptionError, match="expected a linear weight or more to pack"):
-        loaded(source, exclude=["*"])
 
 
 def test_damaged_files_are_refused(pack, tmp_path):

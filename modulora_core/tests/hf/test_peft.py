@@ -4,13 +4,8 @@ import pytest
 import torch
 from modulora_conformance.allocations import Allocations
 from peft import (
-    IA3Config,
-    LoftQConfig,
-    LoHaConfig,
     LoraConfig,
     PeftModel,
-    PromptTuningConfig,
-    VeraConfig,
     get_peft_model,
 )
 from peft.utils.hotswap import hotswap_adapter
@@ -128,30 +123,3 @@ def test_a_step_holds_few_tiles(pack):
     # y, dy and the gradients of A and B take 2 KiB
     assert allocations.peak < weight * 0.9, f"{allocations.peak} bytes"
     assert allocations.alive < weight / 2
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoHaConfig(target_modules=["q_proj"]),
-        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
-        VeraConfig(target_modules=["q_proj"]),
-        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
-    ],
-    ids=lambda config: type(config).__name__,
-)
-def test_other_methods_train_as_on_the_dense_model(packed, config):
-    found = []
-    for model in (packed(), packed().dequantize()):
-        torch.manual_seed(1)
-        found.append(losses(get_peft_model(model, config), steps=3))
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
-    assert found[0][-1] < found[0][0]
-
-
-def test_loftq_is_refused(packed):
-    pytest.importorskip("bitsandbytes")
-    pytest.importorskip("scipy", reason="PEFT takes NF4's values from it")
-    config = LoraConfig(init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_bits=4))
-    with pytest.raises(ModelError, match=r"^to\(dtype\) of a .*dequantize"):
-        get_peft_model(packed(), config)

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -226,26 +225,17 @@ A, B = "base_model__model__x__lora_A__weight", "base_model__model__x__lora_B__we
     ("damage", "message"),
     [
         (lambda f: (f / CONFIG).write_text("{"), r"adapter_config\.json: Invalid JSON"),
-        (lambda f: (f / CONFIG).write_text("[]"), r"adapter_config\.json: .*\[\]"),
         (edited(CONFIG, lora_alpha=float("nan")), "expected a finite alpha, got nan"),
         (edited(RECORD, format=99), r"modulora\.json: format: expected 1 or 2, got 99"),
-        (edited(RECORD, base=None), r"modulora\.json: base: Field required"),
         (edited(RECORD, settings={"dropout": "x"}), "dropout: expected a valid number"),
-        (edited(CONFIG, lora_dropout=1), "lora_dropout: expected less than 1, got 1"),
-        (edited(CONFIG, target_parameters=True), "target_parameters: expected a valid list"),
         (lambda f: (f / WEIGHTS).write_bytes(b"short"), "expected a readable safetensors file"),
         (lambda f: (f / WEIGHTS).unlink(), "expected adapter_model.safetensors in it"),
         (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), "is a pickle: load it with peft"),
-        (weights(), "expected tensors, found none"),
         (weights(**{A: (2, 4)}), r"x: expected lora_A .* got \[2, 4\] and None"),
-        (weights(**{A: (2, 4), B: (4, 3)}), r"got \[2, 4\] and \[4, 3\]"),
         (weights(x__lora_A__weight=(2, 4)), "expected names base_model.* got x.lora_A.weight"),
-        (lambda f: (f / SCALES).unlink(), "scales.safetensors: expected a readable safetensors"),
         (changed(input_scale=None), r"q_proj\.input_scale: expected .*\[32\]\), got None"),
-        (changed(output_scale=torch.ones(31)), r"expected .*\[32\]\), got .*\[31\]\)"),
         (changed(output_scale=torch.ones(32).half()), r"float32, \[32\]\), got .*float16, \[32\]"),
         (changed(input_scale=torch.full((32,), torch.inf)), "q_proj.input_scale: .* NaN or Inf"),
-        (changed(input_scale=torch.ones(32).int()), "expected finite floats, got torch.int32"),
         (changed(bias=torch.ones(32)), r"q_proj\.bias: expected None, got .*\[32\]"),
     ],
 )
@@ -288,19 +278,6 @@ def test_an_adapter_from_the_hub_comes_with_its_scales(name, revision, llama, tm
     assert all(layer.input_scale for _, layer in adapter_layers(llama))
     asked = [*(tmp_path / "hub" / "models--org--adapter" / "refs").iterdir()]
     assert [path.name for path in asked] == [revision]
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("./no/such/adapter", "expected a folder or a Hub id"),
-        ("org/none", "Hub didn't give it"),
-        (f"{Path(__file__).parent}@main", "expected a folder or a Hub id"),
-    ],
-)
-def test_an_adapter_that_is_nowhere_is_refused(path, message):
-    with pytest.raises(AdapterError, match=message):
-        read_adapter(path)
 
 
 def test_save_pretrained_writes_the_adapters(llama, pack, tmp_path):

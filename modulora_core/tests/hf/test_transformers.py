@@ -1,9 +1,5 @@
 """transformers loads, saves and dequantizes packed folders."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -28,28 +24,6 @@ def test_from_pretrained_loads_what_load_model_loads(pack):
     assert packed_parameters(theirs) == 14
     assert torch.equal(logits(theirs), logits(load_model(folder, device="cpu")))
     assert not any(parameter.requires_grad for parameter in theirs.parameters())
-
-
-@pytest.mark.slow
-def test_one_import_registers_the_format_and_transformers_alone_refuses_it(pack, toy_root):
-    """transformers would fill packed layers with noise."""
-    code = """if True:
-        import sys
-        import modulora_core
-        from transformers import AutoModelForCausalLM
-        try:
-            AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        except RuntimeError as error:
-            print("ignore_mismatched_sizes" in str(error))
-        import modulora_core.hf
-        model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        print(type(model.model.layers[0].mlp.up_proj).__name__)
-        print([each for each in sys.meta_path if "modulora" in str(each)])
-    """
-    command = [sys.executable, "-c", code, str(pack("llama", "toy")[1])]
-    environment = {**os.environ, "PYTHONPATH": str(toy_root)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.stdout.split("\n")[:3] == ["True", "QuantLinear", "[]"], done.stderr
 
 
 def test_a_plugin_makes_its_tables_with_values(pack, toy, monkeypatch):

@@ -155,16 +155,6 @@ def test_losses_and_gradients_are_the_dense_model_s(
     check(folders[head], trainer, adapter, tmp_path, checkpointing=head == "untied")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_so_they_are_with_the_other_setting_of_checkpointing(
-    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str, adapter: str
-) -> None:
-    check(folders[head], trainer, adapter, tmp_path, checkpointing=head == "tied")
-
-
 def check(folder: Path, trainer: str, adapter: str, out: Path, *, checkpointing: bool) -> None:
     options = {"gradient_checkpointing": checkpointing}
     losses, steps = trained(folder, trainer, adapter, out, **options)
@@ -180,23 +170,6 @@ def check(folder: Path, trainer: str, adapter: str, out: Path, *, checkpointing:
         assert size > 0
         for name, gradient in found.items():
             assert float((gradient - wanted[name]).abs().max()) < 1e-5 * size, name
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("trainer", ["SFT nll", "DPO"])
-def test_bfloat16_is_no_farther_from_float32_than_the_dense_model(
-    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str
-) -> None:
-    truth, packed, dense = (
-        trained(folders[head], trainer, "peft", tmp_path, dense=is_dense, dtype=dtype)[1]
-        for is_dense, dtype in ((True, "float32"), (False, "bfloat16"), (True, "bfloat16"))
-    )
-
-    def distance(steps: list[dict[str, Tensor]]) -> float:
-        parts = ((steps[0][name] - truth[0][name]).square().sum() for name in truth[0])
-        return float(sum(parts)) ** 0.5
-
-    assert distance(packed) <= 1.5 * distance(dense)
 
 
 @pytest.mark.parametrize(("trainer", "head"), [("SFT nll", "untied"), ("DPO", "tied")])
@@ -243,18 +216,12 @@ def test_an_adapted_head_is_refused_and_not_left_out(
 Read = Callable[[Any], Any]
 READS: dict[str, Read] = {
     "slice": lambda W: W[3:77],
-    "open slice": lambda W: W[590:],
     "empty": lambda W: W[5:5],
-    "past the end": lambda W: W[595:700],
     "steps": lambda W: W[1:90:7],
     "row": lambda W: W[5],
-    "last": lambda W: W[-1],
     "ids": lambda W: W[torch.tensor([[4, 4], [599, 0]])],
-    "list": lambda W: W[[3, 1]],
     "mask": lambda W: W[torch.arange(600) % 50 == 0],
     "shape": lambda W: W.shape,
-    "dtype": lambda W: W.dtype,
-    "device": lambda W: W.device,
 }
 
 
@@ -298,14 +265,10 @@ def test_rows_take_part_in_autograd_as_constants(folders: dict[str, Path]) -> No
 
 REFUSED: dict[str, Read] = {
     "data": lambda W: W.data,
-    "data_ptr": lambda W: W.data_ptr(),
     "untyped_storage": lambda W: W.untyped_storage(),
-    "mul_": lambda W: W.mul_(2),
     "__setitem__": lambda W: W.__setitem__(0, 1.0),
     "add": lambda W: torch.add(W, 1),
-    "t": lambda W: W.t(),
     "to": lambda W: W.to(torch.bfloat16),
-    "index_copy": lambda W: W.index_copy(0, torch.tensor([1]), torch.ones(1, 32)),
     "tolist": lambda W: W.tolist(),
 }
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from modulora_core import registry
@@ -22,13 +19,10 @@ from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, DataError, ModuLoRAError, OptionError
 from modulora_core.hf.load_model import load_model
-from modulora_core.models.folders import MARKER
 from modulora_core.quantization.cache import CachedModel
-from modulora_core.quantization.quality import Quality
 from modulora_core.quantization.quantize import Assignment, QuantizeResult, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests import scaled_quantizer, width_quantizer
-from modulora_core.tests.killed_runs import Commands
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.stopped_runs import stop, stored
 
@@ -84,10 +78,6 @@ def whole(
     return request.param, out, run(source, out, request.param)
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def test_the_samples_are_recorded_and_the_model_loads(
     whole: tuple[str, Path, QuantizeResult], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,36 +113,11 @@ def test_the_command_line_gives_the_same_bytes(
     assert stored(tmp_path / "out") == stored(out)
 
 
-def test_layers_without_calibration_are_packed_beside_layers_with_it(
-    source: str, tmp_path: Path
-) -> None:
-    mlp = Assignment(default="heeding", layers={"*.mlp.*": "plain"})
-    result = run(source, tmp_path / "out", mlp)
-    assert result.packed_by.keys() == {"heeding", "plain"}
-    attention = Assignment(default="plain", layers={"*.self_attn.*": "heeding"})
-    run(source, tmp_path / "same", attention)
-    one, other = (tensors(tmp_path / name) for name in ("out", "same"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 def test_a_layer_outside_of_the_blocks_stays_dense_if_it_needs_calibration(tmp_path: Path) -> None:
     opt = save_model_with_tokenizer("opt", tmp_path / "opt")
     kept = run(str(opt), tmp_path / "out").kept
     reason = "outside of the decoder blocks, where nothing is calibrated"
     assert {name.split(".")[-2] for name in kept[reason]} == {"project_in", "project_out"}
-
-
-def test_weights_of_other_quantizers_are_not_rescaled(
-    toy: object, source: str, tmp_path: Path
-) -> None:
-    toys = Assignment(default="scaled", layers={"*.mlp.*": "toy"})
-    run(source, tmp_path / "tuned", toys, calibration=text(tuning=TUNING))
-    run(source, tmp_path / "untuned", toys, calibration=text())
-    tuned, untuned = (tensors(tmp_path / name) for name in ("tuned", "untuned"))
-    differing = {name for name in tuned if not torch.equal(tuned[name], untuned[name])}
-    assert any(name.endswith("self_attn.v_proj.weight.rows") for name in differing)
-    assert any(name.endswith("mlp.up_proj.bias") for name in differing)
-    assert not [name for name in differing if ".mlp." in name and ".weight." in name]
 
 
 def test_a_quantizer_that_uses_no_calibration_is_tuned_on_the_text(
@@ -184,7 +149,6 @@ def test_a_quantizer_that_uses_no_calibration_is_tuned_on_the_text(
         ({"quantizer": "toy"}, OptionError, "toy uses none"),
         ({"calibration": text(samples=10**6)}, DataError, "1000000 samples"),
         ({"calibration": text(seq_len=4096)}, OptionError, "at most 64, the context"),
-        ({"calibration": text(source="nowhere.txt")}, DataError, "nowhere.txt"),
         ({"include": ["lm_head"]}, OptionError, "lm_head is outside of the decoder blocks"),
         ({"quantizer": "toy", "calibration": text(tuning=TUNING)}, OptionError, "got toy; leave"),
         ({"calibration": text(tuning=TUNING, samples=1)}, DataError, "tuning: expected at least 2"),
@@ -204,7 +168,6 @@ def test_a_wrong_request_is_refused_and_writes_nothing(
     [
         ("heeding", OUTSIDE + 9 + 4, 10),  # a block's biases and norms come first
         ("scaled", OUTSIDE + 9, 14),
-        ("scaled", OUTSIDE + IN_BLOCK, 7),
         ("scaled", OUTSIDE + 2 * IN_BLOCK - 1, 7),
     ],
 )
@@ -278,14 +241,13 @@ def test_a_quality_stands_for_its_settings(
     assert stored(tmp_path / "own") == stored(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("quality", ["fast", "balanced", "best"])
 @pytest.mark.parametrize("calibrated", ["heeding", "scaled"])
 @pytest.mark.parametrize("tuning", [None, TuningConfig(epochs=0)])
 def test_the_cache_packs_with_the_quality_that_it_planned(
-    quality: Quality, calibrated: str, tuning: TuningConfig | None, source: str, tmp_path: Path
+    calibrated: str, tuning: TuningConfig | None, source: str, tmp_path: Path
 ) -> None:
     """``heeding`` has options for the best quality, and ``scaled`` has none."""
-    settings: dict[str, Any] = {"calibration": text(tuning=tuning), "quality": quality}
+    settings: dict[str, Any] = {"calibration": text(tuning=tuning), "quality": "best"}
     planned = CachedModel(source, Choice(calibrated), cache=tmp_path / "cache", **settings)
     written = planned.packed().record
     assert written.model_copy(update={"contents": None}) == planned.record
@@ -306,11 +268,7 @@ def stopped(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ({"seed": 2}, "seed"),
         ({"calibration": text(tuning=TUNING, source="pydoc[:20%]")}, "calibration"),
-        ({"calibration": text(tuning=TUNING, samples=5)}, "calibration"),
         ({"calibration": text()}, "calibration"),
-        ({"calibration": text(tuning=TUNING, weighting="none")}, "calibration"),
-        ({"calibration": text(tuning=TuningConfig(3, 2e-2))}, "calibration"),
-        ({"exclude": ["*.down_proj"]}, "weights"),
         ({"quantizer": "heeding", "calibration": text()}, "recipes"),
     ],
 )
@@ -340,22 +298,3 @@ def test_a_changed_text_or_changed_weights_are_not_resumed(source: str, tmp_path
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match="differs in the values of the model's weights"):
         run(str(copy), out, calibration=calibration, resume=True)
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
-    site: Path, source: str, tmp_path: Path
-) -> None:
-    run(source, tmp_path / "whole")
-    commands, out = Commands(tmp_path, site), tmp_path / "out"
-    samples = "--calibration pydoc[:10%] --samples 6 --seq-len 32 --batch-size 2"
-    words = ["quantize", source, "out", *f"-q heeding {samples} --seed 1 --resume".split()]
-    moments, cut = random.Random(0), 0
-    for lines in sorted(moments.sample(range(30), 4)):  # of 35 parameters
-        commands.run(words, signal.SIGKILL, moments.uniform(0, 0.02), lines)
-        cut += not out.exists()
-    assert cut > 0
-    assert commands.run(words) == 0, commands.said
-    commands.close()
-    found = {name: data for name, data in stored(out).items() if name != MARKER}
-    assert found == stored(tmp_path / "whole")

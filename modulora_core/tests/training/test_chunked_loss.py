@@ -149,35 +149,6 @@ def test_a_loss_of_a_row_takes_the_place_of_cross_entropy(kind: str) -> None:
     torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_a_loss_of_a_row_works_with_whole_logits_too() -> None:
-    """A hook on the head wants its output."""
-    model = made("plain")
-    with chunked_loss(model, CHUNK, row_loss_of_places):
-        expected = loss_and_gradients(model)
-    hook = model.get_output_embeddings().register_forward_hook(lambda *_: None)
-    with hook, chunked_loss(model, CHUNK, row_loss_of_places):
-        found = loss_and_gradients(model)
-    torch.testing.assert_close(found, expected, **EXACT)
-
-
-def test_ignored_labels_have_no_gradient() -> None:
-    model, ignored = made("plain"), torch.full_like(IDS, -100)
-    with chunked_loss(model, CHUNK):
-        loss, gradients = loss_and_gradients(model, labels=ignored, num_items_in_batch=7)
-        mean = model(input_ids=IDS, labels=ignored).loss
-    assert float(loss) == 0
-    assert not any(gradient.any() for gradient in gradients.values())
-    assert mean.isnan(), "the mean of nothing, as in transformers"
-
-
-@pytest.mark.parametrize("head_trains", [False, True])
-def test_frozen_parameters_get_no_gradient(head_trains: bool) -> None:
-    model = made("plain")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("lm_head") == head_trains)
-    assert_same(model)
-
-
 @pytest.mark.parametrize("adapter", [False, True], ids=["frozen", "with an adapter"])
 def test_a_packed_head_gives_the_same_loss(toy: ModuleType, adapter: bool) -> None:
     model = made("plain")
@@ -245,22 +216,6 @@ def test_a_model_may_do_anything_with_its_logits(kind: str) -> None:
     torch.testing.assert_close(readout.head(readout.hidden), model(input_ids=IDS).logits, **EXACT)
 
 
-class OwnLoss(LlamaForCausalLM):  # type: ignore[misc]
-    """BART's decoder computes its loss itself, by labels that are not shifted."""
-
-    def forward(self, input_ids: Tensor, labels: Tensor, logits_to_keep: int = 0, **_: Any) -> Any:
-        logits = self.lm_head(self.model(input_ids).last_hidden_state[:, -logits_to_keep:])
-        loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
-
-
-def test_a_model_that_does_not_ask_for_its_loss_function_is_left_alone() -> None:
-    model = randomized(OwnLoss(LlamaConfig(**SIZES)))
-    expected = loss_and_gradients(model)
-    with chunked_loss(model, CHUNK):
-        torch.testing.assert_close(loss_and_gradients(model), expected, **EXACT)
-
-
 def test_a_head_with_hooks_and_another_loss_are_left_alone() -> None:
     model = made("plain")
     seen: list[Tensor] = []
@@ -274,15 +229,6 @@ def test_a_head_with_hooks_and_another_loss_are_left_alone() -> None:
     with chunked_loss(model):
         loss = model(input_ids=IDS, labels=LABELS).loss
     assert loss == model(input_ids=IDS).logits.square().sum()
-
-
-def test_the_model_is_restored_after_an_error() -> None:
-    model = made("plain")
-    with pytest.raises(KeyError), chunked_loss(model):
-        assert model(IDS).logits.shape[1] == 1
-        raise KeyError
-    assert model(IDS).logits.shape[1] == 16
-    assert model.loss_function.__name__ == "ForCausalLMLoss"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

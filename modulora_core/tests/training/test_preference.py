@@ -140,22 +140,6 @@ def _finetuned(options: dict[str, Any]) -> list[float]:
     return finetuned(**options)
 
 
-def test_each_message_has_its_own_fields_alone(tmp_path: Path) -> None:
-    """A table would add ``name`` to all, and refuse a field of two types."""
-    pytest.importorskip("trl", reason="pip install trl")
-    from modulora_core.training.preference import _dataset
-
-    rows = [
-        {"prompt": [{"role": "user", "content": "Who?", **more}],
-         "chosen": [{"role": "assistant", "content": "me"}],
-         "rejected": [{"role": "assistant", "content": "nobody"}]}
-        for more in ({"name": "Ada"}, {}, {"name": 3})
-    ]  # fmt: skip
-    assert list(_dataset(rows, tmp_path)) == rows
-    strings = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS]
-    assert list(_dataset(strings, tmp_path)) == strings
-
-
 @pytest.mark.slow
 def test_a_packed_head_trains_without_an_adapter_of_its_own(
     dpo: Configure, tunable: Path, tmp_path: Path
@@ -167,16 +151,6 @@ def test_a_packed_head_trains_without_an_adapter_of_its_own(
     with pytest.raises(OptionError, match="expected an output head without an adapter"):
         finetune(dpo(model=model, out=str(tmp_path / "other"), targets=["lm_head", "q_proj"]))
     assert not (tmp_path / "other").exists()
-
-
-def test_dpo_has_defaults_of_its_own(dpo: Configure) -> None:
-    fields = {"model": "m", "out": "o", "data": "d", "method": "dpo"}
-    config = FinetuneConfig.build(fields)
-    assert (config.lr, config.dropout) == (5e-5, 0)
-    assert FinetuneConfig.build({**fields, "lr": 1e-3, "dropout": 0.2}).dropout == 0.2
-    assert FinetuneConfig.build({**fields, "method": "sft"}).lr == 1e-3
-    with pytest.raises(OptionError, match="expected method sft beside them, got dpo"):
-        FinetuneConfig.build({**fields, "format": "chat"})
 
 
 def test_without_trl_it_is_refused(

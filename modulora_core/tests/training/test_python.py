@@ -2,13 +2,11 @@
 
 import io
 import re
-import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-import modulora_core
 from modulora_core import evaluate, finetune
 from modulora_core.errors import OptionError
 
@@ -89,25 +87,3 @@ def test_they_draw_none_on_request_or_without_a_terminal(monkeypatch, tunable, c
 
 
 # types
-
-
-@pytest.mark.slow
-def test_a_type_checker_knows_every_public_name(tmp_path):
-    pytest.importorskip("mypy", reason="pip install mypy")
-    names = modulora_core.__all__
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import modulora_core\n"
-        + "".join(f"reveal_type(modulora_core.{name})\n" for name in names)
-        + "config = modulora_core.FinetuneConfig(model='m', out='o', data=['a.txt'])\n"
-        + "reveal_type(modulora_core.finetune(config).losses)\n"
-    )
-    settings = tmp_path / "mypy.ini"  # to read torch and transformers would take a minute
-    settings.write_text("[mypy]\n[mypy-torch.*,transformers.*]\nfollow_imports = skip\n")
-    words = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(settings), str(program)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    shown = re.findall(r'Revealed type is "(.*)"', done.stdout)
-    assert len(shown) == len(names) + 1, done.stdout
-    assert not {name for name, kind in zip(names, shown, strict=False) if kind == "Any"}
-    assert "list[float]" in shown[-1].replace("builtins.", "")
-    assert done.returncode == 0, done.stdout

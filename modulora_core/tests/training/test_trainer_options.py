@@ -61,23 +61,12 @@ WRONG = {
     "adam_beta3=1": "did you mean adam_beta2 or adam_beta1?",
     "learning_rate=1": "expected --lr instead",
     "logging_steps=2": "the run depends on its own value; leave it out",
-    "neftune_noise_alpha=nan": "trainer neftune_noise_alpha: expected a finite number, got nan",
     "dataloader_num_workers=-1": "trainer dataloader_num_workers: expected 0 or more, got -1",
-    "adam_beta1=high": "trainer adam_beta1: expected a valid number.*, got 'high'",
     "lr_scheduler_type=poly": "poly is not a valid SchedulerType",
-    "lr_scheduler_kwargs=[": r"trainer lr_scheduler_kwargs: expected a JSON object .*, got '\['",
     'lr_scheduler_kwargs={"unknown": 1}': "trainer lr_scheduler_type .*: expected values that it",
-    "lr_scheduler_type=cosine_with_min_lr": "trainer lr_scheduler_type .*: expected values that it",
     "log_level=foo": "trainer log_level: expected one of .*debug.*, got 'foo'",
     "optim_args=foo": r"trainer optim_args: expected KEY=VALUE,\.\.\., got 'foo'",
-    "log_level_replica=foo": "trainer log_level_replica: expected one of .*debug.*, got 'foo'",
-    "neftune_noise_alpha=-1": "trainer neftune_noise_alpha: expected 0 or more, got -1",
     "torch_compile_mode=foo": "trainer torch_compile_mode: Unrecognized mode=foo",
-    "accelerator_config=[": "trainer",
-    "deepspeed=nowhere.json": "the run depends on its own value; leave it out",
-    "debug=foo": "trainer",
-    "hub_strategy=foo": "trainer",
-    "dataloader_prefetch_factor=2": "trainer.*prefetch_factor",
     "dataloader_persistent_workers=true": "trainer dataloader_persistent_workers: expected values",
 }
 
@@ -97,15 +86,6 @@ def test_a_library_that_is_not_installed_is_refused_and_nothing_is_written(confi
     with pytest.raises(MissingExtraError, match="pip install liger-kernel"):
         finetune(configure(trainer=["use_liger_kernel=true"]))
     assert not (tmp_path / "out").exists()
-
-
-def test_every_field_that_we_own_exists():
-    """If this fails: transformers or TRL renamed a field, and the message of it is lost."""
-    known = set(TrainingArguments.__dataclass_fields__)
-    preferences = {"max_length", "activation_offloading", "precompute_ref_log_probs",
-                   "model_init_kwargs", "sync_ref_model"}  # fmt: skip
-    renamed = {"warmup_ratio"}
-    assert {*options._OWNED, *options._FIXED} - known <= preferences | renamed
 
 
 def test_trackers_are_those_of_transformers(configure, monkeypatch, tmp_path):
