@@ -87,13 +87,3 @@ def test_random_numbers_need_a_generator_of_their_device():
         with pytest.raises(RuntimeError, match="generator on cpu"):
             torch.randn(4, generator=draw)
     assert torch.equal(drawn.on_cpu, moved_later.on_cpu)
-
-
-def test_indices_of_the_cpu_are_copied():
-    with fake_cuda():
-        x, ids = moved(TABLE), torch.tensor([7, 0])
-        assert x[ids].on_cpu.tolist() == [7, 0]
-        x[ids] = 1.0
-        assert x.on_cpu.tolist() == [1, 1, 2, 3, 4, 5, 6, 1]
-        with pytest.raises(RuntimeError, match="one device"):
-            x[ids] = torch.ones(2)

@@ -85,39 +85,6 @@ case "$*" in *--dry-run*) exit {code};; esac
 """
 """Stands in for Python: it logs its arguments. ``code`` 1: the package index lacks the core."""
 
-INSTALLS = {
-    "from the index": (0, "", []),
-    "from a folder": (1, ".", ["-m pip install . ./plugins/kernels ./conformance"]),
-    "from a repository": (
-        1,
-        "https://a.example/b.git",
-        [
-            "-m pip install git+https://a.example/b.git "
-            "git+https://a.example/b.git#subdirectory=plugins/kernels "
-            "git+https://a.example/b.git#subdirectory=conformance"
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize(("code", "repository", "installs"), INSTALLS.values(), ids=INSTALLS)
-def test_its_ci_installs_from_an_index_or_a_repository_and_runs_the_kit_once(
-    package: Path, tmp_path: Path, code: int, repository: str, installs: list[str]
-) -> None:
-    done, calls = ci(finished(package, tmp_path / "own"), tmp_path, code, repository)
-    assert done.returncode == 0, done.stderr
-    assert calls[1:-1] == [*installs, "-m pip install -e .[test]"]
-    report = f"--conformance-report=conformance --junit-xml=conformance/{NAME}.xml"
-    assert calls[-1] == f"-m pytest --certified {report} -q"
-
-
-def test_its_ci_fails_while_a_text_is_left_to_write(package: Path, tmp_path: Path) -> None:
-    done, calls = ci(package, tmp_path, 0, "")
-    assert calls[-1].startswith("-m pytest")
-    assert done.returncode == 1
-    assert "README.md" in done.stdout
-    assert "replace each TODO above" in done.stdout
-
 
 def finished(package: Path, folder: Path) -> Path:
     """A copy of the package whose texts are written."""

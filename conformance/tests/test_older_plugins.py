@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 from modulora_conformance.__main__ import main
-from modulora_conformance.protocols import CHANGES, changes_since
 
-from modulora_core.spec import PROTOCOL
 from modulora_core.tests.fake_site import FakeSite
 
 
@@ -50,8 +48,3 @@ def test_a_plugin_that_breaks_for_its_age_is_told_the_change_and_the_line(
     error = " ".join(capsys.readouterr().err.split())
     assert advice in error.partition("; since protocol 2: ")[2]
     assert "fake_aged.py, line" in error
-
-
-def test_the_table_reaches_todays_protocol() -> None:
-    assert max(change.protocol for change in CHANGES) == PROTOCOL
-    assert changes_since(PROTOCOL) == []

@@ -10,9 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
-from modulora_core import quantize
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
@@ -155,62 +153,6 @@ def test_summary_joins_the_files_and_takes_packed_heads(
 
 
 @pytest.mark.slow
-def test_each_method_has_a_process_of_its_own(
-    module: Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "layer.json"
-    words = ["-q", "nf4", "--peers", "--quick", "--forward", "--rows", "2", "--threads", "1"]
-    words += ["--dtypes", "float32", "--json", str(file)]
-    assert module("layer").main(words) == 0
-    found = json.loads(file.read_text())
-    assert [r["method"] for r in found["results"]] == ["dense", "nf4"]
-    check_turns(found["results"], of(found, "dense"))
-    assert capsys.readouterr().out.count("| nf4 ") == 1
-
-
-def test_a_process_that_fails_or_dies_is_a_reason(module: Module) -> None:
-    turns = module("turns")
-    with pytest.raises(turns.NotMeasuredError, match="ValueError: invalid literal"):
-        turns.Process(int, "four")
-    job = turns.Process(dict, {"a": 1})
-    assert job.ask("get", "a") == 1
-    with pytest.raises(turns.NotMeasuredError, match="TypeError"):
-        job.ask("get")
-    assert job.ask("get", "a") == 1
-    job._process.kill()
-    for _ in range(2):
-        with pytest.raises(turns.NotMeasuredError, match="exit code -9"):
-            job.ask("get", "a")
-    job.end()
-
-
-def test_a_wrong_result_is_not_measured(module: Module) -> None:
-    class Wrong(module("methods").Dense):  # type: ignore[misc]  # imported at run time
-        def layer(
-            self, weight: torch.Tensor, dtype: torch.dtype, *, training: bool = False
-        ) -> torch.nn.Module:
-            return super().layer(-weight, dtype)  # type: ignore[no-any-return]
-
-    job = module("turns").Here(module("layer").LayerJob, Wrong(), "float32", (16, 16), 0.001)
-    with pytest.raises(module("turns").NotMeasuredError, match=r"off by 2\.00"):
-        job.ask("prepare", "forward", 1)
-
-
-def test_proxy_errors_are_near_theory_and_above_the_bound(
-    module: Module, tiny_model: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("modulora_qtip", reason="pip install ./plugins/qtip")
-    words = ["--model", tiny_model, "--block", "1", "--samples", "8", "--seq-len", "64"]
-    assert module("proxy_error").main([*words, "-o", "states=10", "-o", "sweeps=0"]) == 0
-    lines = [line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[4:]]
-    rows = [[float(cell) for cell in line] for line in lines]
-    assert len(rows) == 7, "the layers of a block of a Llama"
-    for proxy, theory, bound in rows:
-        assert bound < theory
-        assert 0.8 < proxy / theory < 1.5, "weights of so small layers are no Gaussian"
-
-
-@pytest.mark.slow
 def test_paper_scores_both_tasks_and_keeps_finished_parts(
     module: Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,13 +168,3 @@ def test_paper_scores_both_tasks_and_keeps_finished_parts(
     (tmp_path / "nf4-classification.json").write_text(json.dumps(scores | {"after": [12.3]}))
     assert module("paper").main(words) == 0
     assert "12.3" in capsys.readouterr().out, "a finished part is not measured again"
-
-
-def test_by_layer_has_a_row_for_each_kind_and_third(
-    module: Module, tiny_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    quantize(tiny_model, tmp_path / "packed", "nf4")
-    words = [tiny_model, str(tmp_path / "packed"), "--segments", "2", "--seq-len", "16"]
-    assert module("by_layer").main(words) == 0
-    rows = [line.split("|")[1].strip() for line in capsys.readouterr().out.splitlines()]
-    assert {"none", "q_proj", "down_proj", "blocks of third 1", "all"} < set(rows)

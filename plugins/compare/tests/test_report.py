@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from modulora_compare import ReportCallback
 from modulora_compare.report.curves import Curve, curves
 from modulora_compare.report.page import LONGEST
@@ -21,7 +20,6 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.sampling import Sampling, continuations
-from modulora_core.progress import no_progress
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.cli.conftest import TEMPLATE
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
@@ -149,17 +147,6 @@ def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, 
     assert any(sample.before != sample.after for sample in samples)
 
 
-def test_infinite_logits_are_named_in_the_place_of_an_answer(tunable: Path, text: Path) -> None:
-    model: Any = trained(load_model(tunable))
-    tokenizer = open_packed(tunable).tokenizer()
-    examples = load_examples(text, tokenizer, seq_len=64)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.fill_(torch.inf)
-    (sample, *_) = answers(model, tokenizer, examples, no_progress)
-    assert "infinite" in sample.before
-    assert "infinite" in sample.after
-
-
 CHATML = "<s>system\nBe brief.</s>\n<s>user\nWhat is\nit?</s>\n<s>assistant\n"
 HEADERS = "<s>system<s>\n\nBe brief.</s><s>user<s>\n\nWhat is\nit?</s><s>assistant<s>\n\n"
 
@@ -196,20 +183,8 @@ def test_a_curve_places_its_points_between_round_ticks() -> None:
     assert float(ys[1]) < float(ys[2]) < float(ys[0]), "a larger value is higher"
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.0], [5.0, 5.0], [1e-9, 1e-9], [-1.0, -1.0], [2.0]])
-def test_level_and_single_values_have_a_curve(values: list[float]) -> None:
-    svg = Curve("", {"": [(step, value) for step, value in enumerate(values)]}).svg
-    assert "nan" not in svg
-    assert svg.count("<circle") == len(values)
-
-
 def test_a_long_run_has_few_points_and_nan_has_none() -> None:
     history = [{"step": step, "loss": float(step)} for step in range(10_000)]
     (curve,) = curves([*history, {"step": 10_000, "loss": float("nan")}])
     (line,) = re.findall(r'points="([^"]+)"', curve.svg)
     assert len(line.split()) <= 300
-
-
-def test_a_run_on_preferences_has_the_curve_of_its_margins() -> None:
-    history = [{"step": 1, "loss": 0.7, "rewards/margins": 0.1}, {"step": 2, "loss": 0.6}]
-    assert [curve.title for curve in curves(history)] == ["Loss", "Reward margin"]

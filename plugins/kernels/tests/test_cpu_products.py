@@ -1,10 +1,6 @@
 """Tiles and products of an outsider's decoder against float64."""
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -156,32 +152,3 @@ def test_few_rows_are_products_in_a_dtype_of_the_processor(
     monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: has_units)
     monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: processor == "amx")
     assert dtype_of_few(rows, dtype) is expected
-
-
-def in_another_process(folder):
-    code = """
-import torch, outsiders_rows as m
-from modulora_core.packed import PackedWeight
-tensors = {"codes": torch.ones(4, 4, dtype=torch.int8), "scales": torch.ones(4)}
-tile = m.tile(PackedWeight("outsider", 1, (4, 4), tensors), (0, 4), torch.float32)
-loops = m.kernels._fill[torch.float32]
-print(int(tile.sum()), sum(loops.stats.cache_hits.values()))
-"""
-    path = os.pathsep.join([str(folder), str(Path(__file__).parents[3])])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    return done.stdout.strip()
-
-
-@pytest.mark.slow
-def test_compiled_code_is_cached_and_follows_changes_of_the_whole_package(tmp_path):
-    """A change of the kernel's own file is one of its package too."""
-    file, beside = tmp_path / "outsiders_rows.py", tmp_path / "outsiders_factor.py"
-    decoder = DECODER.replace("* scales[row + r]", "* scales[row + r] * factor()")
-    file.write_text("from outsiders_factor import factor\n" + decoder, encoding="utf-8")
-    factor = "from modulora_kernels import jit\n\n@jit()\ndef factor():\n    return {}\n"
-    for value, expected in ((1, "16 0"), (1, "16 1"), (3, "48 0")):
-        beside.write_text(factor.format(value), encoding="utf-8")
-        assert in_another_process(tmp_path) == expected

@@ -8,8 +8,7 @@ import pytest
 import torch
 from modulora_kernels import KernelQuantizer, compiled
 
-from modulora_core.errors import CheckpointError, ShapeError
-from modulora_core.packed import PackedWeight, TensorLayout
+from modulora_core.packed import TensorLayout
 from modulora_core.spec import QuantizerSpec
 
 SPEC = QuantizerSpec(
@@ -83,28 +82,3 @@ def test_a_module_makes_tiles_and_the_products_that_it_takes(package):
     assert quantizer.dequantize_tile(packed, (0, 2), torch.float32).unique().tolist() == [7]
     assert quantizer.matmul(torch.ones(1, 4), packed).unique().tolist() == [9]
     assert quantizer.matmul(torch.ones(2, 4), packed).unique().tolist() == [28]  # by tiles
-
-
-@pytest.mark.usefixtures("package")
-@pytest.mark.parametrize(
-    "read",
-    [lambda q, p: q.dequantize_tile(p, (0, 1), torch.float32),
-     lambda q, p: q.matmul(torch.ones(1, 4), p),
-     lambda q, p: q.lookup(torch.tensor([0]), p, torch.float32)],
-    ids=["tile", "product", "lookup"],
-)  # fmt: skip
-def test_tensors_are_checked_before_they_are_read(read):
-    codes = torch.zeros(5, 4, dtype=torch.int8)
-    edited = PackedWeight("outsider", 1, (6, 4), {"codes": codes})
-    with pytest.raises(CheckpointError, match=r"expected codes as int8 \[6, 4\]"):
-        read(Outsider(), edited)
-
-
-@pytest.mark.usefixtures("package")
-def test_wrong_inputs_are_refused():
-    quantizer = Outsider()
-    packed = quantizer.pack(torch.zeros(6, 4))
-    with pytest.raises(ShapeError):
-        quantizer.matmul(torch.ones(2, 5), packed)
-    with pytest.raises(IndexError, match="expected 0 to 5, got 2 to 6"):
-        quantizer.lookup(torch.tensor([2, 6]), packed, torch.float32)

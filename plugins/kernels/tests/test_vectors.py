@@ -112,28 +112,11 @@ assert torch.equal(out.signbit(), expected.signbit())
 print("vcvtne2ps2bf16" in "".join(kernel.inspect_asm().values()))
 """
 
-READ_AHEAD = """
-import mmap
-import numpy as np
-from modulora_kernels.cpu import AHEAD, jit, read_ahead
-
-@jit()
-def kernel(array, first, count):
-    read_ahead(array, first, count)
-    return array[first]
-
-numbers = np.frombuffer(mmap.mmap(-1, 4 * AHEAD), np.int16)
-last = numbers.size - 1
-for first, count in ((0, 100), (last, 1), (last - AHEAD // 2, 10**6), (0, 0), (0, numbers.size)):
-    assert kernel(numbers, first, count) == numbers[first]
-print("prefetch" in "".join(kernel.inspect_asm().values()))
-"""
 
 SCRIPTS = {
     "arithmetic": ARITHMETIC,
     "lookup": LOOKUP,
     "rounding": ROUNDING,
-    "reading_ahead": READ_AHEAD,
 }
 
 IMPORT_EACH = """
@@ -184,7 +167,6 @@ def printed(tmp_path_factory):
         ("arithmetic", {PLAIN: False, AVX2: True, NATIVE: torch.cpu._is_avx2_supported()}),
         ("lookup", {PLAIN: False, AVX2: True, NATIVE: torch.cpu._is_avx2_supported()}),
         ("rounding", {PLAIN: False, AVX2: False, NATIVE: torch.cpu._is_avx512_bf16_supported()}),
-        ("reading_ahead", {PLAIN: True, AVX2: True, NATIVE: True}),
     ],
     ids=SCRIPTS,
 )

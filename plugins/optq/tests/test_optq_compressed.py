@@ -15,7 +15,7 @@ from modulora_optq.quantizer import OPTQ
 from safetensors.torch import load_file, save_file
 
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.errors import CheckpointError, ModelError, ShapeError
+from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.tests.compressed_folders import load_dequantized, save_compressed
 from modulora_core.tests.fuzzing import refused_or_runs
@@ -142,12 +142,6 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="expected dense weights, got 'sparse-24-bitmask'"):
         open_packed(tmp_path)
-
-
-def test_groups_that_do_not_divide_rows_are_not_written(tmp_path: Path) -> None:
-    packed = tiny_model(OPTQ(Options(group_size=24))).packed
-    with pytest.raises(ShapeError, match="pack-quantized has whole groups of 24 columns"):
-        convert(str(packed), tmp_path / "theirs", FORMAT)
 
 
 @pytest.mark.slow

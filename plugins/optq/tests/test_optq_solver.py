@@ -106,24 +106,6 @@ def assert_first_difference_is_a_tie(row, problem, ours, theirs, options):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("choice", [{"bits": 3}, {"bits": 3, **DYNAMIC}], ids=str)
-def test_the_bytes_are_the_same_for_any_number_of_threads(choice):
-    W, H = layer(48, 400, torch.float32)
-    before = torch.get_num_threads()
-    try:
-        solutions = []
-        for threads in (1, 2, 1):
-            torch.set_num_threads(threads)
-            solutions.append(solver.solve(W, H, Options(**choice)))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    for other in solutions[1:]:
-        assert torch.equal(solutions[0].codes, other.codes)
-        assert torch.equal(solutions[0].scales, other.scales)
-        assert torch.equal(solutions[0].zeros, other.zeros)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 1e6, 1e300])
 @pytest.mark.parametrize("range_search", [False, True])
 def test_kernels_choose_the_references_grids_at_any_scale(scale, range_search):

@@ -17,8 +17,7 @@ from modulora_planner.budget.search import Budget
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from modulora_core import registry
-from modulora_core.calibration import CalibrationConfig, HeldOutCalibration
+from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.data import token_segments
 from modulora_core.errors import (
@@ -27,10 +26,8 @@ from modulora_core.errors import (
     ModuLoRAError,
     OptionError,
     OutputError,
-    PluginError,
 )
 from modulora_core.hf.load_model import load_model
-from modulora_core.layers import TiedHead
 from modulora_core.models import open_dense
 from modulora_core.quantization.quantize import Assignment, quantize
 from modulora_core.registry import Choice
@@ -158,14 +155,6 @@ def test_the_file_is_the_assignment_with_figures_in_comments(
     assert not list(file.parent.glob("*.measured"))
 
 
-def test_layers_that_are_not_chosen_for_are_dense_in_the_file(source: str, tmp_path: Path) -> None:
-    few: dict[str, Any] = {"choices": CHOICES[1::2], "calibration": FEW}
-    found = run(source, tmp_path / "a.yaml", 2**30, exclude=["*.0.self_attn.k_proj"], **few)
-    assert found.assignment.layers == {"model.layers.0.self_attn.k_proj": None}
-    kept = quantize(source, tmp_path / "out", Assignment.read(tmp_path / "a.yaml")).kept
-    assert kept["dense in the assignment"] == ["model.layers.0.self_attn.k_proj.weight"]
-
-
 def divergence(dense: Any, packed: Any, ids: torch.Tensor) -> float:
     """KL in nats per token."""
     with torch.no_grad():
@@ -218,29 +207,6 @@ def test_experts_are_chosen_for_by_the_stack(tmp_path: Path) -> None:
     load_model(tmp_path / "out", device="cpu")
 
 
-def test_errors_are_measured_on_samples_that_no_quantizer_is_given(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heeding, given = registry.load("heeding"), list[Any]()
-    pack = heeding.pack
-    monkeypatch.setattr(heeding, "pack", lambda self, w, H: given.append(H) or pack(self, w, H))
-    run(source, tmp_path / "a.yaml", 2**30)
-    measured = [each for each in given if isinstance(each, HeldOutCalibration)]
-    assert len(measured) == 14 * 2  # two of the choices
-    assert {each.samples for each in measured} == {12 * 32}
-    assert {each.held_out.samples for each in measured} == {4 * 32}
-
-
-def test_the_table_of_a_tied_model_counts_once(tmp_path: Path) -> None:
-    tied = save_uneven(tmp_path / "tied", "llama-tied")
-    few: dict[str, Any] = {"choices": CHOICES[1::2], "calibration": FEW}
-    table = table_of(run(tied, tmp_path / "a.yaml", 2**30, head=ENDS["head"], **few))
-    quantize(tied, tmp_path / "out", Assignment.read(tmp_path / "a.yaml"))
-    sizes = sum(table[key] for key in ("packed_bytes", "kept_bytes", "ends_bytes"))
-    assert sizes == size(tied, 8, {TABLE: 8}) == open_packed(tmp_path / "out").nbytes
-    assert isinstance(load_model(tmp_path / "out", device="cpu").lm_head, TiedHead)
-
-
 def test_the_least_budget_that_the_message_names_is_enough(source: str, tmp_path: Path) -> None:
     least = size(source, 2, {HEAD: 8, TABLE: 2})
     ends = "lm_head by plain:bits=8, model.embed_tokens by plain:bits=2"
@@ -255,14 +221,9 @@ def test_the_least_budget_that_the_message_names_is_enough(source: str, tmp_path
     ("arguments", "error", "message"),
     [
         ({"budget": 1000}, OptionError, r"budget: expected at least \d+ bytes \(\d\.\d\d MiB\)"),
-        ({"choices": CHOICES[:1]}, OptionError, "two or more to choose from, got 1"),
         ({"choices": (Choice("plain"), Choice("plain", {"bits": 2}))}, OptionError, "are the same"),
-        ({"choices": (Choice("plain"), Choice("plainer"))}, PluginError, "plainer"),
-        ({"choices": (Choice("plain"), Choice("plain", {"bits": 3}))}, OptionError, "bits"),
         ({"include": ["lm_head"]}, OptionError, "lm_head is outside of the decoder blocks"),
-        ({"exclude": ["*_proj"]}, OptionError, "linear layers to choose for, got none"),
         ({"calibration": replace(FEW, samples=1)}, DataError, "at least 2"),
-        ({"calibration": None}, OptionError, "calibration: expected CalibrationConfig, got None"),
         ({"head": Choice("heeding")}, OptionError, "--quantize-head heeding: it needs calibration"),
     ],
 )  # fmt: skip

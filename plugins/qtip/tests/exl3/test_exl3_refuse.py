@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from exl3_folders import UP, alike, save_exl3
-from exl3_tensors import random_layer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,8 +52,6 @@ def walks(*shape: int) -> Tensor:
 
 BAD = {
     "9 bits": (put("trellis", walks(8, 16, 144)), r"trellis: expected 16 K numbers .* from 1 to 8"),
-    "0 bits": (put("trellis", walks(8, 16, 0)), r"trellis: expected 16 K numbers .* from 1 to 8"),
-    "parts of a bit": (put("trellis", walks(8, 16, 36)), r"trellis: expected 16 K numbers"),
     "half a bit": (
         put("trellis", walks(8, 16, 40)),
         rf"{UP}: expected whole bits, got 2\.5: ExLlamaV3 1\.6 writes halves",
@@ -64,15 +61,10 @@ BAD = {
         r"model\.embed_tokens: expected a linear layer, got an embedding table: ExLlamaV3 1\.6",
     ),
     "out": (put("trellis", walks(8, 17, 32)), "multiple of 128 as out_features, got 272"),
-    "in": (put("trellis", walks(7, 16, 32)), "multiple of 128 as in_features, got 112"),
-    "empty": (put("trellis", walks(0, 16, 32)), "multiple of 128 as in_features, got 0"),
     "another size": (put("trellis", walks(8, 24, 32)), r"svh: expected float16 \[384\] by trellis"),
-    "another dtype": (put("trellis", walks(8, 16, 32).float()), r"expected int16 \[in / 16"),
     "another rank": (put("trellis", walks(8, 512)), r"trellis: expected int16 \[in / 16"),
     "no trellis": (put("trellis", None), r"trellis: expected it beside mcg, suh, svh, got nothing"),
     "both codes": (put("mul1", torch.tensor(1).int()), r"expected mcg or mul1, .* got both"),
-    "no scales": (put("suh", None), r"suh: expected float16 \[128\] by trellis, got nothing"),
-    "short scales": (put("svh", torch.ones(255).half()), r"svh: expected float16 \[256\] by"),
     "whole scales": (put("suh", torch.ones(128).int()), r"suh: expected float16 \[128\] by"),
 }  # fmt: skip
 
@@ -157,20 +149,6 @@ def test_sizes_that_padding_does_not_explain_are_refused(saved: Path, tmp_path: 
     (folder / "config.json").write_text(json.dumps({**values, "intermediate_size": 128}))
     with pytest.raises(CheckpointError, match=r"expected \[128, 128\] by the config.*got \[256"):
         open_packed(folder)
-
-
-def test_experts_with_biases_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_exl3(tmp_path, "gpt_oss", alike(2, "mcg"))
-    file = tmp_path / "model.safetensors"
-    held = {name: t for name, t in load_file(file).items() if ".experts." not in name}
-    for part, tensor in random_layer((128, 128), 2, "mcg").items():
-        held[f"model.layers.0.mlp.experts.0.down_proj.{part}"] = tensor
-    save_file(held, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"experts\.0\.down_proj is quantized there, and trans"):
-        open_packed(tmp_path)
-    assert_refused(["generate", str(tmp_path), "hello"], capsys)
 
 
 @pytest.mark.slow
