@@ -47,7 +47,6 @@ def refused(folder: Path, error: type[Exception], message: str) -> None:
     ("files", "message"),
     [
         ([], r"no weights; expected model\.safetensors or .*got no weight files"),
-        (["other.safetensors"], r"got other\.safetensors"),
         (
             ["model.pt", "pytorch_model.bin"],
             r"got model\.pt, .*\.bin\. These are pickles.*save_pre",
@@ -73,23 +72,16 @@ def test_a_broken_config_is_refused(text: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"model_type": "nonesuch"},
-            r"config\.json: transformers can't use this config: .*nonesuch",
-        ),
-        ({"num_hidden_layers": "x"}, "can't use this config: .*expected int, got str"),
         ({"model_type": "vit"}, "'vit': transformers can't build a causal language model"),
         (
             {"model_type": "nonesuch", "auto_map": {"AutoConfig": "evil.Config"}},
             "needs code of its own, which is never run",
         ),
         ({"quantization_config": {"quant_method": "exotic"}}, "quantized with exotic, which"),
-        ({"compression_config": {"bits": 8}}, "quantized with an unnamed method, which"),
         (
             {"quantization_config": {"quant_method": "modulora"}},
             "quantized with modulora.*finetune",
         ),
-        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "quantized with awq"),
     ],
 )
 def test_a_config_that_cannot_be_quantized_is_refused(
@@ -118,13 +110,9 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
     ("text", "message"),
     [
         ("{", "Invalid JSON: "),
-        ("{}", "weight_map: Field required, got {}"),
-        ('{"weight_map": [1]}', "weight_map: expected"),
-        ('{"weight_map": {}}', "weight_map: .*at least 1 item"),
         ('{"weight_map": {"w": 3}}', "weight_map: w: expected"),
         ('{"weight_map": {"w": "../w.safetensors"}}', "weight_map: w: .*match pattern.*, got"),
         ('{"weight_map": {"w": "/etc/w.safetensors"}}', "weight_map: w: .*match pattern"),
-        ('{"weight_map": {"w": "w.bin"}}', "weight_map: w: .*match pattern.*, got 'w.bin'"),
     ],
 )
 def test_a_broken_index_is_refused(text: str, message: str, sharded: Path) -> None:
@@ -149,15 +137,10 @@ def test_a_truncated_file_is_refused(keep: int, folder: Path) -> None:
     "header",
     [
         b"{broken",
-        b"\xff\xfe{}",
-        [1, 2],
-        {"w": "F32"},
-        {"w": {"dtype": "F32", "shape": [2]}},
         {"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
         {"w": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
         {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
         {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
-        {"w": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}},
         {"v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
          "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
     ],

@@ -11,12 +11,11 @@ import torch
 
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.json_files import (
-    matches,
     read_json,
     read_yaml,
     repair_journal,
 )
-from modulora_core.models.system_errors import as_output_error, said_by_system, usable_path
+from modulora_core.models.system_errors import as_output_error, said_by_system
 
 DEEP = 100_000
 BROKEN = {
@@ -82,12 +81,6 @@ def test_a_journal_ends_at_its_first_broken_line(broken: bytes, tmp_path: Path) 
     assert not (tmp_path / "missing").exists()
 
 
-@pytest.mark.parametrize("path", ["x" * 300, "a\0b", "~nobody-of-this-name/x"])
-def test_a_path_that_the_system_cannot_take_is_refused(path: str) -> None:
-    with pytest.raises(ModelError, match=r"model .*: expected a usable path"):
-        usable_path(path, "model", ModelError)
-
-
 def test_a_full_disk_says_what_to_do() -> None:
     with pytest.raises(OSError, match="No space") as found, Path("/dev/full").open("w") as full:
         full.write("x" * 10**6)
@@ -104,10 +97,3 @@ def test_a_full_disk_says_what_to_do() -> None:
     assert as_output_error(FileNotFoundError(2, "No such file", "x"), Path("OUT")) is None
     assert said_by_system(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
     assert said_by_system(OSError("a library's own words")) is None
-
-
-def test_a_pattern_that_is_none_is_refused_in_one_line() -> None:
-    assert matches(r"model\.layers\.(0|1)\..*_proj", "model.layers.1.q_proj")
-    assert not matches("layers", "model.layers")
-    with pytest.raises(ValueError, match="expected a regular expression, got '\\('"):
-        matches("(", "model.layers.0.self_attn.q_proj")

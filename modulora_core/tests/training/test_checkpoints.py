@@ -23,7 +23,6 @@ from modulora_core.training.checkpoints import latest_checkpoint, remove_half_wr
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import FinetuneResult, finetune
 from modulora_core.training.interruption import Interrupted
-from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -136,30 +135,6 @@ def test_a_signal_ends_a_run_at_its_next_block_and_its_last_whole_step_is_kept(
     assert outcome(finetune(config, resume=True)) == outcome(whole)
 
 
-def test_a_signal_ends_an_evaluation_which_the_resumed_run_makes_again(
-    config: FinetuneConfig, whole: FinetuneResult
-) -> None:
-    batches: list[int] = []
-
-    class Evaluating(TrainerCallback):
-        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            batches.append(state.global_step)
-            if batches.count(6) == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(Interrupted):
-        finetune(config, callbacks=[Evaluating()])
-    assert batches.count(6) == 1 < batches.count(3)
-    evaluated: list[int] = []
-    resumed = finetune(config, resume=True, on_eval=lambda step, _: evaluated.append(step))
-    assert evaluated == [6, 9]
-    assert outcome(resumed) == outcome(whole)
-    logs = [RunLog.read(Path(out)).log_history for out in (resumed.out, whole.out)]
-    losses = [[each["eval_loss"] for each in log if "eval_loss" in each] for log in logs]
-    assert len(losses[0]) == 3
-    assert losses[0] == losses[1]
-
-
 def test_a_signal_between_steps_keeps_the_step(
     config: FinetuneConfig, whole: FinetuneResult
 ) -> None:
@@ -260,19 +235,6 @@ def test_only_whole_checkpoints_are_used_and_kept(tmp_path: Path) -> None:
     remove_half_written(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}
     assert latest_checkpoint(tmp_path / "none") is None
-
-
-def test_a_second_run_does_not_write_the_folder_of_the_first(config: FinetuneConfig) -> None:
-    refused: list[str] = []
-
-    def start_another(step: TrainingStep) -> None:
-        if step.step == 1:
-            with pytest.raises(OutputError) as error:
-                finetune(config, resume=True)
-            refused.append(str(error.value))
-
-    assert len(finetune(config, on_step=start_another).losses) == config.steps
-    assert "another run is writing it" in refused[0]
 
 
 def test_a_run_is_not_resumed_on_other_examples(config: FinetuneConfig, tmp_path: Path) -> None:

@@ -122,33 +122,6 @@ def test_the_caller_s_own_choice_of_logits_stays() -> None:
     assert output.loss == expected
 
 
-def row_loss_of_places(z: Tensor, goals: Tensor, rows: slice, gradient: bool) -> Tensor:
-    """The logit of each label, times the number of its row."""
-    factor = torch.arange(rows.start, rows.stop, dtype=z.dtype)[:, None]
-    loss = factor * z.gather(1, goals)
-    if gradient:
-        z.zero_().scatter_(1, goals, factor)
-    return loss
-
-
-def loss_of_places(logits: Tensor, labels: Tensor, vocab_size: int, *_: Any, **__: Any) -> Tensor:
-    goals = pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
-    chosen = logits.reshape(-1, vocab_size)[goals != -100]
-    chosen = chosen.gather(1, goals[goals != -100, None])
-    return (torch.arange(len(chosen), dtype=chosen.dtype) * chosen[:, 0]).mean()
-
-
-@pytest.mark.parametrize("kind", ["tied", "biased head", "soft cap"])
-def test_a_loss_of_a_row_takes_the_place_of_cross_entropy(kind: str) -> None:
-    model = made(kind)
-    model.loss_function = loss_of_places
-    expected = loss_and_gradients(model)
-    del model._loss_function
-    with chunked_loss(model, CHUNK, row_loss_of_places):
-        found = loss_and_gradients(model)
-    torch.testing.assert_close(found, expected, **EXACT)
-
-
 @pytest.mark.parametrize("adapter", [False, True], ids=["frozen", "with an adapter"])
 def test_a_packed_head_gives_the_same_loss(toy: ModuleType, adapter: bool) -> None:
     model = made("plain")
@@ -229,29 +202,6 @@ def test_a_head_with_hooks_and_another_loss_are_left_alone() -> None:
     with chunked_loss(model):
         loss = model(input_ids=IDS, labels=LABELS).loss
     assert loss == model(input_ids=IDS).logits.square().sum()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_models_lose_no_more_than_their_own_rounding(dtype: torch.dtype) -> None:
-    """The plain loss rounds logits and their gradient too. In float16 it needs a loss scaler."""
-    model = made("plain").to(dtype)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name == "model.norm.weight")
-    exact = made("plain").double()
-    exact.load_state_dict(model.state_dict())
-    exact.loss_function = plain_loss
-    truth = loss_and_gradients(exact)[1]["model.norm.weight"]
-    scale = 3.0 if dtype == torch.bfloat16 else 3.0 * 128
-
-    def error() -> float:
-        model.zero_grad()
-        (model(input_ids=IDS, labels=LABELS).loss * scale).backward()
-        gradient = model.model.norm.weight.grad.double() * (3 / scale)
-        return float((gradient - truth).norm() / truth.norm())
-
-    whole = error()
-    with chunked_loss(model, CHUNK):
-        assert error() < 1.5 * whole + 1e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.errors import MissingExtraError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.peft_format import read_adapter
-from modulora_core.quantization.quantize import quantize
-from modulora_core.registry import Choice
 from modulora_core.tests.processes import finetuned, run_in_processes
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
@@ -138,19 +136,6 @@ def test_two_processes_give_the_losses_of_one(
 
 def _finetuned(options: dict[str, Any]) -> list[float]:
     return finetuned(**options)
-
-
-@pytest.mark.slow
-def test_a_packed_head_trains_without_an_adapter_of_its_own(
-    dpo: Configure, tunable: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("trl", reason="pip install trl")
-    quantize(str(tunable.parent / "dense"), tmp_path / "packed", "toy", head=Choice("toy"))
-    model = str(tmp_path / "packed")
-    assert finetune(dpo(model=model, batch_size=2)).losses[0] == pytest.approx(math.log(2))
-    with pytest.raises(OptionError, match="expected an output head without an adapter"):
-        finetune(dpo(model=model, out=str(tmp_path / "other"), targets=["lm_head", "q_proj"]))
-    assert not (tmp_path / "other").exists()
 
 
 def test_without_trl_it_is_refused(

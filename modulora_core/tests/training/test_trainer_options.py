@@ -1,6 +1,5 @@
 """Fields of TrainingArguments, experiment trackers, callbacks, and the logs of a run."""
 
-import json
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,7 +8,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.training import trainer_options as options
-from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.trainer import TrainingStep
 from modulora_core.training.trainer_options import check_reporters, trainer_options
@@ -103,13 +101,3 @@ def test_tensorboard_gets_the_logs(configure, tmp_path):
     finetune(configure(steps=2, report_to="tensorboard"))
     (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
     assert b"train/tokens_per_second" in events.read_bytes()
-
-
-def test_the_config_keeps_them(configure, tmp_path):
-    config = configure(trainer={"adam_beta1": 0.8}, report_to=["wandb"])
-    (tmp_path / "run.yaml").write_text(config.to_yaml())
-    assert FinetuneConfig.build({}, file=tmp_path / "run.yaml") == config
-    assert json.loads(config.model_dump_json())["trainer"] == {"adam_beta1": 0.8}
-    assert config.differences(configure(trainer={"adam_beta1": 0.9}, baseline=False)) == [
-        "trainer {'adam_beta1': 0.9} → {'adam_beta1': 0.8}"
-    ]
