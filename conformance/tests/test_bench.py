@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import json
-import time
 
 import pytest
 import torch
-from modulora_conformance.bench import quantizer_bench, timing
+from modulora_conformance.bench import quantizer_bench
 from modulora_conformance.bench.quantizer_bench import (
     BenchConfig,
     config_for,
     measure_quantizer,
     measure_speed,
 )
-from modulora_conformance.bench.timing import Timing, cold_copies, in_turns, rotating
+from modulora_conformance.bench.timing import Timing, in_turns
 from modulora_zoo.healthy import Healthy
 from rich.console import Console
 
@@ -36,17 +35,6 @@ def test_calls_take_turns_after_warming_up():
     assert [len(timings[name].turns) for name in "abc"] == [4, 4, 4]
 
 
-def test_a_call_is_timed_alone_and_turns_end_with_the_seconds():
-    calls = {"long": lambda: time.sleep(0.02), "short": lambda: None}
-    timings = in_turns(calls, seconds=1e-9, least=3)
-    assert len(timings["long"].turns) == 3
-    assert min(timings["long"].turns) >= 0.02  # time.sleep never sleeps less
-    assert timings["short"].low < 0.02
-    assert timings["long"].beside(timings["short"]) > 1
-    turns = in_turns({"a": lambda: time.sleep(0.005)}, seconds=0.05, least=1, most=10**6)["a"].turns
-    assert 1 <= len(turns) <= 10
-
-
 def test_statistics_of_turns():
     ours, dense = Timing((4.0, 2.0, 9.0)), Timing((2.0, 2.0, 3.0))
     assert (ours.seconds, ours.noise, ours.beside(dense)) == (4.0, 2.0, 2.0)
@@ -54,21 +42,6 @@ def test_statistics_of_turns():
     assert Timing((8.0, 2.0, 9.0)).beside(Timing((8.0, 4.0, 1.0))) == 1.0
     assert Timing(tuple(float(i) for i in range(30, 0, -1))).low == 4.0
     assert ours.to_json() == {"seconds": 4.0, "low_seconds": 2.0, "noise": 2.0, "turns": 3}
-
-
-def test_rotating_operands_take_more_than_a_cache(monkeypatch, tmp_path):
-    taken = []
-    call = rotating(taken.append, [1, 2, 3])
-    for _ in range(5):
-        call()
-    assert taken == [1, 2, 3, 1, 2]
-    monkeypatch.setattr(timing, "_CACHES", tmp_path)
-    assert cold_copies(10**7) == -(-2 * timing.LAST_CACHE // 10**7)
-    for i, size in enumerate(("48K\n", "2M\n", "odd\n")):
-        (tmp_path / f"index{i}").mkdir()
-        (tmp_path / f"index{i}" / "size").write_text(size)
-    assert cold_copies(10**6) == 5  # 2 MiB, twice
-    assert (cold_copies(1), cold_copies(10**12)) == (timing.MOST_COPIES, 2)
 
 
 # -- a quantizer

@@ -17,7 +17,7 @@ import yaml
 from modulora_conformance.commands.new_plugin import new_plugin
 
 from modulora_core.cli import main
-from modulora_core.errors import DuplicatePluginError, OptionError, OutputError
+from modulora_core.errors import OptionError, OutputError
 from modulora_core.tests.plugin_sites import site_of
 
 NAME = "tried-rounding"
@@ -127,15 +127,6 @@ def test_a_malformed_name_is_refused(name: str, tmp_path: Path) -> None:
         new_plugin(name, tmp_path / "plugin")
     assert repr(name) in str(caught.value)
     assert not (tmp_path / "plugin").exists()
-
-
-def test_a_taken_name_is_refused(site: Path, tmp_path: Path) -> None:
-    with pytest.raises(DuplicatePluginError, match="the installed package modulora_core; choose"):
-        new_plugin("core", tmp_path / "plugin")
-    words = ("-m", "modulora_core.cli", "new-plugin", NAME, "plugin")
-    done = python(*words, folder=tmp_path, site=site)
-    assert done.returncode == DuplicatePluginError.exit_code
-    assert f"got the name of modulora-{NAME} 0.1.0" in done.stderr
 
 
 def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from modulora_core.tests.adapted_models import save_llama_with_tokenizer
-
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
 MISSING = "modulora-no-such-library"
@@ -150,21 +148,3 @@ def test_summary_joins_the_files_and_takes_packed_heads(
         ["MiB", "1024", "1024"],
         ["tokens/s", "–", "15.0"],
     ]
-
-
-@pytest.mark.slow
-def test_paper_scores_both_tasks_and_keeps_finished_parts(
-    module: Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_llama_with_tokenizer(tmp_path / "model", max_position_embeddings=512)
-    words = ["--model", str(tmp_path / "model"), "--folder", str(tmp_path)]
-    words += ["--methods", "4 bits, nf4"]
-    words += ["--steps", "1", "--batch-size", "1", "--examples", "4"]
-    assert module("paper").main(words) == 0
-    row = capsys.readouterr().out.splitlines()[-1]
-    assert "89.28" in row, "the paper's accuracy of 4 bits"
-    scores = json.loads((tmp_path / "nf4-classification.json").read_text())
-    assert {key: len(value) for key, value in scores.items()} == {"before": 1, "after": 1}
-    (tmp_path / "nf4-classification.json").write_text(json.dumps(scores | {"after": [12.3]}))
-    assert module("paper").main(words) == 0
-    assert "12.3" in capsys.readouterr().out, "a finished part is not measured again"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from modulora_convert.convert import convert
 from modulora_half_quadratic.formats import HQQ
-from modulora_half_quadratic.quantizer import HalfQuadratic, Options
+from modulora_half_quadratic.quantizer import HalfQuadratic
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -140,10 +140,3 @@ def test_other_layers_are_refused(part, value, error, message, tmp_path):
     save_hqq(tmp_path, **{f"{UP}.{part}": value})
     with pytest.raises(error, match=message):
         open_packed(tmp_path)
-
-
-def test_options_of_the_quantizer_are_those_of_the_layer():
-    tensors, _ = layer((8, 32), bits=2, group=8)
-    assert read_layer(tensors).layout == HalfQuadratic(Options(bits=2, group_size=8)).layout(
-        (8, 32)
-    )

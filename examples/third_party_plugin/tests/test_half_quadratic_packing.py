@@ -1,7 +1,6 @@
 """Codes of every width take as many bits as they have: nothing is lost or padded except plane
 ends."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,12 +31,3 @@ def test_bytes_have_the_documented_layout_and_unpack_to_the_codes(bits, data):
     packed = packing.pack(rows, bits)
     assert bytes(packed[1].tolist()) == bit_by_bit(codes, bits)
     assert torch.equal(packing.unpack(packed, bits, len(codes)), rows)
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_a_row_takes_its_bits_and_less_than_a_byte_more_for_each_plane(bits):
-    assert list(packing.widths(bits)) == WIDTHS[bits]
-    for n in range(70):
-        spare = packing.row_bytes(n, bits) - n * bits / 8
-        assert 0 <= spare < len(WIDTHS[bits])
-        assert n % 8 or spare == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from modulora_core.hf.merge import merge
 from modulora_core.inference.opened import open_to_run
 from modulora_core.layers import QuantLinear
 from modulora_core.models import installed_formats, open_dense
-from modulora_core.models.formats import FormatSpec
 from modulora_core.tests.crude_folders import edit_config, save_crude
 
 pytestmark = pytest.mark.usefixtures("toy")
@@ -63,15 +61,6 @@ def test_a_foreign_folder_is_packed_wherever_its_config_is(
     rewrite = rf"already quantized with {told}\).*modulora convert .*/m OUT --to modulora"
     with pytest.raises(ModelError, match=rewrite):
         open_dense(str(tmp_path / "m"))
-
-
-def test_a_config_under_the_older_key_is_left_out_of_the_dense_folder(tmp_path: Path) -> None:
-    save_crude(tmp_path / "m")
-    values = json.loads((tmp_path / "m" / "config.json").read_text())
-    values["compression_config"] = values.pop("quantization_config")
-    (tmp_path / "m" / "config.json").write_text(json.dumps(values))
-    merge(str(tmp_path / "m"), tmp_path / "out")
-    open_dense(str(tmp_path / "out"))
 
 
 def test_a_conv1d_is_read_as_out_by_in(tmp_path: Path) -> None:
@@ -242,20 +231,3 @@ def test_a_config_file_must_be_json_of_the_formats_method(tmp_path: Path) -> Non
     (tmp_path / "crude.json").write_text("[1")
     with pytest.raises(ModelError, match=r"crude\.json: Invalid JSON: .*; download it again"):
         is_packed(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("name", "a__b"),
-        ("location", "theirs"),
-        ("config_files", ("../theirs.json",)),
-    ],
-)
-def test_a_malformed_field_of_a_format_is_refused_by_name(field: str, value: object) -> None:
-    good: dict[str, Any] = {
-        "name": "theirs", "summary": "s", "location": "mine.theirs:Theirs", "protocol": 2
-    }  # fmt: skip
-    assert FormatSpec(**good).quant_methods == ()
-    with pytest.raises(ValueError, match=rf"FormatSpec\n{field}"):
-        FormatSpec(**{**good, field: value})

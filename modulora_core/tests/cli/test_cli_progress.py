@@ -102,11 +102,3 @@ def test_a_spinner_turns_until_a_bar_or_output_comes(monkeypatch: pytest.MonkeyP
         assert added() == ""
     assert added() == ""
     assert stdout.getvalue() == "an answer"
-
-
-def test_no_spinner_turns_in_a_file_or_a_silent_process() -> None:
-    for stderr, silent in ((io.StringIO(), False), (Screen(), True)):
-        terminal = Terminal(stdout=io.StringIO(), stderr=stderr, silent=silent)
-        with terminal.active(), terminal.working():
-            terminal.write("an answer")
-        assert stderr.getvalue() == ""

@@ -156,12 +156,3 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(words, source, packed, tm
     assert not (tmp_path / "out" / "config.json").exists()
     again = ["--resume"] if words.startswith("quantize") else []
     assert run(*filled, *again)[0] == 0
-
-
-def test_a_process_of_a_launcher_runs_alone_in_commands_that_divide_nothing(monkeypatch, capsys):
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert main(["info", "/no"]) == 2
-    assert "model /no: no such" in capsys.readouterr().err.splitlines()[-1]

@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from modulora_core.cli.terminal import Report, Terminal
-from modulora_core.cli.text import facts, format_size, next_commands, parse_size
+from modulora_core.cli.text import facts, next_commands, parse_size
 
 
 def test_sizes_are_read_in_binary_and_decimal_units() -> None:
@@ -16,20 +16,6 @@ def test_sizes_are_read_in_binary_and_decimal_units() -> None:
         "12 B": 12, "1TiB": 2**40,
     }  # fmt: skip
     assert {text: parse_size(text) for text in sizes} == sizes
-
-
-@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "24 gigs", "1e3", "1,5GB", "nan"])
-def test_other_text_is_no_size(text: str) -> None:
-    with pytest.raises(ValueError, match="expected a size such as"):
-        parse_size(text)
-
-
-def test_sizes_are_written_with_a_few_digits() -> None:
-    sizes = {
-        0: "0 B", 1023: "1023 B", 1024: "1.00 KiB", 15 * 2**20: "15.0 MiB",
-        1.25 * 2**30: "1.25 GiB", 300 * 2**30: "300 GiB", 2**42: "4.00 TiB",
-    }  # fmt: skip
-    assert {number: format_size(number) for number in sizes} == sizes
 
 
 def test_a_terminal_gets_a_long_command_on_lines_that_a_shell_joins(

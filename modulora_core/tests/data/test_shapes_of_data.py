@@ -112,19 +112,6 @@ def test_nulls_that_a_table_adds_are_left_out(tokenizer, tmp_path):
         assert [dict(x) for x in found] == expected, source
 
 
-def test_of_lists_of_messages_the_completion_alone_is_trained(tokenizer):
-    earlier = [ASKED, {"role": "assistant", "content": "No."}, ASKED]
-    text, answers = trained(
-        tokenizer, {"prompt": earlier, "completion": [{"role": "assistant", "content": "Yes."}]}
-    )
-    assert text.count("Rain in Oslo?") == 2
-    assert answers == ["Yes.</s>"]
-    assert trained(tokenizer, {"prompt": earlier, "completion": "Yes."}) == (text, answers)
-    assert trained(tokenizer, {"prompt": [ASKED], "completion": "Yes."}) == trained(
-        tokenizer, {"prompt": ASKED["content"], "completion": "Yes."}
-    )
-
-
 def test_trls_trainer_makes_the_same_tokens(tunable, tokenizer, tmp_path):
     trl = pytest.importorskip("trl", reason="pip install trl")
     from modulora_core import add_lora, load_model

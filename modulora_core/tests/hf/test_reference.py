@@ -18,9 +18,7 @@ from modulora_core.hf.hf_quantizer import ModuLoRAConfig
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.adapting import add_lora
-from modulora_core.lora.settings import LoRASettings
 from modulora_core.tests.adapted_models import trained
 
 trl = pytest.importorskip("trl", reason="pip install trl")
@@ -136,13 +134,6 @@ def test_further_trainings_of_the_adapter_of_this_process(
     assert reference.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
     trainer("SFT", model, tmp_path).train()
     assert model.config.name_or_path == str(tunable)
-
-
-def test_trl_turns_the_adapter_s_dropout_off(tunable: Path, tmp_path: Path) -> None:
-    model = load_model(tunable, device="cpu")
-    add_lora(model, LoRASettings(dropout=0.5))
-    trainer("DPO", model, tmp_path)
-    assert {layer.dropout["default"].p for _, layer in adapter_layers(model)} == {0}
 
 
 @pytest.mark.parametrize("how", ["copied", "pickled"])

@@ -53,14 +53,11 @@ def test_a_large_or_unreadable_file_is_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[" * 5000, "maximum recursion depth"),
-        ("a: " + "9" * 5000, "limit"),
-        ("a: 2020-13-45", "month"),
         ("a: !!python/object:os.system x", "expected YAML, got: could not determine a constructor"),
         ("a: [", "expected YAML, got: while parsing"),
         ("a: \xff", "utf-8"),
-        ("# " + "x" * 70_000, "at most 64 KiB"),
     ],
-    ids=["deep", "digits", "date", "object", "cut", "bytes", "long"],
+    ids=["deep", "object", "cut", "bytes"],
 )
 def test_broken_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(text, "latin-1")

@@ -19,9 +19,7 @@ from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, DataError, ModuLoRAError, OptionError
 from modulora_core.hf.load_model import load_model
-from modulora_core.quantization.cache import CachedModel
 from modulora_core.quantization.quantize import Assignment, QuantizeResult, quantize
-from modulora_core.registry import Choice
 from modulora_core.tests import scaled_quantizer, width_quantizer
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.stopped_runs import stop, stored
@@ -239,20 +237,6 @@ def test_a_quality_stands_for_its_settings(
     run(source, tmp_path / "own", calibrated, quality="best", **arguments)
     run(source, tmp_path / "plain", calibrated, **arguments)
     assert stored(tmp_path / "own") == stored(tmp_path / "plain")
-
-
-@pytest.mark.parametrize("calibrated", ["heeding", "scaled"])
-@pytest.mark.parametrize("tuning", [None, TuningConfig(epochs=0)])
-def test_the_cache_packs_with_the_quality_that_it_planned(
-    calibrated: str, tuning: TuningConfig | None, source: str, tmp_path: Path
-) -> None:
-    """``heeding`` has options for the best quality, and ``scaled`` has none."""
-    settings: dict[str, Any] = {"calibration": text(tuning=tuning), "quality": "best"}
-    planned = CachedModel(source, Choice(calibrated), cache=tmp_path / "cache", **settings)
-    written = planned.packed().record
-    assert written.model_copy(update={"contents": None}) == planned.record
-    quantize(source, tmp_path / "same", calibrated, **settings)
-    assert stored(planned.folder) == stored(tmp_path / "same")
 
 
 @pytest.fixture(scope="module")

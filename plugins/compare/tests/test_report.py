@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from modulora_compare import ReportCallback
-from modulora_compare.report.curves import Curve, curves
+from modulora_compare.report.curves import Curve
 from modulora_compare.report.page import LONGEST
-from modulora_compare.report.samples import _split, answers, question
+from modulora_compare.report.samples import answers, question
 from transformers import Trainer, TrainingArguments
 
 from modulora_core.checkpoints.opening import open_packed
@@ -21,7 +21,6 @@ from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.tests.adapted_models import trained
-from modulora_core.tests.cli.conftest import TEMPLATE
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
@@ -80,12 +79,6 @@ def test_the_page_says_on_which_examples_the_loss_is(
     whole = tmp_path / "whole"
     finetune(configure(data=str(data), epochs=1, out=str(whole), baseline=True))
     assert "No loss is on held-out data." in written(run, whole)
-
-
-def test_a_page_needs_the_log_of_a_finished_run(run: Run, tmp_path: Path) -> None:
-    code, found, _ = run("report", tmp_path)
-    assert code == 2
-    assert "expected the folder of a finished run" in found["error"]["message"]
 
 
 def test_samples_need_data_that_the_config_names(
@@ -159,19 +152,6 @@ def test_the_prompt_of_a_chat_is_shown_without_the_words_of_its_template(text):
     assert question(tokenizer.encode(f"<s>{plain}"), tokenizer) == plain
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_the_answer_to_a_preference_is_the_chosen_one(template: str | None) -> None:
-    tokenizer: Any = make_tokenizer(template=template)
-    said: Any = ("say", "yes")
-    if template is not None:
-        roles = zip(("user", "assistant"), said, strict=True)
-        said = [[{"role": role, "content": content}] for role, content in roles]
-    prompt, answer = _split({"prompt": said[0], "chosen": said[1], "rejected": said[1]}, tokenizer)
-    asked = "<user>say<assistant>" if template else "say"
-    assert tokenizer.decode(prompt, skip_special_tokens=True) == asked
-    assert tokenizer.decode(answer) == "yes"
-
-
 # curves
 
 
@@ -181,10 +161,3 @@ def test_a_curve_places_its_points_between_round_ticks() -> None:
     xs, ys = zip(*re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg), strict=True)
     assert [float(x) for x in xs] == sorted(float(x) for x in xs)
     assert float(ys[1]) < float(ys[2]) < float(ys[0]), "a larger value is higher"
-
-
-def test_a_long_run_has_few_points_and_nan_has_none() -> None:
-    history = [{"step": step, "loss": float(step)} for step in range(10_000)]
-    (curve,) = curves([*history, {"step": 10_000, "loss": float("nan")}])
-    (line,) = re.findall(r'points="([^"]+)"', curve.svg)
-    assert len(line.split()) <= 300

@@ -17,10 +17,8 @@ from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import ModelError
 from modulora_core.hf.load_model import load_model
-from modulora_core.models.installed_formats import create
 from modulora_core.packed_parameters import PackedParameter, PackedStack
 from modulora_core.quantization.quantize import quantize
-from modulora_core.spec import TensorLayout
 from modulora_core.tests.expert_gradients import worst_gradient
 from modulora_core.tests.fuzzing import refused_or_runs
 from modulora_core.tests.other_tools import logits
@@ -94,13 +92,6 @@ def test_the_command_line_trains_and_runs_it(
 @pytest.mark.slow
 def test_gradients_are_those_of_peft_on_the_decoded_experts(folder: Path, tmp_path: Path) -> None:
     assert worst_gradient(folder, tmp_path) < 1e-12
-
-
-def test_the_mark_is_at_the_end_of_a_name() -> None:
-    blocks, scales = TensorLayout("uint8", (2, 4, 1, 16)), TensorLayout("uint8", (2, 4, 1))
-    names = {"my_blocks.0.down_proj_blocks": blocks, "my_blocks.0.down_proj_scales": scales}
-    found = create("mxfp4").weights({}, names, lambda name: torch.empty(0))
-    assert list(found) == ["my_blocks.0.down_proj"]
 
 
 def test_it_comes_back_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:

@@ -164,18 +164,6 @@ def test_a_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:
         read_header(first)
 
 
-def test_the_width_of_experts_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers takes its class's default, so that it can't load such a file."""
-    fields, top, layer = ARCHITECTURES["qwen3moe"]
-    shapes = {name: tuple(48 if n == 768 else n for n in shape) for name, shape in layer.items()}
-    fields = {**fields, "expert_feed_forward_length": 48}
-    monkeypatch.setitem(ARCHITECTURES, "qwen3moe", (fields, top, shapes))
-    source = open_dense(str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", "F16")))
-    source.check_whole()
-    assert not source.unplaced
-    assert source.config.moe_intermediate_size == 48
-
-
 def test_biases_of_a_llama_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers leaves them out without a word."""
     fields, top, layer = ARCHITECTURES["llama"]

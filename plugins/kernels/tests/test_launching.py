@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import platform
 import subprocess
 import sys
 
@@ -143,33 +142,6 @@ def test_memory_on_the_stack_is_a_threads_own(tmp_path, monkeypatch):
     first, second = places[0].tolist()
     assert first % 64 == second % 64 == 0
     assert abs(first - second) >= 4000
-
-
-TILES = """
-import resource
-import torch
-import modulora_kernels as kernels
-
-def step():
-    activations = torch.ones(3 * 2**20), torch.ones(3 * 2**20)
-    fill = lambda start, stop, out: out.fill_(1)
-    tile = kernels.filled_tile(fill, (0, 2048), 2048, torch.float32)
-
-kernels.launch(lambda out: None, torch.empty(1))
-for _ in range(10):  # until every size has its place
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of glibc")
-def test_the_memory_of_a_tile_is_reused_by_the_next():
-    """If this fails: each tile is faulted in anew, 4096 pages of it."""
-    done = subprocess.run([sys.executable, "-c", TILES], capture_output=True, text=True)
-    assert int(done.stdout) < 4096, done.stderr
 
 
 def test_an_array_lets_its_tensor_free_the_memory():

@@ -136,25 +136,6 @@ def test_the_packed_model_is_within_the_budget_and_the_table_describes_it(
     ).all()
 
 
-def test_the_file_is_the_assignment_with_figures_in_comments(
-    made: tuple[Assigned, dict[str, Any]], table: dict[str, Any]
-) -> None:
-    found, _ = made
-    file = Path(found.file)
-    read = Assignment.read(file)
-    for name in ("default", "head", "embeddings"):
-        one, other = getattr(read, name), getattr(found.assignment, name)
-        assert (one and one.create().options) == (other and other.create().options)
-    assert list(read.layers) == list(found.assignment.layers)
-    text = file.read_text()
-    assert f"# Budget: {table['budget']:,} bytes." in text
-    for choice in table["choices"]:
-        (row,) = [x.split() for x in text.splitlines() if x.startswith(f"# {choice['name']} ")]
-        assert row[2] == str(choice["layers"])
-        assert f"{choice['error']:.4f}" in row
-    assert not list(file.parent.glob("*.measured"))
-
-
 def divergence(dense: Any, packed: Any, ids: torch.Tensor) -> float:
     """KL in nats per token."""
     with torch.no_grad():

@@ -53,15 +53,6 @@ def test_the_command_that_plan_ends_with_fits_as_it_says(given, run, text_of, tm
     assert again["training_bytes"] == pytest.approx(together["training_bytes"], rel=0.02)
 
 
-def test_plan_prints_a_table(text_of, packed, monkeypatch):
-    monkeypatch.setattr(remedies, "WORTH", 0)
-    text = text_of("plan", packed, "--seq-len", 32, "--budget", "1KiB", "--optim", "adafactor")
-    assert text.startswith(f"{packed}, toy levels=127:")
-    assert "training on 4 × 32 tokens, rank 8, float32, on cpu training decoding packed" in text
-    assert "Training does not fit into 1.00 KiB. Settings that save most memory, each alone" in text
-    assert "--rank" not in text
-
-
 @pytest.mark.parametrize(
     ("words", "following"),
     [

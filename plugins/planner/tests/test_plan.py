@@ -3,15 +3,12 @@
 import shutil
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from modulora_planner.fitting import CLOSE, largest, plan
+from modulora_planner.fitting import CLOSE, plan
 from modulora_planner.memory import ITEMS
 from transformers import LlamaConfig
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import OptionError
-from modulora_core.registry import Choice
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
@@ -88,35 +85,6 @@ def test_a_budget_finds_the_longest_sequence_and_the_largest_batch(llama):
     assert (found.fits, found.changes, found.largest_batch_size) == (True, (), 2)
     assert found.longest_seq_len is not None
     assert 256 <= found.longest_seq_len <= 256 * (1 + CLOSE) + 1
-
-
-@pytest.mark.slow
-def test_without_room_it_lists_settings_that_save_memory(llama):
-    before = planned(llama, **SAVED)
-    found = planned(llama, **SAVED, budget=before.training.nbytes - 2**25)
-    assert (found.fits, found.largest_batch_size) == (False, 1)
-    changes = {change.change: change for change in found.changes}
-    assert "-q toy" not in changes, "it saves nothing"
-    after = {"--gradient-checkpointing": {}, "--mapped": {**SAVED, "mapped": True}}
-    for words, options in after.items():
-        change, real = changes[words], planned(llama, **options).training.nbytes
-        assert (change.nbytes, change.saves) == (real, before.training.nbytes - real)
-        assert change.fits == (real <= before.training.nbytes - 2**25)
-    [both] = [word for word in changes if "--quantize-head" in word and "embeddings" in word]
-    choice = Choice.parse(both.split()[1])
-    packed = planned(llama, **SAVED, head=choice, embeddings=choice)
-    assert changes[both].nbytes == pytest.approx(packed.training.nbytes, rel=0.02)
-
-
-@given(st.integers(1, 1000), st.integers(0, 10**6), st.integers(0, 10**7), st.integers(1, 5000))
-@settings(deadline=None)
-def test_a_search_comes_within_2_percent(slope, constant, budget, start):
-    def nbytes(n):
-        return constant + slope * n + n * n // 5000
-
-    found = largest(nbytes, budget, start, range(1, 5001))
-    fits = max((n for n in range(1, 5001) if nbytes(n) <= budget), default=0)
-    assert fits * (1 - CLOSE) - 1 <= found <= fits
 
 
 def test_sequences_fit_the_context(tmp_path):

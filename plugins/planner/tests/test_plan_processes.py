@@ -45,19 +45,6 @@ def test_ddp_copies_and_fsdp2_divides(llama):
     assert split.decoding == one.decoding
 
 
-def test_calibration_divides_the_samples(llama):
-    def quantizing(processes):
-        found = plan(
-            str(llama), "heeding", processes=processes, calibration_samples=64,
-            calibration_seq_len=128, seq_len=32,
-        )  # fmt: skip
-        assert found.quantizing is not None
-        return found.quantizing.items["calibration"]
-
-    states = 4 * 64 * 128 * HIDDEN
-    assert quantizing(1) - quantizing(4) == pytest.approx(states * 3 / 4, rel=1e-3)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
