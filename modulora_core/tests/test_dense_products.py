@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modulora_core import dense_products
 from modulora_core.dense_products import (
@@ -25,20 +24,6 @@ def library(request, monkeypatch):
     monkeypatch.setattr(dense_products, "LEAST_PRODUCTS", 1)
     monkeypatch.setattr(dense_products, "LEAST_PRODUCTS_OF_A_ROW", 1)
     return str(request.param)
-
-
-@pytest.fixture
-def rows_by_onednn(monkeypatch):
-    """The rows of X of each product that oneDNN is asked for."""
-    asked = []
-
-    def multiply(x, w):
-        asked.append(len(x))
-        return x @ w
-
-    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(dense_products, "_by_onednn", multiply)
-    return asked
 
 
 def operands(n, k, m, dtype=torch.float32):
@@ -122,21 +107,3 @@ def test_a_linear_layer_equals_the_fp64_layer_with_its_gradients(
 
 
 # --- the choice --------------------------------------------------------------------------------
-
-
-@needs_onednn
-def test_onednn_is_asked_for_large_fp32_products_of_contiguous_matrices(
-    rows_by_onednn, monkeypatch
-):
-    for size in ((15, 256, 256), (1, 2048, 2048), (16, 256, 256), (2, 1024, 512)):
-        product(*operands(*size))
-    assert rows_by_onednn == [16, 2]
-    rows_by_onednn.clear()
-    x, w = operands(64, 512, 512)
-    for part in (w[:, 3:500], w[:, 3:500].t(), w[::2], w[::2].t()):  # with gaps
-        product(x[:, : len(part)], part)
-    with FakeTensorMode():
-        assert product(*operands(64, 256, 256)).shape == (64, 256)
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    product(x, w)
-    assert rows_by_onednn == []

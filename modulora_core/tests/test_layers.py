@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modulora_core.errors import AdapterError, CheckpointError, DenseWeightError, ShapeError
+from modulora_core.errors import CheckpointError, DenseWeightError, ShapeError
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.spec import PackedWeight
@@ -116,20 +116,6 @@ def test_several_adapters_of_different_ranks_add_up(weight: PackedParameter) -> 
     torch.testing.assert_close(
         layer(x), base(x) + 0.5 * (x @ layer.lora_A["two"].t()) @ layer.lora_B["two"].t()
     )
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"), [({"rank": 0}, "rank"), ({"rank": 2, "dropout": 1.0}, "dropout")]
-)
-def test_an_adapter_with_impossible_settings_is_refused(
-    weight: PackedParameter, kwargs: dict[str, float], message: str
-) -> None:
-    layer = LoRALinear(QuantLinear(weight))
-    with pytest.raises(AdapterError, match=message):
-        layer.add_adapter("default", alpha=1, **kwargs)  # type: ignore[arg-type]
-    layer.add_adapter("default", 1, alpha=1)
-    with pytest.raises(AdapterError, match="one of that name"):
-        layer.add_adapter("default", 1, alpha=1)
 
 
 def test_scales_of_several_adapters_multiply_and_all_train(weight: PackedParameter) -> None:

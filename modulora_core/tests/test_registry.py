@@ -22,19 +22,6 @@ def named(name):
 # --- listing -------------------------------------------------------------------------------------
 
 
-def test_an_installed_plugin_is_listed_with_its_distribution(site):
-    site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha", version="2.3")
-    (entry,) = named("alpha")
-    assert (entry.distribution, entry.version, entry.status, entry.reason) == (
-        "fake-alpha",
-        "2.3",
-        "ok",
-        None,
-    )
-    assert entry.spec is not None
-    assert entry.spec.location == "fake_alpha_quantizer:Mine"
-
-
 BROKEN = {
     "it fails to import": (failing("no such GPU"), "RuntimeError: no such GPU"),
     "it exits": ("import sys; sys.exit('bye')", "SystemExit: bye"),

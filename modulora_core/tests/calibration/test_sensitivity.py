@@ -159,35 +159,6 @@ def test_weighted_second_moments_are_those_of_autograd_in_float64(
     assert weights.keys() == inside - experts
 
 
-def test_half_the_weighted_square_of_a_small_error_is_the_growth_of_the_divergence(
-    tmp_path: Path,
-) -> None:
-    """Noise of variance σ² in the outputs of one layer increases KL by ½ Σ s σ²."""
-    folder = save_tiny_model("llama", tmp_path)
-    ids = torch.randint(3, 96, (16, 60), generator=torch.Generator().manual_seed(2))
-    found = sensitivities(folder, ids)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().double()
-    generator, noise = torch.Generator().manual_seed(3), 1e-3
-
-    def disturb(_module: object, _inputs: object, y: Tensor) -> Tensor:
-        return y + noise * torch.randn(y.shape, generator=generator, dtype=y.dtype)
-
-    with torch.no_grad():
-        before = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-        for name in ("0.mlp.down_proj", "1.self_attn.v_proj", "1.mlp.up_proj"):
-            path, divergences = f"model.layers.{name}", []
-            for _ in range(2):
-                handle = model.get_submodule(path).register_forward_hook(disturb)
-                after = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-                handle.remove()
-                divergences.append(float((before.exp() * (before - after)).sum(-1).mean()))
-            s = found[f"{path}.weight"][0].outputs.double()
-            # 960 tokens are drawn, and a layer's early ones affect many later ones: 15 % were
-            # seen; a wrong ½ is 100 %
-            expected = pytest.approx(float(s.sum()) * noise**2 / 2, rel=0.25)
-            assert sum(divergences) / 2 == expected, name
-
-
 def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with torch.no_grad():

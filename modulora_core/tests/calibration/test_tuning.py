@@ -1,8 +1,5 @@
 """Tuning a quantized block towards the dense block: its effect, its judge, and its limits."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,15 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import (
     CalibrationConfig,
-    Tuner,
     TuningConfig,
     calibration_text,
     find_blocks,
 )
-from modulora_core.calibration.observe import Key, ObservedWeight
 from modulora_core.errors import WorkError
 from modulora_core.hf.load_model import load_model
-from modulora_core.layers import ChannelScales
 from modulora_core.models import open_dense
 from modulora_core.packed import PackedWeight
 from modulora_core.quantization.quantize import quantize
@@ -182,42 +176,3 @@ def test_a_rescaled_weight_of_another_layout_is_refused(llama, scaled, tmp_path,
     monkeypatch.setattr(scaled.Scaled, "rescaled", wider)
     with pytest.raises(WorkError, match=r"q_proj\.weight: scaled rescaled it as"):
         run(llama, tmp_path / "out")
-
-
-def test_one_block_is_dense_at_a_time_while_it_is_tuned(llama, tmp_path, monkeypatch):
-    alive = weakref.WeakSet()
-    made, tune, counts = ObservedWeight.__init__, Tuner.tune, list[int]()
-
-    def counted(self, *given):
-        made(self, *given)
-        alive.add(self)
-
-    def watched(self, *given):
-        found = tune(self, *given)
-        counts.append(len(alive))
-        return found
-
-    monkeypatch.setattr(ObservedWeight, "__init__", counted)
-    monkeypatch.setattr(Tuner, "tune", watched)
-    gc.disable()  # a block must go when it is done, and not when a collector comes by
-    try:
-        run(llama, tmp_path / "out")
-    finally:
-        gc.enable()
-    assert counts == [7, 7]
-    assert not alive
-
-
-def test_scales_multiply_columns_and_rows_and_have_exact_gradients(generator):
-    shapes = ((5, 3), (2, 4, 3), (5,), (3,), (5,))
-    W, x, b, u, v = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
-    )
-    observed = ObservedWeight(Key("weight"), W)
-
-    def product(x, b, u, v):
-        observed.scales = ChannelScales(u, v)
-        return observed.multiply(x, b)
-
-    torch.testing.assert_close(product(x, b, u, v), x @ (v.diag() @ W @ u.diag()).t() + b)
-    assert torch.autograd.gradcheck(product, [tensor.requires_grad_() for tensor in (x, b, u, v)])

@@ -12,9 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from modulora_core.errors import (
-    AdapterError,
     CheckpointError,
-    OptionError,
     WeightError,
 )
 from modulora_core.hf.load_adapter import load_adapter
@@ -82,16 +80,6 @@ def test_merging_warns_as_loading_does(
         merge(str(other), tmp_path / "warned", adapter=adapter)
         loading, merging = caplog.messages
         assert merging == loading
-
-
-def test_a_wrong_request_writes_nothing(pack: Pack, tmp_path: Path) -> None:
-    save_adapter(trained(load_model(pack("gpt2")[1])), tmp_path / "adapter")
-    packed = str(pack("llama")[1])
-    with pytest.raises(AdapterError, match=r"it does not fit .*: there is no packed layer"):
-        merge(packed, tmp_path / "merged", adapter=str(tmp_path / "adapter"))
-    with pytest.raises(OptionError, match=r"dtype: expected one of float16, .* got 'int4'"):
-        merge(packed, tmp_path / "merged", dtype="int4")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_changed_or_swapped_files_are_refused_by_their_digests(pack, tmp_path):

@@ -43,18 +43,6 @@ def test_it_equals_quantize_then_load_and_saves_itself(pack, tmp_path, architect
     assert ours.model_dump(exclude=different) == theirs.model_dump(exclude=different)
 
 
-def test_weights_are_cast_before_they_are_packed(pack):
-    source = pack("llama", "verbatim")[0]
-    model = loaded(source, "verbatim")
-    half = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=ModuLoRAConfig("verbatim"), dtype="bfloat16"
-    )
-    assert half.dtype == torch.bfloat16
-    weights = (m.model.layers[0].mlp.up_proj.weight.dense(torch.float32) for m in (half, model))
-    rounded, exact = weights
-    assert torch.equal(rounded, exact.bfloat16().float())
-
-
 def test_one_dense_weight_is_alive_at_a_time(pack, monkeypatch):
     import weakref
 

@@ -142,12 +142,3 @@ def test_heads_that_do_not_fit_are_refused(pack: Pack, tmp_path: Path) -> None:
     model.score.weight.data += 1
     with pytest.raises(AdapterError, match=r"score\.weight: expected the values of the model's"):
         load_adapter(model, tmp_path, "third")
-
-
-def test_a_causal_model_has_no_such_head(pack: Pack, tmp_path: Path) -> None:
-    for architecture in ("llama", "gpt2", "mixtral", "llama4_text"):
-        model = AutoModelForCausalLM.from_pretrained(pack(architecture)[1])
-        add_lora(model)
-        assert all("lora" in n for n, p in model.named_parameters() if p.requires_grad)
-        save_adapter(model, tmp_path)
-        assert "modules_to_save" not in read_adapter(tmp_path).config

@@ -127,14 +127,6 @@ def test_a_hub_id_may_name_a_revision(offline_hub, tmp_path):
     assert open_dense(str(folder)).location.folder == folder
 
 
-@pytest.mark.usefixtures("offline_hub")
-def test_a_hub_repository_that_cannot_be_had_says_where_we_looked():
-    with pytest.raises(ModelError, match="org/nothing: no such folder here, and the Hugging Face"):
-        open_dense("org/nothing")
-    with pytest.raises(ModelError, match="Hub at revision v7 didn't give it"):
-        open_dense("org/nothing", revision="v7")
-
-
 def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
     folder, out = save_tiny_model("llama", tmp_path / "model"), tmp_path / "out"
     make_tokenizer().save_pretrained(folder)

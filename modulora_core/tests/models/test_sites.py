@@ -64,30 +64,6 @@ def test_the_linears_of_a_llama(llama: nn.Module) -> None:
     assert sites.dense["model.norm.weight"] == "norm"
 
 
-def test_a_conv1d_is_a_transposed_linear_layer() -> None:
-    site = sites_of("gpt2")["transformer.h.0.mlp.c_fc.weight"]
-    assert (site.kind, site.out_features, site.in_features) == ("conv1d", 128, 32)
-    assert site.transposed
-    assert site.bias
-
-
-@pytest.mark.parametrize(
-    ("architecture", "transposed", "inner"),
-    [
-        ("mixtral", False, 48),
-        ("qwen3_moe", False, 24),
-        ("gpt_oss", True, 48),  # says so by a decorator
-        ("llama4_text", True, 48),  # does not; hidden_size shows it
-    ],
-)
-def test_fused_experts_are_stacks(architecture: str, transposed: bool, inner: int) -> None:
-    experts = [site for site in sites_of(architecture).values() if site.kind == "experts"]
-    shapes = {
-        (site.transposed, site.experts, site.out_features, site.in_features) for site in experts
-    }
-    assert shapes == {(transposed, 4, 2 * inner, 32), (transposed, 4, 32, inner)}
-
-
 class _Doubled(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)

@@ -104,15 +104,6 @@ def test_tied_names_with_other_values_are_not_tied(tmp_path: Path) -> None:
     assert_same(source, loaded(tmp_path))
 
 
-def test_the_skeleton_takes_no_memory_and_has_every_parameter(tmp_path: Path) -> None:
-    source = open_dense(str(save_tiny_model("mixtral", tmp_path)))
-    skeleton = source.skeleton()
-    assert {tensor.device.type for tensor in skeleton.state_dict().values()} == {"meta"}
-    shapes = {name: (tuple(p.shape), p.dtype) for name, p in skeleton.named_parameters()}
-    assert shapes == {name: (info.shape, info.dtype) for name, info in source.parameters.items()}
-    assert source.skeleton().model.layers[0] is not skeleton.model.layers[0]
-
-
 def test_tensors_that_transformers_ignores_are_not_read(tmp_path: Path) -> None:
     save_tiny_model("llama", tmp_path)
     ignored = "model.layers.0.self_attn.rotary_emb.inv_freq"

@@ -118,28 +118,6 @@ def test_a_layer_outside_of_the_blocks_stays_dense_if_it_needs_calibration(tmp_p
     assert {name.split(".")[-2] for name in kept[reason]} == {"project_in", "project_out"}
 
 
-def test_a_quantizer_that_uses_no_calibration_is_tuned_on_the_text(
-    scaled: ModuleType, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given, pack = list[Any](), scaled.Scaled.pack
-
-    def noted(self: Any, weight: Any, calibration: Any = None) -> Any:
-        given.append(calibration)
-        return pack(self, weight, calibration)
-
-    monkeypatch.setattr(scaled.Scaled, "pack", noted)
-    spec = scaled.Scaled.spec
-    object.__setattr__(spec, "calibration", "none")
-    try:
-        errors = run(source, tmp_path / "out", "scaled").tuning_errors
-    finally:
-        object.__setattr__(spec, "calibration", "optional")
-    assert given
-    assert not any(given)
-    assert errors is not None
-    assert all(after < before for before, after in errors.values())
-
-
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -100,28 +100,6 @@ def test_loss_and_gradients_equal_those_of_whole_logits(kind: str) -> None:
     assert logits.shape == (2, 1, VOCABULARY), "one position of each row"
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        {"labels": IDS},
-        {"num_items_in_batch": torch.tensor(40)},
-        {"num_items_in_batch": 40},
-    ],
-    ids=lambda inputs: next(iter(inputs)),
-)
-def test_labels_and_their_number_come_from_the_caller(inputs: dict[str, Any]) -> None:
-    assert_same(made("plain"), **inputs)
-
-
-def test_the_caller_s_own_choice_of_logits_stays() -> None:
-    model = made("plain")
-    expected = model(input_ids=IDS, labels=LABELS).loss
-    with chunked_loss(model, CHUNK):
-        output = model(input_ids=IDS, labels=LABELS, logits_to_keep=16)
-    assert output.logits.shape == (2, 16, VOCABULARY)
-    assert output.loss == expected
-
-
 @pytest.mark.parametrize("adapter", [False, True], ids=["frozen", "with an adapter"])
 def test_a_packed_head_gives_the_same_loss(toy: ModuleType, adapter: bool) -> None:
     model = made("plain")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,23 +134,6 @@ def test_the_written_config_repeats_the_run(configure: Configure, tmp_path: Path
     assert again.losses == first.losses
     assert other.losses != first.losses
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("scheduler", "after_warmup"),
-    [
-        ("cosine", lambda share: 0.5 * (1 + math.cos(math.pi * share))),
-        ("linear", lambda share: 1 - share),
-        ("constant", lambda share: 1.0),
-    ],
-)
-def test_the_learning_rate_warms_up_and_follows_its_schedule(
-    configure: Configure, scheduler: str, after_warmup: Callable[[float], float]
-) -> None:
-    steps: list[TrainingStep] = []
-    finetune(configure(steps=8, warmup=0.25, scheduler=scheduler, lr=1e-3), on_step=steps.append)
-    shares = [0, 0.5, *(after_warmup(i / 6) for i in range(6))]
-    assert [step.learning_rate for step in steps] == pytest.approx([1e-3 * s for s in shares])
 
 
 def test_a_run_of_one_step_trains(configure: Configure, tmp_path: Path) -> None:

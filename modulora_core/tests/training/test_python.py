@@ -3,7 +3,6 @@
 import io
 import re
 import sys
-from typing import Any
 
 import pytest
 
@@ -67,23 +66,6 @@ def test_functions_draw_a_bar_on_a_terminal(monkeypatch, tunable, configure):
     screen.truncate(0)
     evaluate(str(tunable), [{"text": "The with statement. " * 9}], seq_len=16)
     assert "evaluating" in screen.getvalue()
-
-
-def test_they_draw_none_on_request_or_without_a_terminal(monkeypatch, tunable, configure, tmp_path):
-    screen, calls = terminal(monkeypatch), list[Any]()
-    text = [{"text": "The with statement. " * 9}]
-    finetune(configure(steps=1), progress=False)
-    finetune(
-        configure(steps=1, out=str(tmp_path / "other")), progress=lambda *call: calls.append(call)
-    )
-    assert calls[-1][1:] == (1, 1)
-    evaluate(str(tunable), text, seq_len=16, progress=False)
-    evaluate(str(tunable), text, seq_len=16, progress=lambda *call: calls.append(call))
-    assert calls[-1][0] == "evaluating"
-    assert screen.getvalue() == ""
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    evaluate(str(tunable), text, seq_len=16)
-    assert sys.stderr.getvalue() == ""
 
 
 # types

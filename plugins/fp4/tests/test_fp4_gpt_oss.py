@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +12,10 @@ import torch
 from modulora_convert.convert import convert
 from safetensors.torch import load_file, save_file
 
-from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import ModelError
 from modulora_core.hf.load_model import load_model
-from modulora_core.packed_parameters import PackedParameter, PackedStack
+from modulora_core.packed_parameters import PackedStack
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.expert_gradients import worst_gradient
 from modulora_core.tests.fuzzing import refused_or_runs
@@ -54,39 +52,6 @@ def test_logits_are_those_of_transformers(folder: Path) -> None:
     expected = logits(theirs)
     limit = 1e-5 * float(expected.abs().max())
     torch.testing.assert_close(logits(ours), expected, rtol=0, atol=limit)
-
-
-def test_experts_have_the_bytes_of_the_files(folder: Path) -> None:
-    stored = load_file(folder / "model.safetensors")
-    for i, packed in enumerate(open_packed(folder).packed(UP)):
-        assert torch.equal(packed.tensors["codes"], stored[f"{UP}_blocks"][i].flatten(1))
-        assert torch.equal(packed.tensors["scales"], stored[f"{UP}_scales"][i])
-
-
-@pytest.mark.slow
-def test_the_command_line_trains_and_runs_it(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, adapter = tmp_path / "notes.txt", tmp_path / "adapter"
-    data.write_text("The ship sailed north, and the crew sang.\n" * 40)
-    short = "--data", str(data), "--seq-len", "32"
-    once = "--steps", "8", "--batch-size", "1", "--grad-accum", "1", "--lr", "0.02", "--no-baseline"
-    for words in (
-        ("info", folder), ("plan", folder, "--seq-len", "32", "--device", "cpu"),
-        ("finetune", folder, adapter, *short, *once),
-        ("evaluate", folder, "--adapter", adapter, *short),
-        ("generate", folder, "The ship", "--adapter", adapter, "--max-new-tokens", "4", "--raw"),
-        ("merge", folder, tmp_path / "merged", "--adapter", adapter),
-    ):  # fmt: skip
-        code = main([*map(str, words), "--json"])
-        out = capsys.readouterr()
-        assert code == 0, out.err
-        answer = json.loads(out.out)
-        if words[0] == "finetune":
-            assert answer["losses"][-1] < answer["losses"][0]
-    # an adapter on all experts, and no dense weight of theirs
-    model = load_model(folder)
-    assert sum(isinstance(module, PackedParameter) for module in model.modules()) == 16
 
 
 @pytest.mark.slow

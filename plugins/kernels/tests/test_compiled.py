@@ -118,13 +118,6 @@ def test_compiled_kernels_are_cached_for_the_next_process(cpu, folder):
     assert done.returncode == 0, done.stderr
 
 
-def test_an_error_in_a_plugins_module_is_not_taken_for_a_missing_numba(folder):
-    (folder / "outsiders_mistake.py").write_text("import no_such_module", encoding="utf-8")
-    importlib.invalidate_caches()
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        kernels.load("outsiders_mistake", CPU)
-
-
 def test_the_first_launch_leaves_torchs_threads_and_teams_as_they_were(folder):
     """If this fails: torch takes all cores from then on, or a team inside each team."""
     check = """

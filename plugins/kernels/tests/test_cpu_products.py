@@ -10,7 +10,7 @@ from modulora_core.packed import PackedWeight
 
 pytest.importorskip("numba")
 
-from modulora_kernels.cpu import CPUKernels, choices
+from modulora_kernels.cpu import choices
 from modulora_kernels.cpu.choices import dtype_of_few
 
 SHAPES = [(1, 1), (5, 3), (17, 130), (300, 513), (33, 2100), (2100, 40)]
@@ -98,33 +98,6 @@ def check(module, way, shape, n):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_are_those_of_the_decoded_weight(module, way, shape, n):
     check(module, way, shape, n)
-
-
-def test_a_kernel_for_one_row_multiplies_one_row_of_a_weight_that_it_takes(module):
-    asked = []
-
-    def one_row(_weight, _threads, x, y):
-        asked.append(x.shape)
-        y[:] = 7
-
-    operands = module.operands
-    kernels = CPUKernels(module.decode, operands, lambda w: one_row if len(w[0]) == 6 else None)
-    weight, _ = packed(6, 20)
-
-    def taken(x, transpose=False):
-        asked.clear()
-        y = kernels.product(x, weight, transpose)
-        assert y is None or y.dtype is x.dtype
-        return asked == [(1, 20)]
-
-    row = torch.randn(20, requires_grad=True)
-    for x in (row.detach(), row, row.view(1, 1, 20), row.half(), torch.randn(20, 2)[:, 0]):
-        assert taken(x)
-    assert not taken(torch.randn(2, 20))
-    assert not taken(torch.randn(6), transpose=True)
-    asked.clear()
-    assert kernels.product(row, packed(5, 20)[0]) is not None
-    assert not asked
 
 
 @pytest.mark.parametrize(

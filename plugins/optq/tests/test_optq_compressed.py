@@ -91,21 +91,6 @@ def test_a_model_of_ours_is_read_by_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_symmetric_weights_run_in_transformers_in_any_dtype(dtype: str, tmp_path: Path) -> None:
-    """compressed-tensors can't load packed zero points this way, its own ones included."""
-    from transformers import AutoModelForCausalLM
-
-    packed = tiny_model(OPTQ(Options(group_size=16, symmetric=True))).packed
-    convert(str(packed), tmp_path / "theirs", FORMAT)
-    path = tmp_path / "theirs" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": dtype}))
-    expected = logits(load_model(packed, dtype="float32"))
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")).float()
-    limit = 0.03 * float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=0, atol=limit)
-
-
 @pytest.mark.slow
 def test_it_trains_as_its_copy_in_our_format(tmp_path: Path) -> None:
     save_compressed(tmp_path / "theirs", FORMAT, torch.bfloat16, **KINDS[1])

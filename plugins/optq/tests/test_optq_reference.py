@@ -82,20 +82,6 @@ def test_the_search_takes_the_least_weighted_error_of_all_candidates(symmetric):
         assert min(tried, key=lambda t: t[0])[1:] == (float(s[o]), float(z[o]))
 
 
-@pytest.mark.parametrize(
-    "chosen",
-    [{"act_order": False}, {"static_groups": True}, {"group_size": -1}, {"group_size": 40}],
-    ids=str,
-)
-def test_columns_keep_their_places_if_no_group_moves_them(chosen):
-    W, H = layer()
-    options = Options(bits=8, **({"group_size": 16, "static_groups": False} | chosen))
-    solution = reference.solve(W, H, options)
-    assert solution.permutation is None
-    assert not options.permutes(40)
-    assert torch.allclose(solution.dequantize(options).double(), W, atol=0.2)
-
-
 def test_static_groups_take_their_grids_from_the_given_weight():
     W, H = layer()
     options = Options(bits=3, group_size=16, static_groups=True, range_search=False)

@@ -143,16 +143,6 @@ def test_a_sweep_makes_no_row_worse_and_most_better(choice, path):
     assert int((found[1] < 0.999 * found[0]).sum()) > len(W) / 2
 
 
-def test_compiled_sweeps_give_the_codes_of_plain_torch(monkeypatch):
-    pytest.importorskip("numba")
-    W, H = layer(20, 330, torch.float64)
-    compiled = solver.solve(W, H, Options(bits=2, sweeps=3))
-    without_kernels(monkeypatch)
-    plain = solver.solve(W, H, Options(bits=2, sweeps=3))
-    assert torch.equal(compiled.codes, plain.codes)
-    assert torch.equal(compiled.scales, plain.scales)
-
-
 @pytest.mark.parametrize("sweeps", [0, 2])
 def test_rows_in_turn_make_up_for_each_others_errors(sweeps, path):
     """Rows whose gradients agree: the errors of a column should cancel each other."""

@@ -8,7 +8,6 @@ from modulora_planner.memory import ITEMS
 from transformers import LlamaConfig
 
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
@@ -85,17 +84,6 @@ def test_a_budget_finds_the_longest_sequence_and_the_largest_batch(llama):
     assert (found.fits, found.changes, found.largest_batch_size) == (True, (), 2)
     assert found.longest_seq_len is not None
     assert 256 <= found.longest_seq_len <= 256 * (1 + CLOSE) + 1
-
-
-def test_sequences_fit_the_context(tmp_path):
-    LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        vocab_size=64, max_position_embeddings=128,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    found, expected = (plan(str(tmp_path), "toy", **each) for each in ({}, {"seq_len": 128}))
-    assert found.training.items == expected.training.items
-    with pytest.raises(OptionError, match="seq_len 129: expected at most 128, the context of /"):
-        plan(str(tmp_path), "toy", seq_len=129)
 
 
 @pytest.mark.parametrize(("device", "width"), [("cpu", 4), ("cuda", 2)])

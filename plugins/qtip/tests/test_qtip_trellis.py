@@ -77,10 +77,3 @@ def test_values_are_the_code_functions(state):
     }
     for code, value in expected.items():
         assert float(codes.values(torch.tensor(state), code)) == value, code
-
-
-@pytest.mark.parametrize("code", codes.CODES)
-def test_values_of_all_states_have_the_deviation_of_the_code(code):
-    values = codes.table(code, 16, torch.device("cpu"))
-    assert abs(float(values.mean())) < 0.02 * codes.CODES[code].deviation
-    assert float(values.std()) == pytest.approx(codes.CODES[code].deviation, rel=0.01)

@@ -66,25 +66,6 @@ def test_optional_keys_and_shapes_are_read(relaxml: ModuleType, tmp_path: Path) 
     check(tmp_path / "m", dense, relaxml)
 
 
-def test_the_biases_of_layers_that_are_not_fused_are_read(
-    relaxml: ModuleType, copied: Copied
-) -> None:
-    folder = copied()
-    relaxml.edit_config(folder, mlp_bias=True)
-    biases = {f"model.layers.{i}.mlp.down_proj.bias": torch.full((128,), 0.5 + i) for i in range(2)}
-    others = {
-        f"model.layers.{i}.mlp.{name}.bias": torch.zeros(256)
-        for i in range(2)
-        for name in ("up_proj", "gate_proj")
-    }
-    relaxml.change(folder, **biases, **others)
-    model = load_model(folder, dtype="float32", device="cpu")
-    assert torch.equal(
-        model.get_submodule("model.layers.1.mlp.down_proj").bias,
-        biases["model.layers.1.mlp.down_proj.bias"],
-    )
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_words_are_unpacked_in_the_order_of_rows_and_columns(
     bits: int, relaxml: ModuleType
