@@ -1,7 +1,5 @@
 """Turns, their statistics, and the measurements of a quantizer. No test says how fast it is."""
 
-from __future__ import annotations
-
 import io
 import json
 

@@ -1,7 +1,5 @@
 """``modulora new-plugin`` writes a package that installs, and passes its tests and the kit."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -28,7 +26,7 @@ needs_pip = pytest.mark.skipif(
 )
 
 
-def python(*words: str, folder: Path, site: Path | None = None) -> subprocess.CompletedProcess[str]:
+def python(*words, folder, site=None):
     path = os.pathsep.join(filter(None, [str(site or ""), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": path}
     command = [sys.executable, *words]
@@ -36,21 +34,19 @@ def python(*words: str, folder: Path, site: Path | None = None) -> subprocess.Co
 
 
 @pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def package(tmp_path_factory):
     out = tmp_path_factory.mktemp("new") / "plugin"
     new_plugin(NAME, out)
     return out
 
 
 @pytest.fixture(scope="module")
-def site(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(package, tmp_path_factory):
     """A folder for PYTHONPATH in which the package is installed as far as Python can tell."""
     return site_of(package, tmp_path_factory.mktemp("site"))
 
 
-def test_the_report_lists_files_and_quotes_the_next_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_lists_files_and_quotes_the_next_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["new-plugin", NAME, "mine", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -65,7 +61,7 @@ def test_the_report_lists_files_and_quotes_the_next_commands(
     ]
 
 
-def test_the_files_fit_together(package: Path) -> None:
+def test_the_files_fit_together(package):
     for path in package.rglob("*"):
         if path.is_file() and path.suffix != ".sh":
             text = path.read_text("utf-8").replace("${{", "")
@@ -86,7 +82,7 @@ case "$*" in *--dry-run*) exit {code};; esac
 """Stands in for Python: it logs its arguments. ``code`` 1: the package index lacks the core."""
 
 
-def finished(package: Path, folder: Path) -> Path:
+def finished(package, folder):
     """A copy of the package whose texts are written."""
     shutil.copytree(package, folder)
     readme = folder / "README.md"
@@ -94,9 +90,7 @@ def finished(package: Path, folder: Path) -> Path:
     return folder
 
 
-def ci(
-    package: Path, tmp_path: Path, code: int, repository: str
-) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def ci(package, tmp_path, code, repository):
     """Run ci.sh with a stand-in for Python; give its result and Python's arguments."""
     log, stand_in = tmp_path / "log", tmp_path / "bin" / "python"
     stand_in.parent.mkdir()
@@ -113,7 +107,7 @@ def ci(
 
 @pytest.mark.skipif(find_spec("ruff") is None, reason="ruff isn't installed")
 @pytest.mark.parametrize("name", ["x", "a-name-that-is-longer-than-most"])
-def test_the_code_is_clean_for_short_and_long_names(name: str, tmp_path: Path) -> None:
+def test_the_code_is_clean_for_short_and_long_names(name, tmp_path):
     new_plugin(name, tmp_path / "plugin")
     rules = ["--select", "E4,E7,E9,F,I,UP,B,N,RET,SIM,RUF", "--ignore", "N806,N803"]
     for words in (["check", "--isolated", *rules], ["format", "--isolated", "--diff"]):
@@ -122,14 +116,14 @@ def test_the_code_is_clean_for_short_and_long_names(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["", "Mine", "my_own", "my--own", "own-", "4bit", "../own", "äh"])
-def test_a_malformed_name_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_malformed_name_is_refused(name, tmp_path):
     with pytest.raises(OptionError, match="expected a lower case letter first") as caught:
         new_plugin(name, tmp_path / "plugin")
     assert repr(name) in str(caught.value)
     assert not (tmp_path / "plugin").exists()
 
 
-def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_files_is_refused_and_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt"):
         new_plugin(NAME, tmp_path)
@@ -137,9 +131,7 @@ def test_a_folder_with_files_is_refused_and_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_its_tests_and_the_kit_pass_and_git_ignores_the_large_reports(
-    package: Path, site: Path, tmp_path: Path
-) -> None:
+def test_its_tests_and_the_kit_pass_and_git_ignores_the_large_reports(package, site, tmp_path):
     """If this fails: the output names the promise of the template that is broken.
 
     The checks of packing and tiles with 2 bits, and all promises. The tutorial's package, whose
@@ -171,14 +163,14 @@ def test_its_tests_and_the_kit_pass_and_git_ignores_the_large_reports(
         assert (f"conformance/*{path.suffix}" in ignored) == (path.suffix not in committed)
 
 
-def pip(command: str) -> tuple[str, ...]:
+def pip(command):
     """Work without a network."""
     return "-m", "pip", command, "-q", "--no-deps", "--no-build-isolation"
 
 
 @needs_pip
 @pytest.mark.slow
-def test_pip_installs_it_and_it_is_listed(package: Path, tmp_path: Path) -> None:
+def test_pip_installs_it_and_it_is_listed(package, tmp_path):
     done = python(*pip("install"), "--target", str(tmp_path), str(package), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     words = ("-m", "modulora_core.cli", "list-quantizers", "--json")

@@ -1,13 +1,7 @@
 """The benchmarks measure, and say what they did not measure. Their speed is not tested."""
 
-from __future__ import annotations
-
 import json
 import statistics
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -15,27 +9,19 @@ pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
 MISSING = "modulora-no-such-library"
 
-Module = Callable[[str], ModuleType]
-Main = Callable[..., dict[str, Any]]
-
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> list[str]:
+def models(tmp_path_factory, tiny_model):
     """The flags of a tiny model, and of a folder that the benchmarks share."""
     return ["--model", tiny_model, "--folder", str(tmp_path_factory.mktemp("models"))]
 
 
 @pytest.fixture
-def run(
-    module: Module,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> Main:
+def run(module, tmp_path, monkeypatch, capsys):
     """Runs a benchmark here with nf4 and a peer that is not installed; returns its JSON."""
     monkeypatch.setattr(module("peers").Bitsandbytes, "distributions", (MISSING,))
 
-    def call(name: str, *flags: str) -> dict[str, Any]:
+    def call(name, *flags):
         file = tmp_path / f"{name}.json"
         words = ["-q", "nf4", "-p", "bitsandbytes-nf4", "--quick", "--one-process"]
         assert module(name).main([*words, "--json", str(file), *flags]) == 0
@@ -51,13 +37,13 @@ def run(
     return call
 
 
-def of(found: dict[str, Any], method: str, **facts: Any) -> dict[str, Any]:
+def of(found, method, **facts):
     """The one result of a method with these facts."""
     (result,) = (r for r in found["results"] if r["method"] == method and r | facts == r)
     return dict(result)
 
 
-def check_turns(results: list[dict[str, Any]], base: dict[str, Any]) -> None:
+def check_turns(results, base):
     """A ratio is a median over turns; the base has 1."""
     assert base["ratio"] == base["low_ratio"] == 1
     for result in results:
@@ -66,7 +52,7 @@ def check_turns(results: list[dict[str, Any]], base: dict[str, Any]) -> None:
         assert min(ratios) <= result["ratio"] <= max(ratios)
 
 
-def test_layer_measures_every_case(run: Main, tmp_path: Path) -> None:
+def test_layer_measures_every_case(run, tmp_path):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     picture = tmp_path / "layer.svg"
     found = run("layer", "--rows", "1", "5", "--plot", str(picture))
@@ -84,7 +70,7 @@ def test_layer_measures_every_case(run: Main, tmp_path: Path) -> None:
     assert ours["bytes"] == 128 * 128 // 2 + 128 * 128 // 64 * 4, "4 bits, and a scale for 64"
 
 
-def test_training_compares_steps(run: Main, models: list[str]) -> None:
+def test_training_compares_steps(run, models):
     found = run("training", *models)
     dense, ours = of(found, "dense"), of(found, "nf4")
     check_turns(found["results"], dense)
@@ -93,14 +79,14 @@ def test_training_compares_steps(run: Main, models: list[str]) -> None:
     assert min(dense["peak_memory_bytes"], ours["peak_memory_bytes"]) > 10 * 2**20
 
 
-def test_decoding_compares_rates_in_both_dtypes(run: Main, models: list[str]) -> None:
+def test_decoding_compares_rates_in_both_dtypes(run, models):
     found = run("decoding", *models, "--length", "5")
     check_turns(found["results"], of(found, "dense", dtype="float32"))
     assert {r["dtype"] for r in found["results"]} == {"float32", "bfloat16"}
     assert {(r["new_tokens"], len(r["ids"])) for r in found["results"]} == {(5, 5)}
 
 
-def test_quality_measures_perplexity_and_size(run: Main, models: list[str]) -> None:
+def test_quality_measures_perplexity_and_size(run, models):
     pytest.importorskip("modulora_optq", reason="pip install ./plugins/optq")
     flags = ["-q", "nf4:block_size=32", "optq:bits=3", "--uncalibrated", "optq:bits=3"]
     found = run("quality", *models, *flags)
@@ -114,9 +100,7 @@ def test_quality_measures_perplexity_and_size(run: Main, models: list[str]) -> N
     assert len(set(perplexity.values())) == 4, "H = I gives other values too"
 
 
-def test_summary_joins_the_files_and_takes_packed_heads(
-    module: Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_summary_joins_the_files_and_takes_packed_heads(module, tmp_path, capsys):
     common = {"dtype": "float32", "ratio": 1.0}
     layer = {**common, "method": "dense", "passes": "forward", "rows": 1, "seconds": 0.002}
     step = {**common, "peak_memory_bytes": 2**30}

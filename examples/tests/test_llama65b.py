@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,12 +11,8 @@ from modulora_core.checkpoints.opening import open_packed
 
 pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
-Module = Callable[[str], ModuleType]
 
-
-def test_the_script_measures_a_step(
-    module: Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_script_measures_a_step(module, tmp_path, capsys):
     file = tmp_path / "result.json"
     flags = ["--model", "tiny", "-q", "nf4", "--seq-len", "16", "--mapped", "--one-process"]
     flags += ["--folder", str(tmp_path), "--json", str(file)]

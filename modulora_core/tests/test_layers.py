@@ -1,13 +1,9 @@
 """Modules that hold packed weights: products, moves, casts, copies, adapters and scales."""
 
-from __future__ import annotations
-
-from types import ModuleType
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from modulora_core.errors import CheckpointError, DenseWeightError, ShapeError
 from modulora_core.layers import LoRALinear, QuantLinear
@@ -16,30 +12,28 @@ from modulora_core.spec import PackedWeight
 
 
 @pytest.fixture
-def weight(toy: ModuleType) -> PackedParameter:
+def weight(toy):
     torch.manual_seed(0)
     quantizer = toy.Toy()
     return PackedParameter(quantizer, quantizer.pack(torch.randn(6, 4)))
 
 
-def dense(weight: PackedParameter) -> torch.Tensor:
+def dense(weight):
     return weight.quantizer.dequantize_tile(weight.packed, (0, 6), torch.float32)
 
 
-def test_quant_linear_equals_the_linear_layer_of_its_dequantized_weight(
-    weight: PackedParameter,
-) -> None:
+def test_quant_linear_equals_the_linear_layer_of_its_dequantized_weight(weight):
     bias = nn.Parameter(torch.randn(6))
     x = torch.randn(2, 3, 4)
     torch.testing.assert_close(QuantLinear(weight, bias)(x), F.linear(x, dense(weight), bias))
 
 
-def test_a_bias_of_another_size_is_refused(weight: PackedParameter) -> None:
+def test_a_bias_of_another_size_is_refused(weight):
     with pytest.raises(ShapeError, match=r"expected \[6\], got \[4\]"):
         QuantLinear(weight, nn.Parameter(torch.randn(4)))
 
 
-def test_tensors_are_parameters_without_a_gradient(toy: ModuleType) -> None:
+def test_tensors_are_parameters_without_a_gradient(toy):
     """DDP broadcasts buffers at each forward; FSDP2 shards parameters of at least one dimension."""
     tensors = {"codes": torch.ones(6, 4, dtype=torch.int8), "scale": torch.ones(6, 1).half()}
     packed = PackedWeight("toy", 1, (6, 4), {**tensors, "offset": torch.tensor(1.5)})
@@ -51,7 +45,7 @@ def test_tensors_are_parameters_without_a_gradient(toy: ModuleType) -> None:
     assert [name for name, _ in weight.named_buffers()] == ["offset"]
 
 
-def test_widened_tensors_are_narrowed_again(toy: ModuleType) -> None:
+def test_widened_tensors_are_narrowed_again(toy):
     """PEFT's prepare_model_for_kbit_training widens every 16-bit parameter in place."""
     tensors = {"codes": torch.ones(6, 4, dtype=torch.int8), "scale": torch.rand(6, 1).half()}
     weight = PackedParameter(toy.Toy(), PackedWeight("toy", 1, (6, 4), tensors))
@@ -60,13 +54,13 @@ def test_widened_tensors_are_narrowed_again(toy: ModuleType) -> None:
     assert weight.packed.tensors["scale"].dtype is torch.float16
 
 
-def test_a_tensor_of_another_shape_is_refused(weight: PackedParameter) -> None:
+def test_a_tensor_of_another_shape_is_refused(weight):
     weight.scale = nn.Parameter(torch.ones(5, 1), requires_grad=False)
     with pytest.raises(CheckpointError, match="expected"):
         _ = weight.packed
 
 
-def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy: ModuleType) -> None:
+def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy):
     quantizer = toy.Toy()
     packed = [quantizer.pack(torch.randn(6, 4)) for _ in range(3)]
     stack = nn.ModuleList(PackedParameter(quantizer, p) for p in packed)
@@ -87,7 +81,7 @@ def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy: Module
     assert seen_transposed[0].shape == (4, 6)
 
 
-def test_another_torch_function_on_a_packed_weight_says_so(weight: PackedParameter) -> None:
+def test_another_torch_function_on_a_packed_weight_says_so(weight):
     for function, *operands in (
         (torch.add, torch.ones(6, 4), weight),
         (torch.matmul, weight, torch.ones(4, 2)),
@@ -98,7 +92,7 @@ def test_another_torch_function_on_a_packed_weight_says_so(weight: PackedParamet
             function(*operands)
 
 
-def test_several_adapters_of_different_ranks_add_up(weight: PackedParameter) -> None:
+def test_several_adapters_of_different_ranks_add_up(weight):
     base = QuantLinear(weight)
     layer = LoRALinear(base)
     layer.add_adapter("one", 1, alpha=3)
@@ -118,7 +112,7 @@ def test_several_adapters_of_different_ranks_add_up(weight: PackedParameter) -> 
     )
 
 
-def test_scales_of_several_adapters_multiply_and_all_train(weight: PackedParameter) -> None:
+def test_scales_of_several_adapters_multiply_and_all_train(weight):
     scaled = LoRALinear(QuantLinear(weight))
     for name in ("one", "two"):
         scaled.add_adapter(name, 1, alpha=1, channel_scales=True)
@@ -129,7 +123,7 @@ def test_scales_of_several_adapters_multiply_and_all_train(weight: PackedParamet
     x = torch.randn(4, 4)
     base = QuantLinear(weight)
 
-    def expected(names: tuple[str, ...]) -> Tensor:
+    def expected(names):
         y = x
         for name in names:
             y = y * scaled.input_scale[name]

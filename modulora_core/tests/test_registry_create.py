@@ -6,10 +6,10 @@ import pytest
 
 from modulora_core import registry
 from modulora_core.errors import BrokenPluginError, OptionError
-from modulora_core.tests.fake_site import HOOK, QUANTIZER, FakeSite, failing, spec
+from modulora_core.tests.fake_site import HOOK, QUANTIZER, failing, spec
 
 
-def test_create_constructs_the_class_with_parsed_options(site: FakeSite) -> None:
+def test_create_constructs_the_class_with_parsed_options(site):
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     quantizer = registry.create(
         "alpha", registry.parse_options(["group_size=128", "symmetric=false"])
@@ -43,9 +43,7 @@ BAD_CLASSES = {
 
 
 @pytest.mark.parametrize(("source", "reason"), BAD_CLASSES.values(), ids=BAD_CLASSES.keys())
-def test_a_broken_class_is_refused_with_the_reason(
-    site: FakeSite, source: str, reason: str
-) -> None:
+def test_a_broken_class_is_refused_with_the_reason(site, source, reason):
     specs = f"{spec('bad', 'fake_bad_q:Mine')}, {spec('bad-too', 'fake_bad_q:Mine')}"
     site.install(
         "fake-bad",
@@ -75,9 +73,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, object], list[str]]] = {
 
 
 @pytest.mark.parametrize(("options", "parts"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
-def test_a_bad_option_is_named_with_what_was_expected_and_what_came(
-    site: FakeSite, options: dict[str, object], parts: list[str]
-) -> None:
+def test_a_bad_option_is_named_with_what_was_expected_and_what_came(site, options, parts):
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")
     with pytest.raises(OptionError, match=r"^quantizer 'alpha': ") as raised:
         registry.create("alpha", options)
@@ -86,7 +82,7 @@ def test_a_bad_option_is_named_with_what_was_expected_and_what_came(
     assert "\n" not in message
 
 
-def test_a_quantizer_without_options_says_so(site: FakeSite) -> None:
+def test_a_quantizer_without_options_says_so(site):
     source = QUANTIZER.format(module="fake_plain").replace("    Options = Options\n", "")
     hook = HOOK.format(specs=spec("plain", "fake_plain_q:Mine"))
     site.install(

@@ -1,7 +1,5 @@
 """HQQ folders, written tensor by tensor as the authors' package does, are read."""
 
-from __future__ import annotations
-
 import json
 import warnings
 

@@ -1,7 +1,5 @@
 """The progress bar, and the lines that replace it where nobody watches."""
 
-from __future__ import annotations
-
 import io
 import re
 import sys
@@ -15,13 +13,11 @@ from modulora_core.cli.terminal import Terminal
 class Screen(io.StringIO):
     """A terminal."""
 
-    def isatty(self) -> bool:
+    def isatty(self):
         return True
 
 
-def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     for unit, total, count, rate in (
@@ -42,7 +38,7 @@ def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(
         assert "--:--" in last, "the time left belongs to other work"
 
 
-def wait_until(screen: Screen, text: str) -> None:
+def wait_until(screen, text):
     """A thread draws ten times a second, and less often on a busy machine."""
     end = time.monotonic() + 60
     while text not in screen.getvalue():
@@ -51,7 +47,7 @@ def wait_until(screen: Screen, text: str) -> None:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def clock(monkeypatch):
     """``clock[0]`` is the time in seconds."""
     now = [1000.0]
     monkeypatch.setattr("modulora_core.cli.terminal.monotonic", lambda: now[0])
@@ -59,9 +55,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("json", [False, True])
-def test_without_a_terminal_a_line_comes_at_most_once_a_minute(
-    clock: list[float], json: bool
-) -> None:
+def test_without_a_terminal_a_line_comes_at_most_once_a_minute(clock, json):
     stdout, stderr = io.StringIO(), io.StringIO()
     terminal = Terminal(json=json, stdout=stdout, stderr=stderr)
     with terminal.progress("training", "steps") as show:
@@ -72,12 +66,12 @@ def test_without_a_terminal_a_line_comes_at_most_once_a_minute(
     assert stdout.getvalue() == ""
 
 
-def test_a_spinner_turns_until_a_bar_or_output_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spinner_turns_until_a_bar_or_output_comes(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     screen, stdout = Screen(), io.StringIO()
     terminal = Terminal(stdout=stdout, stderr=screen)
 
-    def added() -> str:
+    def added():
         text = screen.getvalue()
         screen.seek(0)
         screen.truncate()

@@ -1,12 +1,9 @@
 """A wrong request is refused before torch is imported, which takes many seconds."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -45,7 +42,7 @@ WRONG = {
 }
 
 
-def test_a_wrong_request_is_refused_without_torch(tmp_path: Path) -> None:
+def test_a_wrong_request_is_refused_without_torch(tmp_path):
     for name in ("MODEL", "empty"):
         (tmp_path / name).mkdir()
     (tmp_path / "MODEL" / "config.json").write_text("{}")
@@ -67,7 +64,7 @@ def test_a_wrong_request_is_refused_without_torch(tmp_path: Path) -> None:
     assert names == {"MODEL", "empty", "link", "notes.txt", "run.yaml"}
 
 
-def test_a_run_is_written_through_a_link(tmp_path: Path) -> None:
+def test_a_run_is_written_through_a_link(tmp_path):
     """A run is written in its place, so no rename would fail at its end."""
     from modulora_core.training.resuming import check_new
 

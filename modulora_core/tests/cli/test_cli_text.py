@@ -1,16 +1,12 @@
-from __future__ import annotations
-
 import io
 import re
 import shlex
-
-import pytest
 
 from modulora_core.cli.terminal import Report, Terminal
 from modulora_core.cli.text import facts, next_commands, parse_size
 
 
-def test_sizes_are_read_in_binary_and_decimal_units() -> None:
+def test_sizes_are_read_in_binary_and_decimal_units():
     sizes = {
         "24GiB": 24 * 2**30, "1.5 GB": 1_500_000_000, "800mb": 800_000_000, "4096": 4096,
         "12 B": 12, "1TiB": 2**40,
@@ -18,9 +14,7 @@ def test_sizes_are_read_in_binary_and_decimal_units() -> None:
     assert {text: parse_size(text) for text in sizes} == sizes
 
 
-def test_a_terminal_gets_a_long_command_on_lines_that_a_shell_joins(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_terminal_gets_a_long_command_on_lines_that_a_shell_joins(monkeypatch):
     command = "modulora plan --quantize-embeddings gguf:type=Q4_K --prompt 'Sum up: {it}' end"
     monkeypatch.setenv("COLUMNS", "40")
     screen = io.StringIO()
@@ -33,7 +27,7 @@ def test_a_terminal_gets_a_long_command_on_lines_that_a_shell_joins(
     assert words == ["Next:", *shlex.split(command), "$", *shlex.split(command)]
 
 
-def test_facts_have_a_line_for_each_entry(capsys: pytest.CaptureFixture[str]) -> None:
+def test_facts_have_a_line_for_each_entry(capsys):
     found = {
         "out": "here",
         "bytes": 2048,

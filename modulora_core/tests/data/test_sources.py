@@ -1,7 +1,5 @@
 """A SOURCE is read as records that know their place; a wrong one is refused with file and line."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

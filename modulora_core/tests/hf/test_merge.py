@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -28,16 +25,12 @@ from modulora_core.tests.crude_folders import save_crude
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tiles import tile_budget
 
-Pack = Callable[..., tuple[Path, Path]]
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("architecture", ["llama-biased", "gpt2"])
 @pytest.mark.parametrize("scales", [False, True], ids=["plain", "with scales"])
-def test_the_merged_model_gives_the_same_logits(
-    pack: Pack, architecture: str, scales: bool, tmp_path: Path
-) -> None:
+def test_the_merged_model_gives_the_same_logits(pack, architecture, scales, tmp_path):
     packed = pack(architecture, "toy")[1]
     model = trained(load_model(packed), LoRASettings(rank=3, train_scales=scales))
     save_adapter(model, tmp_path / "adapter")
@@ -59,9 +52,7 @@ def test_the_merged_model_gives_the_same_logits(
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "crude"])
-def test_merging_warns_as_loading_does(
-    family: str, toy: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_merging_warns_as_loading_does(family, toy, tmp_path, caplog):
     """The checkpoint has norms and biases in float32; the model is loaded in bfloat16."""
     packed, other = tmp_path / "packed", tmp_path / "other"
     if family == "crude":
@@ -114,7 +105,7 @@ def test_the_adapter_of_a_classifier_makes_a_merged_classifier(pack, tmp_path):
     assert not any("lm_head" in name for name in merged.state_dict())
 
 
-def test_values_beyond_the_dtype_are_refused(pack: Pack, tmp_path: Path) -> None:
+def test_values_beyond_the_dtype_are_refused(pack, tmp_path):
     dense = pack("llama", "toy")[0]
     model = AutoModelForCausalLM.from_pretrained(dense)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = 1e5

@@ -1,7 +1,5 @@
 """Chat templates are rendered as transformers does, and their errors are sentences."""
 
-from __future__ import annotations
-
 import pytest
 
 from modulora_core.models.tokenizer import render
@@ -15,12 +13,12 @@ TURNS = [
 ]
 
 
-def rendered(template: str) -> str:
+def rendered(template):
     (text,) = render(make_tokenizer(template=template), [(TURNS[1:2], True)])
     return text
 
 
-def test_renderings_are_those_of_transformers() -> None:
+def test_renderings_are_those_of_transformers():
     tokenizer = smol_tokenizer()
     beginnings = [(TURNS[:n], prompt) for n in range(1, 5) for prompt in (True, False)]
     assert render(tokenizer, beginnings) == [
@@ -41,6 +39,6 @@ def test_renderings_are_those_of_transformers() -> None:
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
     ],
 )
-def test_an_error_of_a_template_is_told(template: str, message: str) -> None:
+def test_an_error_of_a_template_is_told(template, message):
     with pytest.raises(ValueError, match=message):
         rendered(template)

@@ -1,7 +1,5 @@
 """Files of strangers: one line of message, in time, for whatever they hold."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -27,13 +25,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
-def test_broken_json_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+def test_broken_json_is_refused_in_one_line(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(AdapterError, match=rf"x\.json: .*{BROKEN[text]}"):
         read_json(tmp_path / "x.json", dict[str, Any], error=AdapterError)
 
 
-def test_a_large_or_unreadable_file_is_refused(tmp_path: Path) -> None:
+def test_a_large_or_unreadable_file_is_refused(tmp_path):
     (tmp_path / "long").write_bytes(b'"' + b"x" * 2**25 + b'"')
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")  # opening it would wait
@@ -59,7 +57,7 @@ def test_a_large_or_unreadable_file_is_refused(tmp_path: Path) -> None:
     ],
     ids=["deep", "object", "cut", "bytes"],
 )
-def test_broken_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+def test_broken_yaml_is_refused_in_one_line(text, message, tmp_path):
     (tmp_path / "x.yaml").write_text(text, "latin-1")
     with pytest.raises(ModelError, match=rf"x\.yaml: .*{message}") as found:
         read_yaml(tmp_path / "x.yaml", ModelError)
@@ -69,7 +67,7 @@ def test_broken_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: P
 @pytest.mark.parametrize(
     "broken", [b'["c", {"x": "1"}]', b'["c", {"x": 1}]\n', b"\0\0\n", b'["c"]\n', b"5\n"], ids=str
 )
-def test_a_journal_ends_at_its_first_broken_line(broken: bytes, tmp_path: Path) -> None:
+def test_a_journal_ends_at_its_first_broken_line(broken, tmp_path):
     whole = b'["a", {"x": "1"}]\n["b", {}]\n'
     (tmp_path / "x").write_bytes(whole + broken + (whole if broken.endswith(b"\n") else b""))
     assert repair_journal(tmp_path / "x", dict[str, str]) == {"a": {"x": "1"}, "b": {}}
@@ -78,7 +76,7 @@ def test_a_journal_ends_at_its_first_broken_line(broken: bytes, tmp_path: Path) 
     assert not (tmp_path / "missing").exists()
 
 
-def test_a_full_disk_says_what_to_do() -> None:
+def test_a_full_disk_says_what_to_do():
     with pytest.raises(OSError, match="No space") as found, Path("/dev/full").open("w") as full:
         full.write("x" * 10**6)
     error = as_output_error(found.value, Path("OUT"))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from safetensors.torch import load_file
@@ -36,22 +34,20 @@ ASSIGNMENT = Assignment(
 
 
 @pytest.fixture
-def source(toy: ModuleType, tmp_path: Path) -> str:
+def source(toy, tmp_path):
     return str(save_tiny_model("llama", tmp_path / "source"))
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Callable[[str], Path]:
-    def write(text: str) -> Path:
+def write(tmp_path):
+    def write(text):
         (tmp_path / "mixed.yaml").write_text(text)
         return tmp_path / "mixed.yaml"
 
     return write
 
 
-def test_the_last_match_counts_and_null_leaves_layers_dense(
-    source: str, tmp_path: Path, write: Callable[[str], Path]
-) -> None:
+def test_the_last_match_counts_and_null_leaves_layers_dense(source, tmp_path, write):
     result = quantize(source, tmp_path / "out", Assignment.read(write(TEXT)))
     record = open_packed(tmp_path / "out").record
     recipes = {name: record.recipes[site.recipe] for name, site in record.items()}
@@ -66,9 +62,7 @@ def test_the_last_match_counts_and_null_leaves_layers_dense(
     assert (result.quantizer, result.options) == ("toy", {"levels": 127})
 
 
-def test_a_file_python_and_options_give_the_same_bytes(
-    source: str, tmp_path: Path, write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_python_and_options_give_the_same_bytes(source, tmp_path, write, capsys):
     quantize(source, tmp_path / "python", ASSIGNMENT)
     words = ["quantize", source, str(tmp_path / "file"), "--assignment", str(write(TEXT))]
     assert main(words) == 0
@@ -81,7 +75,7 @@ def test_a_file_python_and_options_give_the_same_bytes(
     assert stored(tmp_path / "options") == stored(tmp_path / "same")
 
 
-def test_without_a_default_other_layers_stay_dense(source: str, tmp_path: Path) -> None:
+def test_without_a_default_other_layers_stay_dense(source, tmp_path):
     only = Assignment(default=None, layers={"*.down_proj": "toy"})
     result = quantize(source, tmp_path / "out", only)
     assert (result.quantizer, result.options) == ("mixed", {})
@@ -106,9 +100,7 @@ WRONG: dict[str, tuple[type[ModuLoRAError], str]] = {
 
 
 @pytest.mark.parametrize("text", WRONG)
-def test_a_wrong_file_is_refused_by_its_key(
-    text: str, source: str, tmp_path: Path, write: Callable[[str], Path]
-) -> None:
+def test_a_wrong_file_is_refused_by_its_key(text, source, tmp_path, write):
     error, message = WRONG[text]
     path = write(text)
     with pytest.raises(error, match=message):
@@ -116,9 +108,7 @@ def test_a_wrong_file_is_refused_by_its_key(
     assert not (tmp_path / "out").exists()
 
 
-def test_options_beside_a_file_are_refused(
-    source: str, tmp_path: Path, write: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_beside_a_file_are_refused(source, tmp_path, write, capsys):
     words = ["quantize", source, str(tmp_path / "out"), "--assignment", str(write(TEXT))]
     for more in ("-q toy", "-o levels=3", "--override *=toy", "--quantize-head toy"):
         assert main([*words, *more.split()]) == 2

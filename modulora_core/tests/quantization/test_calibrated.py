@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,9 +14,9 @@ from modulora_core.calibration import CalibrationConfig, TuningConfig
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.cli import main
-from modulora_core.errors import CheckpointError, DataError, ModuLoRAError, OptionError
+from modulora_core.errors import CheckpointError, DataError, OptionError
 from modulora_core.hf.load_model import load_model
-from modulora_core.quantization.quantize import Assignment, QuantizeResult, quantize
+from modulora_core.quantization.quantize import quantize
 from modulora_core.tests import scaled_quantizer, width_quantizer
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.stopped_runs import stop, stored
@@ -28,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def site(tmp_path_factory):
     """A folder on the path with ``plain`` and with ``heeding``, which needs calibration."""
     root = tmp_path_factory.mktemp("widths-site")
     with width_quantizer.installed(root):
@@ -36,14 +33,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def scaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+def scaled(tmp_path_factory):
     """The module of ``scaled``, whose calibration is optional, and which can be tuned."""
     with scaled_quantizer.installed(tmp_path_factory.mktemp("scaled-site")) as module:
         yield module
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source") / "llama"
     return str(save_model_with_tokenizer("llama-biased", folder, "bfloat16"))
 
@@ -55,30 +52,24 @@ OUTSIDE, IN_BLOCK = 3, 16
 TUNING = TuningConfig(epochs=2, learning_rate=2e-2)
 
 
-def text(**changed: Any) -> CalibrationConfig:
+def text(**changed):
     settings = {"source": "pydoc[:10%]", "samples": 6, "seq_len": 32, "batch_size": 2, **changed}
     return CalibrationConfig(**settings)
 
 
-def run(
-    source: str, out: Path, quantizer: str | Assignment = "heeding", **arguments: Any
-) -> QuantizeResult:
+def run(source, out, quantizer="heeding", **arguments):
     calibration = text(tuning=TUNING if quantizer == "scaled" else None)
     return quantize(source, out, quantizer, **{"calibration": calibration, "seed": 1, **arguments})
 
 
 @pytest.fixture(scope="module", params=["heeding", "scaled"])
-def whole(
-    request: pytest.FixtureRequest, source: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path, QuantizeResult]:
+def whole(request, source, tmp_path_factory):
     """A quantizer, its checkpoint and its result; ``scaled`` is tuned."""
     out = tmp_path_factory.mktemp("whole") / "out"
     return request.param, out, run(source, out, request.param)
 
 
-def test_the_samples_are_recorded_and_the_model_loads(
-    whole: tuple[str, Path, QuantizeResult], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_samples_are_recorded_and_the_model_loads(whole, capsys):
     quantizer, out, result = whole
     record = open_packed(out).record.calibration
     assert record is not None
@@ -96,9 +87,8 @@ def test_the_samples_are_recorded_and_the_model_loads(
 
 
 def test_the_command_line_gives_the_same_bytes(
-    whole: tuple[str, Path, QuantizeResult], source: str, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    whole, source, tmp_path,
+    capsys):  # fmt: skip
     quantizer, out, result = whole
     samples = "--calibration pydoc[:10%] --samples 6 --seq-len 32 --batch-size 2 --spill"
     tune = "--tune-epochs 2 --tune-lr 0.02" if quantizer == "scaled" else ""
@@ -111,7 +101,7 @@ def test_the_command_line_gives_the_same_bytes(
     assert stored(tmp_path / "out") == stored(out)
 
 
-def test_a_layer_outside_of_the_blocks_stays_dense_if_it_needs_calibration(tmp_path: Path) -> None:
+def test_a_layer_outside_of_the_blocks_stays_dense_if_it_needs_calibration(tmp_path):
     opt = save_model_with_tokenizer("opt", tmp_path / "opt")
     kept = run(str(opt), tmp_path / "out").kept
     reason = "outside of the decoder blocks, where nothing is calibrated"
@@ -131,9 +121,8 @@ def test_a_layer_outside_of_the_blocks_stays_dense_if_it_needs_calibration(tmp_p
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_refused_and_writes_nothing(
-    source: str, toy: object, tmp_path: Path, arguments: dict[str, Any],
-    error: type[ModuLoRAError], message: str,
-) -> None:  # fmt: skip
+    source, toy, tmp_path, arguments,
+    error, message):  # fmt: skip
     with pytest.raises(error, match=message):
         run(source, tmp_path / "out", **arguments)
     assert not list(tmp_path.iterdir())
@@ -148,9 +137,8 @@ def test_a_wrong_request_is_refused_and_writes_nothing(
     ],
 )
 def test_a_resumed_run_packs_missing_parameters_or_tunes_missing_blocks(
-    quantizer: str, after: int, packed_again: int, source: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    quantizer, after, packed_again, source, tmp_path,
+    monkeypatch):  # fmt: skip
     whole = run(source, tmp_path / "whole", quantizer)
     out = tmp_path / "out"
     stop(lambda: run(source, out, quantizer), after)
@@ -177,8 +165,8 @@ def test_a_resumed_run_packs_missing_parameters_or_tunes_missing_blocks(
 
 @pytest.mark.parametrize("after", [0, OUTSIDE + 9 + 4])
 def test_a_resumed_run_has_the_token_weights_of_the_stopped_run(
-    after: int, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    after, source, tmp_path, monkeypatch
+):
     weighted = text(weighting="loss")
     result = run(source, tmp_path / "whole", calibration=weighted)
     assert result.calibration is not None
@@ -194,9 +182,7 @@ def test_a_resumed_run_has_the_token_weights_of_the_stopped_run(
 
 
 @pytest.mark.parametrize(("calibrated", "offered"), [("heeding", {"bits": 4}), ("scaled", {})])
-def test_a_quality_stands_for_its_settings(
-    calibrated: str, offered: dict[str, Any], source: str, tmp_path: Path
-) -> None:
+def test_a_quality_stands_for_its_settings(calibrated, offered, source, tmp_path):
     tuning = TuningConfig(epochs=1) if calibrated == "scaled" else None
     plain, best = text(samples=None), text(weighting="loss", tuning=tuning)
     for name, found, expected, options in (
@@ -218,7 +204,7 @@ def test_a_quality_stands_for_its_settings(
 
 
 @pytest.fixture(scope="module")
-def stopped(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(source, tmp_path_factory):
     """The place of a killed run; other requests leave it as it is."""
     out = tmp_path_factory.mktemp("stopped") / "out"
     stop(lambda: run(source, out, "scaled"), after=5)
@@ -234,9 +220,7 @@ def stopped(source: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"quantizer": "heeding", "calibration": text()}, "recipes"),
     ],
 )
-def test_a_changed_request_is_not_resumed(
-    source: str, stopped: Path, change: dict[str, Any], named: str
-) -> None:
+def test_a_changed_request_is_not_resumed(source, stopped, change, named):
     before = stored(partial_name(stopped))
     assert before
     with pytest.raises(CheckpointError, match=f"differs in .*{named}.*without --resume"):
@@ -244,7 +228,7 @@ def test_a_changed_request_is_not_resumed(
     assert stored(partial_name(stopped)) == before
 
 
-def test_a_changed_text_or_changed_weights_are_not_resumed(source: str, tmp_path: Path) -> None:
+def test_a_changed_text_or_changed_weights_are_not_resumed(source, tmp_path):
     path, copy, out = tmp_path / "text.txt", tmp_path / "copy", tmp_path / "out"
     words = "The quick brown fox jumps over the lazy dog. " * 200
     path.write_text(words)

@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +16,6 @@ from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import DIGESTS, check_digests, partial_name
 from modulora_core.errors import (
     CheckpointError,
-    ModuLoRAError,
     OptionError,
     OutputError,
     RequestError,
@@ -35,13 +33,11 @@ from modulora_core.tests.tiny_models import save_tiny_model
 
 
 @pytest.fixture
-def source(toy: ModuleType, tmp_path: Path) -> str:
+def source(toy, tmp_path):
     return str(save_tiny_model("llama", tmp_path / "source"))
 
 
-def test_the_record_says_what_was_asked_and_equal_requests_give_equal_bytes(
-    source: str, tmp_path: Path
-) -> None:
+def test_the_record_says_what_was_asked_and_equal_requests_give_equal_bytes(source, tmp_path):
     for name in ("one", "two"):
         quantize(source, tmp_path / name, "toy", seed=2**63)
     assert stored(tmp_path / "one") == stored(tmp_path / "two")
@@ -54,7 +50,7 @@ def test_the_record_says_what_was_asked_and_equal_requests_give_equal_bytes(
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
-def test_dense_parameters_are_kept_bit_for_bit_and_listed(source: str, tmp_path: Path) -> None:
+def test_dense_parameters_are_kept_bit_for_bit_and_listed(source, tmp_path):
     result = quantize(source, tmp_path / "out", "toy", exclude=["*.down_proj"])
     before, after = (
         load_file(folder / "model.safetensors") for folder in (Path(source), tmp_path / "out")
@@ -65,7 +61,7 @@ def test_dense_parameters_are_kept_bit_for_bit_and_listed(source: str, tmp_path:
     assert all(torch.equal(after[name], before[name]) for name in kept)
 
 
-def test_folders_of_a_tokenizer_get_through_quantize_and_merge(tmp_path: Path, toy: object) -> None:
+def test_folders_of_a_tokenizer_get_through_quantize_and_merge(tmp_path, toy):
     save_llama_with_tokenizer(tmp_path / "dense")
     templates = tmp_path / "dense" / "additional_chat_templates"
     templates.mkdir()
@@ -80,9 +76,7 @@ def test_folders_of_a_tokenizer_get_through_quantize_and_merge(tmp_path: Path, t
 
 
 @pytest.mark.parametrize("name", COPIED_FILES[::5])
-def test_a_file_that_cannot_be_copied_is_refused_before_packing(
-    name: str, tmp_path: Path, toy: object
-) -> None:
+def test_a_file_that_cannot_be_copied_is_refused_before_packing(name, tmp_path, toy):
     save_llama_with_tokenizer(tmp_path / "dense")
     file = tmp_path / "dense" / name.replace("*", "tools")
     file.unlink(missing_ok=True)
@@ -92,7 +86,7 @@ def test_a_file_that_cannot_be_copied_is_refused_before_packing(
     assert not list(tmp_path.glob("out*/*.safetensors"))
 
 
-def test_the_last_pattern_that_matches_counts(source: str, tmp_path: Path) -> None:
+def test_the_last_pattern_that_matches_counts(source, tmp_path):
     layers = {"model.layers.0.*": "verbatim", "*.layers.0.mlp.*": Choice("toy", {"levels": 7})}
     assignment = Assignment(default="toy", layers=layers)
     result = quantize(source, tmp_path / "out", assignment)
@@ -133,9 +127,7 @@ def test_the_last_pattern_that_matches_counts(source: str, tmp_path: Path) -> No
         ({"device": "cuda:99"}, OptionError, "device 'cuda:99'"),
     ],
 )
-def test_a_wrong_request_is_refused_and_writes_nothing(
-    source: str, tmp_path: Path, request_: dict[str, Any], error: type[ModuLoRAError], message: str
-) -> None:
+def test_a_wrong_request_is_refused_and_writes_nothing(source, tmp_path, request_, error, message):
     arguments = {"model": source, "quantizer": "toy", **request_}
     with pytest.raises(error, match=message):
         quantize(out=tmp_path / "out", **arguments)
@@ -143,9 +135,7 @@ def test_a_wrong_request_is_refused_and_writes_nothing(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite_is_refused_by_name_before_work(
-    source: str, tmp_path: Path, value: float
-) -> None:
+def test_a_weight_that_is_not_finite_is_refused_by_name_before_work(source, tmp_path, value):
     path = Path(source) / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
@@ -156,9 +146,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name_before_work(
 
 
 @pytest.mark.parametrize("after", [0, 7])
-def test_a_killed_run_resumes_to_the_same_bytes(
-    toy: ModuleType, source: str, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(toy, source, tmp_path, after, monkeypatch):
     pack = toy.Toy.pack  # here it draws random numbers, as some quantizers do
     monkeypatch.setattr(toy.Toy, "pack", lambda self, w, *_: pack(self, w * torch.rand(())))
     quantize(source, tmp_path / "whole", "toy", seed=1)
@@ -184,9 +172,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
     assert not partial_name(out).exists()
 
 
-def test_a_finished_run_says_so_when_it_is_resumed(
-    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_finished_run_says_so_when_it_is_resumed(source, tmp_path, caplog):
     out = tmp_path / "out"
     first = quantize(source, out, "toy")
     before = stored(out)
@@ -205,9 +191,7 @@ def test_a_finished_run_says_so_when_it_is_resumed(
         quantize(source, out, "toy", resume=True)
 
 
-def test_a_finished_run_of_other_weights_is_not_taken_for_this_one(
-    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_finished_run_of_other_weights_is_not_taken_for_this_one(source, tmp_path, caplog):
     """Two runs whose last folders have one name, as Trainer's have."""
     other = tmp_path / "other" / "source"
     shutil.copytree(source, other)
@@ -225,7 +209,7 @@ def test_a_finished_run_of_other_weights_is_not_taken_for_this_one(
     assert "without a digest of the model's values" in caplog.text
 
 
-def test_a_folder_that_is_removed_during_the_run_is_an_error(source: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_removed_during_the_run_is_an_error(source, tmp_path):
     partial = partial_name(tmp_path / "out")
     with pytest.raises(
         OutputError, match=r"out\.partial: somebody removed it while it was written"
@@ -235,7 +219,7 @@ def test_a_folder_that_is_removed_during_the_run_is_an_error(source: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_resume_begins_anew_after_another_command(source: str, tmp_path: Path) -> None:
+def test_resume_begins_anew_after_another_command(source, tmp_path):
     quantize(source, tmp_path / "whole", "toy")
     partial = partial_name(tmp_path / "out")
     partial.mkdir()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +19,7 @@ from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written, seal
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.finetune import FinetuneResult, finetune
+from modulora_core.training.finetune import finetune
 from modulora_core.training.interruption import Interrupted
 from modulora_core.training.trainer import TrainingStep
 
@@ -33,14 +31,14 @@ class Stop(Exception):  # noqa: N818
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.txt").write_text(pydoc_text()[:1000])
     return folder
 
 
 @pytest.fixture(scope="module")
-def run(tunable: Path, root: Path) -> Callable[..., FinetuneConfig]:
+def run(tunable, root):
     """Makes a run of 9 steps over several epochs, with dropout, scales and evaluations."""
     text = str(root / "text.txt")
     defaults = {"model": str(tunable), "data": text, "eval_data": text, "eval_every": 3, "steps": 9,
@@ -52,31 +50,31 @@ def run(tunable: Path, root: Path) -> Callable[..., FinetuneConfig]:
 
 
 @pytest.fixture(scope="module")
-def whole(run: Callable[..., FinetuneConfig], one_thread: None) -> FinetuneResult:
+def whole(run, one_thread):
     """The uninterrupted run."""
     return finetune(run("whole"))
 
 
 @pytest.fixture
-def config(run: Callable[..., FinetuneConfig], request: pytest.FixtureRequest) -> FinetuneConfig:
+def config(run, request):
     """The same run in a folder of the test's own."""
     return run(request.node.name)
 
 
-def changed(config: FinetuneConfig, **options: Any) -> FinetuneConfig:
+def changed(config, **options):
     return FinetuneConfig.build({**config.model_dump(exclude_unset=True), **options})
 
 
-def outcome(result: FinetuneResult) -> tuple[Any, ...]:
+def outcome(result):
     names = ("adapter_model.safetensors", "modulora_scales.safetensors")
     files = [(Path(result.out) / name).read_bytes() for name in names]
     return result.losses, result.eval_loss, files
 
 
-def interrupt(config: FinetuneConfig, step: int) -> Path:
+def interrupt(config, step):
     """Start a run and stop it. Returns the folder of its checkpoints."""
 
-    def stop(taken: TrainingStep) -> None:
+    def stop(taken):
         if taken.step == step:
             raise Stop
 
@@ -92,15 +90,15 @@ class Signal(TrainerCallback):
         runs: how often a block began to run after the signal.
     """
 
-    def __init__(self, number: signal.Signals, block: int, nth: int) -> None:
+    def __init__(self, number, block, nth):
         self.number, self.block, self.nth, self.runs = number, block, nth, 0
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+    def on_step_begin(self, args, state, control, *, model, **_):
         if state.global_step == 4:
             for block in model.model.layers:
                 block.self_attn.register_forward_pre_hook(self.before)
 
-    def before(self, attention: Any, _: Any) -> None:
+    def before(self, attention, _):
         self.runs += self.nth == 0
         if attention.layer_idx == self.block and self.nth:
             self.nth -= 1
@@ -116,9 +114,8 @@ class Signal(TrainerCallback):
     ],
 )
 def test_a_signal_ends_a_run_at_its_next_block_and_its_last_whole_step_is_kept(
-    config: FinetuneConfig, whole: FinetuneResult, number: signal.Signals, block: int, nth: int,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    config, whole, number, block, nth,
+    caplog):  # fmt: skip
     before, sent = signal.getsignal(number), Signal(number, block, nth)
     config = changed(config, save_every=100)
     with pytest.raises(Interrupted) as caught:
@@ -135,10 +132,8 @@ def test_a_signal_ends_a_run_at_its_next_block_and_its_last_whole_step_is_kept(
     assert outcome(finetune(config, resume=True)) == outcome(whole)
 
 
-def test_a_signal_between_steps_keeps_the_step(
-    config: FinetuneConfig, whole: FinetuneResult
-) -> None:
-    def send(step: TrainingStep) -> None:
+def test_a_signal_between_steps_keeps_the_step(config, whole):
+    def send(step):
         if step.step == 5:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -151,9 +146,7 @@ def test_a_signal_between_steps_keeps_the_step(
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-1] + b"\1"])
-def test_a_damaged_checkpoint_is_ignored(
-    config: FinetuneConfig, whole: FinetuneResult, damage: Callable[[bytes], bytes]
-) -> None:
+def test_a_damaged_checkpoint_is_ignored(config, whole, damage):
     file = interrupt(config, 7) / "checkpoint-6" / "optimizer.pt"
     file.write_bytes(damage(file.read_bytes()))
     steps: list[int] = []
@@ -162,9 +155,7 @@ def test_a_damaged_checkpoint_is_ignored(
     assert outcome(resumed) == outcome(whole)
 
 
-def test_a_run_is_not_resumed_on_another_base(
-    run: Callable[..., FinetuneConfig], tunable: Path, tmp_path: Path
-) -> None:
+def test_a_run_is_not_resumed_on_another_base(run, tunable, tmp_path):
     base = Path(shutil.copytree(tunable, tmp_path / "base"))
     config = run("of-another", model=str(base))
     interrupt(config, 3)
@@ -176,16 +167,12 @@ def test_a_run_is_not_resumed_on_another_base(
         finetune(config, resume=True)
 
 
-def test_a_run_without_a_checkpoint_starts_again(
-    config: FinetuneConfig, whole: FinetuneResult
-) -> None:
+def test_a_run_without_a_checkpoint_starts_again(config, whole):
     interrupt(config, 1)
     assert outcome(finetune(config, resume=True)) == outcome(whole)
 
 
-def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(
-    config: FinetuneConfig, whole: FinetuneResult
-) -> None:
+def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(config, whole):
     shutil.copytree(whole.out, config.out)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (Path(config.out) / name).unlink()
@@ -194,9 +181,7 @@ def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(
     assert steps == []
 
 
-def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(
-    config: FinetuneConfig,
-) -> None:
+def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(config):
     interrupt(config, 3)
     with pytest.raises(OutputError, match="an unfinished run; continue it with --resume"):
         finetune(config)
@@ -207,9 +192,7 @@ def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(
         finetune(other, resume=True)
 
 
-def test_a_checkpoint_is_an_adapter_and_has_no_pickle_that_runs_code(
-    config: FinetuneConfig, tunable: Path
-) -> None:
+def test_a_checkpoint_is_an_adapter_and_has_no_pickle_that_runs_code(config, tunable):
     checkpoint = interrupt(config, 3) / "checkpoint-2"
     assert {path.name for path in checkpoint.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "complete.json", "modulora.json",
@@ -222,7 +205,7 @@ def test_a_checkpoint_is_an_adapter_and_has_no_pickle_that_runs_code(
     assert len(load_adapter(load_model(tunable), checkpoint)) == 14
 
 
-def test_only_whole_checkpoints_are_used_and_kept(tmp_path: Path) -> None:
+def test_only_whole_checkpoints_are_used_and_kept(tmp_path):
     for step in (2, 10, 11, 12, 13):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
@@ -237,7 +220,7 @@ def test_only_whole_checkpoints_are_used_and_kept(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "none") is None
 
 
-def test_a_run_is_not_resumed_on_other_examples(config: FinetuneConfig, tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_on_other_examples(config, tmp_path):
     text = "".join(f"A line of text with the number {n}.\n" for n in range(60))
     data, held = tmp_path / "data.txt", tmp_path / "held.txt"
     for file in (data, held):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,7 +47,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 """float64, summed in another order."""
 
 
-def randomized(model: nn.Module) -> Any:
+def randomized(model):
     """Every parameter random, in training mode, in float64."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -57,23 +55,21 @@ def randomized(model: nn.Module) -> Any:
     return model.double().train()
 
 
-def made(kind: str) -> Any:
+def made(kind):
     model_type, options = MODELS[kind]
     config = CONFIG_MAPPING[model_type](**SIZES | options)
     config._experts_implementation = "eager"  # the fused kernels have no float64
     return randomized(AutoModelForCausalLM.from_config(config))
 
 
-def plain_loss(
-    logits: Tensor, labels: Tensor, vocab_size: int, num_items_in_batch: Any = None, **_: Any
-) -> Tensor:
+def plain_loss(logits, labels, vocab_size, num_items_in_batch=None, **_):
     """The textbook loss in float64. transformers' own rounds to fp32."""
     goals = pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
     total = cross_entropy(logits.reshape(-1, vocab_size), goals, ignore_index=-100, reduction="sum")
     return total / ((goals != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
-def loss_and_gradients(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(model, **inputs):
     model.zero_grad()
     loss: Tensor = model(input_ids=IDS, use_cache=False, **{"labels": LABELS, **inputs}).loss
     (loss * 3).backward()  # a loss scaler's factor
@@ -81,7 +77,7 @@ def loss_and_gradients(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Ten
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
 
 
-def assert_same(model: Any, **inputs: Any) -> None:
+def assert_same(model, **inputs):
     model.loss_function = plain_loss
     expected = loss_and_gradients(model, **inputs)
     del model._loss_function
@@ -92,7 +88,7 @@ def assert_same(model: Any, **inputs: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_loss_and_gradients_equal_those_of_whole_logits(kind: str) -> None:
+def test_loss_and_gradients_equal_those_of_whole_logits(kind):
     model = made(kind)
     assert_same(model)
     with chunked_loss(model):
@@ -101,7 +97,7 @@ def test_loss_and_gradients_equal_those_of_whole_logits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["frozen", "with an adapter"])
-def test_a_packed_head_gives_the_same_loss(toy: ModuleType, adapter: bool) -> None:
+def test_a_packed_head_gives_the_same_loss(toy, adapter):
     model = made("plain")
     quantizer = toy.Verbatim(None)
     head = QuantLinear(PackedParameter(quantizer, quantizer.pack(model.lm_head.weight.detach())))
@@ -113,19 +109,18 @@ def test_a_packed_head_gives_the_same_loss(toy: ModuleType, adapter: bool) -> No
     assert_same(model)
 
 
-class Whimsical(LlamaForCausalLM):  # type: ignore[misc]
+class Whimsical(LlamaForCausalLM):
     """Its logits are not only scaled and capped, or its head gets something else, or it has a loss
     of its own."""
 
-    def __init__(self, config: Any, kind: str) -> None:
+    def __init__(self, config, kind):
         super().__init__(config)
         self.kind = kind
         self.temperature = nn.Parameter(torch.linspace(0.5, 2, VOCABULARY))
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor | None = None, logits_to_keep: int = 0,
-        use_cache: bool = False, **options: Any,
-    ) -> Any:  # fmt: skip
+        self, input_ids, labels = None, logits_to_keep = 0,
+        use_cache = False, **options):  # fmt: skip
         decode = self.model.forward if self.kind == "past the hooks" else self.model
         hidden = decode(input_ids).last_hidden_state
         if self.kind == "before the head":
@@ -152,7 +147,7 @@ CHANGES = ["past the hooks", "before the head", "tensor", "in place", "tanh", "m
 
 
 @pytest.mark.parametrize("kind", [*CHANGES, "penalty"])
-def test_a_model_may_do_anything_with_its_logits(kind: str) -> None:
+def test_a_model_may_do_anything_with_its_logits(kind):
     model = randomized(Whimsical(LlamaConfig(**SIZES), kind))
     expected = loss_and_gradients(model)
     for _ in range(2):
@@ -167,7 +162,7 @@ def test_a_model_may_do_anything_with_its_logits(kind: str) -> None:
     torch.testing.assert_close(readout.head(readout.hidden), model(input_ids=IDS).logits, **EXACT)
 
 
-def test_a_head_with_hooks_and_another_loss_are_left_alone() -> None:
+def test_a_head_with_hooks_and_another_loss_are_left_alone():
     model = made("plain")
     seen: list[Tensor] = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -184,7 +179,7 @@ def test_a_head_with_hooks_and_another_loss_are_left_alone() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", ["training", "evaluation"])
-def test_no_more_logits_than_a_chunk_are_alive(case: str, dtype: torch.dtype) -> None:
+def test_no_more_logits_than_a_chunk_are_alive(case, dtype):
     """256 rows × 32,768 take 32 MiB in fp32, a chunk a quarter. The plain loss is the control."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 32768, "num_hidden_layers": 1, "max_position_embeddings": 128}
@@ -194,16 +189,16 @@ def test_no_more_logits_than_a_chunk_are_alive(case: str, dtype: torch.dtype) ->
     ids = torch.randint(3, 32768, (2, 128))
     whole = 256 * 32768 * 4
 
-    def training() -> None:
+    def training():
         model(input_ids=ids, labels=ids).loss.backward()
 
-    def evaluation() -> None:
+    def evaluation():
         with torch.no_grad():
             with read_out(model) if chunked else nullcontext(Readout()) as readout:
                 logits = model(input_ids=ids).logits
             token_losses(readout if chunked else logits, ids, whole // 4)
 
-    def peak(step: Callable[[], None]) -> int:
+    def peak(step):
         with Allocations(before=[*model.parameters(), *model.buffers()]) as followed:
             step()
         return followed.peak
@@ -217,7 +212,7 @@ def test_no_more_logits_than_a_chunk_are_alive(case: str, dtype: torch.dtype) ->
         assert peak(step) < chunk * whole / 4 + 40 * 256 * 32 * 4
 
 
-def test_the_losses_of_tokens_equal_those_of_whole_logits() -> None:
+def test_the_losses_of_tokens_equal_those_of_whole_logits():
     model = made("soft cap").eval()
     with torch.no_grad():
         logits = model(input_ids=IDS).logits

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +22,6 @@ from modulora_core.training.finetune import finetune
 from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import TrainingStep
 
-Configure = Callable[..., FinetuneConfig]
-
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("default"),  # TRL warns, such as of names that transformers renamed
@@ -36,14 +32,14 @@ PAIRS = [("Who?", " me", " nobody else"), ("What?", " it", " something"), ("When
 
 
 @pytest.fixture
-def preferences(tmp_path: Path) -> str:
+def preferences(tmp_path):
     rows = ({"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS)
     return str(write_jsonl(tmp_path / "preferences.jsonl", *rows))
 
 
 @pytest.fixture
-def dpo(configure: Configure, preferences: str) -> Configure:
-    def made(**options: Any) -> FinetuneConfig:
+def dpo(configure, preferences):
+    def made(**options):
         defaults: dict[str, Any] = {"method": "dpo", "data": preferences, "lr": 1e-2, "warmup": 0,
                                     "grad_accum": 1}  # fmt: skip
         return configure(**{**defaults, **options})
@@ -51,7 +47,7 @@ def dpo(configure: Configure, preferences: str) -> Configure:
     return made
 
 
-def log_probability(model: nn.Module, tokenizer: Any, prompt: str, answer: str) -> Tensor:
+def log_probability(model, tokenizer, prompt, answer):
     """Σ log p of the answer and the EOS after it, by torch alone."""
     start, ids = (tokenizer(text).input_ids for text in (prompt, prompt + answer))
     ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
@@ -61,7 +57,7 @@ def log_probability(model: nn.Module, tokenizer: Any, prompt: str, answer: str) 
     return found
 
 
-def dpo_loss(model: nn.Module, reference: nn.Module, packed: Path, beta: float) -> float:
+def dpo_loss(model, reference, packed, beta):
     """The mean of -log σ(β (Δ chosen - Δ rejected)) over all pairs."""
     tokenizer = AutoTokenizer.from_pretrained(packed)
     losses = []
@@ -76,9 +72,7 @@ def dpo_loss(model: nn.Module, reference: nn.Module, packed: Path, beta: float) 
 
 
 @pytest.mark.slow
-def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
-    dpo: Configure, preferences: str, tunable: Path, tmp_path: Path
-) -> None:
+def test_the_loss_begins_at_log_2_and_ends_at_its_definition(dpo, preferences, tunable, tmp_path):
     pytest.importorskip("trl", reason="pip install trl")
     steps: list[TrainingStep] = []
     config = dpo(
@@ -103,12 +97,10 @@ def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(
-    dpo: Configure, tmp_path: Path
-) -> None:
+def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(dpo, tmp_path):
     pytest.importorskip("trl", reason="pip install trl")
 
-    def stop(step: TrainingStep) -> None:
+    def stop(step):
         if step.step == 3:
             raise KeyboardInterrupt
 
@@ -121,9 +113,7 @@ def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(
-    dpo: Configure, preferences: str, tmp_path: Path
-) -> None:
+def test_two_processes_give_the_losses_of_one(dpo, preferences, tmp_path):
     pytest.importorskip("trl", reason="pip install trl")
     config = dpo(steps=2, batch_size=2, eval_data=preferences)
     expected = finetuned(**config.model_dump(exclude_none=True))
@@ -134,13 +124,11 @@ def test_two_processes_give_the_losses_of_one(
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-def _finetuned(options: dict[str, Any]) -> list[float]:
+def _finetuned(options):
     return finetuned(**options)
 
 
-def test_without_trl_it_is_refused(
-    dpo: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_trl_it_is_refused(dpo, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(MissingExtraError, match=r"trl, .* pip install 'modulora-core\[pref"):
         finetune(dpo())

@@ -1,9 +1,6 @@
 """The demo: its commands, and what it makes of their results."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +13,13 @@ Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 @pytest.mark.parametrize("packed_file", [False, True])
 def test_the_demo_finetunes_the_packed_model_and_the_file(
-    run: Run, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed_file: bool
-) -> None:
+    run, toy, tmp_path, monkeypatch, packed_file
+):
     opened = object.__new__(PackedCheckpoint) if packed_file else None
     monkeypatch.setattr("modulora_core.checkpoints.opening.open_model", lambda model: opened)
     steps = []
 
-    def step(*words: object) -> dict[str, Any]:
+    def step(*words):
         steps.append([str(word) for word in words])
         return {
             "bytes": 10, "source_bytes": 40, "bits_per_weight": 8.0, "perplexity": 9.0, "text": "a",

@@ -22,10 +22,8 @@ from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
-from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 
-Configure = Callable[..., FinetuneConfig]
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,21 +32,19 @@ OUTSIDE = re.compile(r"<script|<link|<img|@import|url\(|https?://|\son\w+=", re.
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     rows = [{"prompt": f"say <b>{word}</b>", "completion": f" {word}"} for word in "abcdefg"]
-    return write_jsonl(tmp_path / "data.jsonl", *rows)  # type: ignore[no-any-return]
+    return write_jsonl(tmp_path / "data.jsonl", *rows)
 
 
-def written(run: Run, *words: object) -> str:
+def written(run, *words):
     """The page that `modulora report` writes."""
     code, found, _ = run("report", *words)
     assert code == 0, found
     return Path(found["page"]).read_text("utf-8")
 
 
-def test_a_page_needs_nothing_else(
-    run: Run, configure: Configure, data: Path, tmp_path: Path
-) -> None:
+def test_a_page_needs_nothing_else(run, configure, data, tmp_path):
     out = tmp_path / "out"
     result = finetune(configure(data=str(data), eval_data=str(data), seq_len=96, baseline=True))
     page = written(run, out)
@@ -66,9 +62,7 @@ def test_a_page_needs_nothing_else(
     assert (out / "report.html").is_file()
 
 
-def test_the_page_says_on_which_examples_the_loss_is(
-    run: Run, configure: Configure, data: Path, tmp_path: Path
-) -> None:
+def test_the_page_says_on_which_examples_the_loss_is(run, configure, data, tmp_path):
     rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
     many = write_jsonl(tmp_path / "rows.jsonl", *rows)
     held_out = finetune(configure(data=str(many), steps=10, baseline=True)).held_out
@@ -81,9 +75,7 @@ def test_the_page_says_on_which_examples_the_loss_is(
     assert "No loss is on held-out data." in written(run, whole)
 
 
-def test_samples_need_data_that_the_config_names(
-    run: Run, configure: Configure, tmp_path: Path
-) -> None:
+def test_samples_need_data_that_the_config_names(run, configure, tmp_path):
     config = configure(steps=1, data=None)
     finetune(config, data=[{"text": "The with statement. " * 9}])
     code, found, _ = run("report", tmp_path / "out", "--samples")
@@ -92,9 +84,7 @@ def test_samples_need_data_that_the_config_names(
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-def test_a_callback_writes_the_page_of_any_trainer(
-    tunable: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_callback_writes_the_page_of_any_trainer(tunable, text, tmp_path):
     model: Any = load_model(tunable)
     add_lora(model, LoRASettings(rank=2))
     ids = open_packed(tunable).tokenizer()(text.read_text())["input_ids"]
@@ -115,7 +105,7 @@ def test_a_callback_writes_the_page_of_any_trainer(
     assert "modulora chat" not in page
 
 
-def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, text: Path) -> None:
+def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable, text):
     base: Any = load_model(tunable)
     adapted: Any = trained(load_model(tunable))
     tokenizer = open_packed(tunable).tokenizer()
@@ -128,7 +118,7 @@ def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, 
     assert calls[-1][1] <= calls[-1][2] == 2 * LONGEST
     greedy = Sampling(LONGEST)
 
-    def words(ids: list[int]) -> str:
+    def words(ids):
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     for number, sample in enumerate(samples):
@@ -155,7 +145,7 @@ def test_the_prompt_of_a_chat_is_shown_without_the_words_of_its_template(text):
 # curves
 
 
-def test_a_curve_places_its_points_between_round_ticks() -> None:
+def test_a_curve_places_its_points_between_round_ticks():
     svg = Curve("Loss", {"": [(1, 0.9), (2, 3.9), (3, 2.0)]}).svg
     assert re.findall(r">([\d.]+)</text>", svg) == ["0", "1", "2", "3", "4", "1", "3"]
     xs, ys = zip(*re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg), strict=True)

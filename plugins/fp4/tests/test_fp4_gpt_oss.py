@@ -1,11 +1,8 @@
 """A gpt-oss folder in MXFP4 is a MODEL as it is: trained, read and written without other bytes."""
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -24,7 +21,7 @@ from modulora_core.tests.other_tools import logits
 UP = "model.layers.0.mlp.experts.gate_up_proj"
 
 
-def _tiny() -> ModuleType:
+def _tiny():
     spec = importlib.util.spec_from_file_location(
         "tiny_gpt_oss", Path(__file__).with_name("tiny_gpt_oss.py")
     )
@@ -39,13 +36,13 @@ tiny = _tiny()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpt-oss") / "packed"
     tiny.save_packed(path)
     return path
 
 
-def test_logits_are_those_of_transformers(folder: Path) -> None:
+def test_logits_are_those_of_transformers(folder):
     ours, theirs = load_model(folder, dtype="float32"), tiny.load_dequantized(folder)
     stacks = [module for module in ours.modules() if isinstance(module, PackedStack)]
     assert [tuple(stack.shape) for stack in stacks] == 2 * [(4, 64, 192), (4, 96, 64)]
@@ -55,11 +52,11 @@ def test_logits_are_those_of_transformers(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_gradients_are_those_of_peft_on_the_decoded_experts(folder: Path, tmp_path: Path) -> None:
+def test_gradients_are_those_of_peft_on_the_decoded_experts(folder, tmp_path):
     assert worst_gradient(folder, tmp_path) < 1e-12
 
 
-def test_it_comes_back_with_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+def test_it_comes_back_with_the_same_bytes(folder, tmp_path):
     convert(str(folder), tmp_path / "ours", "modulora")
     convert(str(tmp_path / "ours"), tmp_path / "theirs", "mxfp4")
     before, after = (
@@ -69,7 +66,7 @@ def test_it_comes_back_with_the_same_bytes(folder: Path, tmp_path: Path) -> None
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_dense_model_is_quantized_into_this_layout(tmp_path: Path) -> None:
+def test_a_dense_model_is_quantized_into_this_layout(tmp_path):
     tiny.save_dense(tmp_path / "dense", torch.bfloat16)
     quantize(str(tmp_path / "dense"), tmp_path / "packed", "fp4", include=["*experts*"])
     convert(str(tmp_path / "packed"), tmp_path / "theirs", "mxfp4")
@@ -85,9 +82,7 @@ def test_a_dense_model_is_quantized_into_this_layout(tmp_path: Path) -> None:
         convert(str(tmp_path / "nvfp4"), tmp_path / "no", "mxfp4")
 
 
-def test_damaged_folders_are_refused_in_one_sentence(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_folders_are_refused_in_one_sentence(folder, tmp_path, capsys):
     whole = load_file(folder / "model.safetensors")
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     blocks, scales = f"{UP}_blocks", f"{UP}_scales"
@@ -118,7 +113,7 @@ def test_damaged_folders_are_refused_in_one_sentence(
     _refused(tmp_path, data, "truncated or damaged", capsys)
 
 
-def _refused(folder: Path, data: Path, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def _refused(folder, data, told, capsys):
     words = "evaluate", str(folder), "--data", str(data), "--seq-len", "32"
     assert main(words) == 2
     error = capsys.readouterr().err
@@ -127,5 +122,5 @@ def _refused(folder: Path, data: Path, told: str, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.slow
-def test_a_changed_folder_is_refused_or_runs(folder: Path) -> None:
+def test_a_changed_folder_is_refused_or_runs(folder):
     refused_or_runs(folder)

@@ -1,11 +1,7 @@
 """The header of a GGUF file: as the gguf package reads it, and damage is refused in one line."""
 
-from __future__ import annotations
-
 import shutil
 import struct
-from collections.abc import Callable
-from pathlib import Path
 
 import gguf
 import pytest
@@ -18,7 +14,7 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import open_dense
 
 
-def test_fields_and_places_are_those_of_the_gguf_package(tmp_path: Path) -> None:
+def test_fields_and_places_are_those_of_the_gguf_package(tmp_path):
     path = write_tiny_gguf("lfm2", tmp_path / "tiny.gguf", "Q8_0")
     header, reader = read_header(path), gguf.GGUFReader(path)
     ours = {name: field.value for name, field in header.fields.items()}
@@ -43,7 +39,7 @@ def test_fields_and_places_are_those_of_the_gguf_package(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "qwen3moe", "lfm2"])
-def test_the_config_is_that_of_transformers(architecture: str, tmp_path: Path) -> None:
+def test_the_config_is_that_of_transformers(architecture, tmp_path):
     """We read it without the vocabulary, which takes transformers seconds."""
     from transformers import AutoConfig
 
@@ -53,17 +49,20 @@ def test_the_config_is_that_of_transformers(architecture: str, tmp_path: Path) -
     assert {**ours, "_name_or_path": ""} == {**config, "_name_or_path": ""}
 
 
-def string(text: str) -> bytes:
+def string(text):
     return struct.pack("<Q", len(text)) + text.encode()
+
+
+LLAMA = string("general.architecture") + struct.pack("<I", 8) + string("llama")
 
 
 def file_of(
     *,
-    fields: bytes = string("general.architecture") + struct.pack("<I", 8) + string("llama"),
-    count: int = 1,
-    tensors: tuple[tuple[str, tuple[int, ...], int, int], ...] = (("a", (32, 2), 8, 0),),
-    values: int = 68,
-) -> bytes:
+    fields=LLAMA,
+    count=1,
+    tensors=(("a", (32, 2), 8, 0),),
+    values=68,
+):
     """A GGUF file; each tensor is its name, its dims as in the file, its type and its offset."""
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), count) + fields
     for name, dims, kind, offset in tensors:
@@ -72,7 +71,7 @@ def file_of(
     return header + bytes(-len(header) % 32 + values)
 
 
-def changed(start: int, new: bytes) -> Callable[[bytes], bytes]:
+def changed(start, new):
     return lambda data: data[:start] + new + data[start + len(new) :]
 
 
@@ -114,7 +113,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damage_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+def test_damage_is_refused_in_one_sentence(case, tmp_path):
     data, message = DAMAGED[case]
     path = tmp_path / "damaged.gguf"
     path.write_bytes(data)
@@ -124,10 +123,9 @@ def test_damage_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
+def test_files_that_hold_no_model_are_refused(tmp_path):
     path = tmp_path / "other.gguf"
-    architecture = string("general.architecture") + struct.pack("<I", 8) + string("llama")
-    adapter = architecture + string("general.type") + struct.pack("<I", 8) + string("adapter")
+    adapter = LLAMA + string("general.type") + struct.pack("<I", 8) + string("adapter")
     path.write_bytes(file_of(fields=adapter, count=2))
     with pytest.raises(ModelError, match="expected a model in this GGUF file, got type adapter"):
         read_model_header(path)
@@ -139,7 +137,7 @@ def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
         read_model_header(path)
 
 
-def test_a_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:
+def test_a_split_model_is_read_from_its_first_part(tmp_path):
     whole = read_header(write_tiny_gguf("llama", tmp_path / "whole.gguf"))
     first = write_tiny_gguf("llama", tmp_path / "tiny.gguf", split=9)
     found, second = read_header(first), tmp_path / "tiny-00002-of-00004.gguf"
@@ -164,7 +162,7 @@ def test_a_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:
         read_header(first)
 
 
-def test_biases_of_a_llama_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_biases_of_a_llama_are_read(tmp_path, monkeypatch):
     """Transformers leaves them out without a word."""
     fields, top, layer = ARCHITECTURES["llama"]
     rows = {name: layer[f"attn_{name}.weight"][0] for name in ("q", "k", "v", "output")}
@@ -187,9 +185,7 @@ def test_biases_of_a_llama_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("rope.freq_base", float("nan"), "rope.freq_base: expected a finite number, got nan"),
     ],
 )
-def test_metadata_that_makes_no_model_is_refused(
-    name: str, value: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metadata_that_makes_no_model_is_refused(name, value, message, tmp_path, monkeypatch):
     fields, top, layer = ARCHITECTURES["llama"]
     monkeypatch.setitem(ARCHITECTURES, "llama", ({**fields, name: value}, top, layer))
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")

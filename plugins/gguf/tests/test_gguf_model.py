@@ -1,9 +1,5 @@
 """A GGUF file is a packed checkpoint: its blocks stay as they are, and logits are transformers'."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from gguf import GGUFReader
@@ -20,7 +16,6 @@ from transformers.integrations.gguf.gguf_conversion_mapping import (
 )
 
 from modulora_core.checkpoints.opening import open_model, open_packed
-from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
@@ -37,13 +32,13 @@ write_merged = LlamaCppWriter(FORMATS[0]).merge
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
-def by_transformers(path: Path) -> torch.Tensor:
+def by_transformers(path):
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
     return logits(model.eval())
 
 
-def types_of(checkpoint: PackedCheckpoint) -> set[str]:
+def types_of(checkpoint):
     return {group["options"]["type"] for group in checkpoint.record.quantizers()}
 
 
@@ -60,9 +55,7 @@ def types_of(checkpoint: PackedCheckpoint) -> set[str]:
         ("qwen35moe", "Q8_0", 20),  # so too, with experts
     ],
 )
-def test_logits_are_those_of_transformers(
-    architecture: str, kind: str | dict[str, str], packed: int, tmp_path: Path
-) -> None:
+def test_logits_are_those_of_transformers(architecture, kind, packed, tmp_path):
     path = write_tiny_gguf(architecture, tmp_path / "tiny.gguf", kind)
     checkpoint = open_packed(path)
     assert len(checkpoint.record.weights) == packed, sorted(checkpoint.record.weights)
@@ -73,7 +66,7 @@ def test_logits_are_those_of_transformers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, len(reference.DEQUANTIZE), len(MATRICES)))
-def test_files_of_all_types_have_the_logits_of_transformers(first: int, tmp_path: Path) -> None:
+def test_files_of_all_types_have_the_logits_of_transformers(first, tmp_path):
     """Rows of 256 weights; types that nothing here packs have random blocks."""
     kinds = dict(zip(MATRICES, [*reference.DEQUANTIZE][first:], strict=False))
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", {"": "Q8_0", **kinds}, wide=True)
@@ -85,7 +78,7 @@ def test_files_of_all_types_have_the_logits_of_transformers(first: int, tmp_path
 
 
 @pytest.mark.slow
-def test_the_scales_of_nvfp4_weights_are_applied(tmp_path: Path) -> None:
+def test_the_scales_of_nvfp4_weights_are_applied(tmp_path):
     """Transformers leaves them out. Gates and ups of each expert have one each."""
     kinds = {"": "Q8_0", "attn_q": "NVFP4", "attn_v": "NVFP4", "exps": "NVFP4"}
     path = write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds, wide=True, scaled="NVFP4")
@@ -125,7 +118,7 @@ def test_the_scales_of_nvfp4_weights_are_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "lfm2"])
-def test_a_split_model_is_the_whole_one(architecture: str, tmp_path: Path) -> None:
+def test_a_split_model_is_the_whole_one(architecture, tmp_path):
     """Transformers can't read the parts of a model."""
     whole = write_tiny_gguf(architecture, tmp_path / "whole.gguf", "Q8_0")
     first = str(write_tiny_gguf(architecture, tmp_path / "tiny.gguf", "Q8_0", split=9))
@@ -134,9 +127,7 @@ def test_a_split_model_is_the_whole_one(architecture: str, tmp_path: Path) -> No
     assert torch.equal(logits(load_model(tmp_path / "joined.gguf")), logits(load_model(whole)))
 
 
-def test_a_weight_whose_columns_transformers_moves_stays_dense(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_weight_whose_columns_transformers_moves_stays_dense(tmp_path, monkeypatch):
     """As in the linear attention of Qwen 3.5."""
     moves = WeightConverter(
         source_patterns=r"self_attn\.out_proj\.weight",
@@ -156,7 +147,7 @@ def test_a_weight_whose_columns_transformers_moves_stays_dense(
         places(source, dense)
 
 
-def test_it_is_converted_and_merged(tmp_path: Path) -> None:
+def test_it_is_converted_and_merged(tmp_path):
     kinds = {"": "Q8_0", "up_exps": "Q5_1"}
     path = write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", kinds)
     convert(str(path), tmp_path / "ours", "modulora")
@@ -167,9 +158,7 @@ def test_it_is_converted_and_merged(tmp_path: Path) -> None:
     torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-4 * float(dense.abs().max()))
 
 
-def test_files_without_packed_weights_are_dense_and_damage_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_without_packed_weights_are_dense_and_damage_is_refused(tmp_path, monkeypatch):
     path = write_tiny_gguf("llama", tmp_path / "dense.gguf", "F16")
     assert isinstance(open_model(path), ModelSource)
     with pytest.raises(ModelError, match="it isn't quantized"):

@@ -1,10 +1,6 @@
 """``pack-quantized`` folders of compressed-tensors are read to the last bit, and written."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,14 +32,12 @@ KINDS = [
 kinds = pytest.mark.parametrize("weights", KINDS, ids=lambda w: "-".join(map(str, w.values())))
 
 
-def stored_in(folder: Path) -> dict[str, torch.Tensor]:
+def stored_in(folder):
     return {n: t.clone() for n, t in load_file(folder / "model.safetensors").items()}
 
 
 @kinds
-def test_weights_are_those_of_transformers_and_come_back(
-    weights: dict[str, Any], tmp_path: Path
-) -> None:
+def test_weights_are_those_of_transformers_and_come_back(weights, tmp_path):
     folder = tmp_path / "theirs"
     save_compressed(folder, FORMAT, torch.float16, **weights)
     checkpoint, theirs = open_packed(folder), load_dequantized(folder, torch.float16)
@@ -60,7 +54,7 @@ def test_weights_are_those_of_transformers_and_come_back(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_columns_in_the_order_of_act_order_are_read(tmp_path: Path) -> None:
+def test_columns_in_the_order_of_act_order_are_read(tmp_path):
     folder = tmp_path / "theirs"
     save_compressed(folder, FORMAT, torch.float16, **KINDS[1])
     whole = stored_in(folder)
@@ -82,7 +76,7 @@ def test_columns_in_the_order_of_act_order_are_read(tmp_path: Path) -> None:
         convert(str(folder), tmp_path / "back", FORMAT)
 
 
-def test_a_model_of_ours_is_read_by_transformers(tmp_path: Path) -> None:
+def test_a_model_of_ours_is_read_by_transformers(tmp_path):
     packed = tiny_model(OPTQ(Options(group_size=16))).packed
     convert(str(packed), tmp_path / "theirs", FORMAT)
     expected = logits(load_model(packed, dtype="float32"))
@@ -92,12 +86,12 @@ def test_a_model_of_ours_is_read_by_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_trains_as_its_copy_in_our_format(tmp_path: Path) -> None:
+def test_it_trains_as_its_copy_in_our_format(tmp_path):
     save_compressed(tmp_path / "theirs", FORMAT, torch.bfloat16, **KINDS[1])
     assert_trains_as_converted(tmp_path / "theirs", tmp_path)
 
 
-def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+def test_damaged_folders_are_refused(tmp_path):
     save_compressed(tmp_path, FORMAT, torch.float16, **KINDS[1])
     whole = stored_in(tmp_path)
     packed, scale, zeros, shape = (
@@ -130,6 +124,6 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_changed_folder_is_refused_or_runs(tmp_path: Path) -> None:
+def test_a_changed_folder_is_refused_or_runs(tmp_path):
     save_compressed(tmp_path, FORMAT, torch.float16, **KINDS[1])
     refused_or_runs(tmp_path)

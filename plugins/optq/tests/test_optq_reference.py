@@ -1,19 +1,16 @@
 """The reference against the paper's equations, computed with explicit inverses."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from modulora_optq import reference
 from modulora_optq.options import Options
-from torch import Tensor
 
 from modulora_core.errors import WeightError
 
 PLAIN = {"act_order": False, "static_groups": False, "range_search": False}
 
 
-def layer(rows: int = 6, columns: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
+def layer(rows=6, columns=40, seed=0):
     """A weight and the second moment of correlated inputs of unlike sizes, fp64."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(rows, columns, generator=generator, dtype=torch.float64)
@@ -23,14 +20,14 @@ def layer(rows: int = 6, columns: int = 40, seed: int = 0) -> tuple[Tensor, Tens
     return W, X.T @ X / len(X)
 
 
-def extremes(W: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def extremes(W, bits):
     """Scale and zero point of a group from its extremes, from the definition."""
     low, high = W.min(1).values.clamp(max=0), W.max(1).values.clamp(min=0)
     s = ((high - low) / (2**bits - 1)).half().double()
     return s, (-low / s).round().clamp(0, 2**bits - 1)
 
 
-def nearest(w: Tensor, s: Tensor, z: Tensor, bits: int) -> Tensor:
+def nearest(w, s, z, bits):
     return ((w / s).round() + z).clamp(0, 2**bits - 1)
 
 

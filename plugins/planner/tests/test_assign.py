@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from modulora_planner.budget.allocation import Offer, allocate
-from modulora_planner.budget.assign import Assigned, assign
+from modulora_planner.budget.assign import assign
 from modulora_planner.budget.layer_errors import _Measuring
 from modulora_planner.budget.search import Budget
 from safetensors.torch import load_file, save_file
@@ -23,7 +22,6 @@ from modulora_core.data import token_segments
 from modulora_core.errors import (
     CheckpointError,
     DataError,
-    ModuLoRAError,
     OptionError,
     OutputError,
 )
@@ -49,12 +47,12 @@ ENDS = {"head": Choice("plain", {"bits": 8}), "embeddings": Choice("plain", {"bi
 
 
 @pytest.fixture(scope="module", autouse=True)
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def site(tmp_path_factory):
     with installed(tmp_path_factory.mktemp("widths-site")):
         yield
 
 
-def save_uneven(folder: Path, family: str = "llama") -> str:
+def save_uneven(folder, family="llama"):
     """A random model whose layers matter differently, as in a trained model."""
     save_model_with_tokenizer(family, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -68,11 +66,11 @@ def save_uneven(folder: Path, family: str = "llama") -> str:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+def source(tmp_path_factory):
     return save_uneven(tmp_path_factory.mktemp("source") / "llama")
 
 
-def size(source: str, bits: int, ends: dict[str, int] | None = None) -> int:
+def size(source, bits, ends=None):
     """Bytes of a checkpoint of that width: codes, an fp16 scale for each row, fp32 for the rest."""
     total = 0
     for name, info in open_dense(source).parameters.items():
@@ -81,20 +79,18 @@ def size(source: str, bits: int, ends: dict[str, int] | None = None) -> int:
     return total
 
 
-def run(source: str, file: Path, budget: int, **arguments: Any) -> Assigned:
+def run(source, file, budget, **arguments):
     asked = Budget(budget, arguments.pop("choices", CHOICES))
     return assign(source, file, asked, **{"calibration": TEXT, "seed": 1, **arguments})
 
 
-def table_of(found: Assigned) -> dict[str, Any]:
+def table_of(found):
     assert found.table is not None
     return found.table
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["dense ends", "packed ends"])
-def made(
-    request: pytest.FixtureRequest, source: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Assigned, dict[str, Any]]:
+def made(request, source, tmp_path_factory):
     """An assignment of the size of a uniform one, and its extra arguments."""
     extra: dict[str, Any] = {"calibration": FEW, **ENDS} if request.param else {}
     budget = size(source, 4, {HEAD: 8, TABLE: 2} if request.param else None)
@@ -102,13 +98,13 @@ def made(
 
 
 @pytest.fixture
-def table(made: tuple[Assigned, dict[str, Any]]) -> dict[str, Any]:
+def table(made):
     return table_of(made[0])
 
 
 def test_the_packed_model_is_within_the_budget_and_the_table_describes_it(
-    made: tuple[Assigned, dict[str, Any]], table: dict[str, Any], source: str, tmp_path: Path
-) -> None:
+    made, table, source, tmp_path
+):
     found, extra = made
     assignment = Assignment.read(found.file)
     text = extra.get("calibration", TEXT)
@@ -136,7 +132,7 @@ def test_the_packed_model_is_within_the_budget_and_the_table_describes_it(
     ).all()
 
 
-def divergence(dense: Any, packed: Any, ids: torch.Tensor) -> float:
+def divergence(dense, packed, ids):
     """KL in nats per token."""
     with torch.no_grad():
         p, q = (m(input_ids=ids).logits.double().log_softmax(-1) for m in (dense, packed))
@@ -144,8 +140,8 @@ def divergence(dense: Any, packed: Any, ids: torch.Tensor) -> float:
 
 
 def test_of_one_size_the_mixed_model_is_nearer_to_the_dense_one_than_any_uniform_one(
-    source: str, tmp_path: Path
-) -> None:
+    source, tmp_path
+):
     """On text that nothing was calibrated on; and the estimate has the right size."""
     found = run(source, tmp_path / "mixed.yaml", size(source, 4))
     table = table_of(found)
@@ -176,7 +172,7 @@ def test_of_one_size_the_mixed_model_is_nearer_to_the_dense_one_than_any_uniform
     assert table["error"] == pytest.approx(total)
 
 
-def test_experts_are_chosen_for_by_the_stack(tmp_path: Path) -> None:
+def test_experts_are_chosen_for_by_the_stack(tmp_path):
     dense = str(save_model_with_tokenizer("mixtral", tmp_path / "dense"))
     few: dict[str, Any] = {"choices": CHOICES[:3], "calibration": FEW}
     largest = table_of(run(dense, tmp_path / "largest.yaml", 2**30, **few))
@@ -188,7 +184,7 @@ def test_experts_are_chosen_for_by_the_stack(tmp_path: Path) -> None:
     load_model(tmp_path / "out", device="cpu")
 
 
-def test_the_least_budget_that_the_message_names_is_enough(source: str, tmp_path: Path) -> None:
+def test_the_least_budget_that_the_message_names_is_enough(source, tmp_path):
     least = size(source, 2, {HEAD: 8, TABLE: 2})
     ends = "lm_head by plain:bits=8, model.embed_tokens by plain:bits=2"
     named = rf"at least {least} bytes .* {ends} 0\.\d\d MiB"
@@ -208,21 +204,17 @@ def test_the_least_budget_that_the_message_names_is_enough(source: str, tmp_path
         ({"head": Choice("heeding")}, OptionError, "--quantize-head heeding: it needs calibration"),
     ],
 )  # fmt: skip
-def test_a_wrong_request_is_refused_and_writes_nothing(
-    source: str, tmp_path: Path, arguments: dict[str, Any], error: type[ModuLoRAError], message: str
-) -> None:
+def test_a_wrong_request_is_refused_and_writes_nothing(source, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         run(source, tmp_path / "a.yaml", **{"budget": 2**30, **arguments})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_killed_while_measuring_ends_with_the_same_file(
-    made: tuple[Assigned, dict[str, Any]], table: dict[str, Any], source: str, tmp_path: Path
-) -> None:
+def test_a_run_killed_while_measuring_ends_with_the_same_file(made, table, source, tmp_path):
     whole, extra = made
     file, measured = tmp_path / "a.yaml", tmp_path / "a.yaml.measured"
 
-    def go_on(budget: int = table["budget"], **changed: Any) -> Assigned:
+    def go_on(budget=table["budget"], **changed):
         return run(source, file, budget, **{"resume": True, **extra, **changed})
 
     stop(go_on, after=9, calls=[(_Measuring, "pack")])  # of 14 layers
@@ -253,9 +245,7 @@ def test_a_run_killed_while_measuring_ends_with_the_same_file(
         go_on(resume=False)
 
 
-def test_processes_are_refused(
-    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_are_refused(source, tmp_path, monkeypatch):
     monkeypatch.setattr("modulora_planner.budget.assign.world_size", lambda: 4)
     with pytest.raises(OptionError, match="assign: expected one process, got 4"):
         run(source, tmp_path / "a.yaml", 2**30)

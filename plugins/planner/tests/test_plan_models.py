@@ -1,11 +1,5 @@
 """Plans count what the core does: experts, a file of a whole model, the loss's weights."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 from modulora_planner.fitting import plan
@@ -22,10 +16,8 @@ from modulora_core.tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Pack = Callable[..., tuple[Path, Path]]
 
-
-def test_experts_are_counted(pack: Pack) -> None:
+def test_experts_are_counted(pack):
     _, mixture = pack("gpt_oss", "toy")
     counts = {}
     for targets in ("attention", "experts", "all-linear"):
@@ -41,7 +33,7 @@ def test_experts_are_counted(pack: Pack) -> None:
     assert all("experts" in path for path, _ in adapter_layers(model))
 
 
-def test_a_dense_folder_needs_no_weights(tmp_path: Path) -> None:
+def test_a_dense_folder_needs_no_weights(tmp_path):
     save_tiny_model("llama", tmp_path, torch.bfloat16)
     (tmp_path / "model.safetensors").unlink()
     _, dense = open_planned(PlanRequest(model=str(tmp_path), config=finetuning({})))
@@ -49,9 +41,7 @@ def test_a_dense_folder_needs_no_weights(tmp_path: Path) -> None:
     assert (dense.stored_dtype, dense.config.name_or_path) == (torch.bfloat16, str(tmp_path))
 
 
-def test_a_whole_model_in_a_file_is_planned_as_it_is(
-    pack: Pack, toy: ModuleType, tmp_path: Path
-) -> None:
+def test_a_whole_model_in_a_file_is_planned_as_it_is(pack, toy, tmp_path):
     path = tmp_path / "model.single"
     _, packed = pack("llama", "toy")
     assert main(["merge", str(packed), str(path), "--segments", "0", "--json"]) == 0

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from modulora_planner import rehearsal
 from modulora_planner.model import PlannedModel, open_planned
 from modulora_planner.rehearsal import rehearse_decoding, rehearse_training
@@ -19,13 +16,12 @@ from modulora_core.registry import Choice
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
-Pack = Callable[..., tuple[Path, Path]]
 BATCH, LENGTH = 4, 64
 NO_DROPOUT: Any = {"dropout": 0.0}
 """Kernels read a dropout mask. A rehearsal copies up to 1 MiB of it, much beside tiny models."""
 
 
-def opened(folder: Path, **options: Any) -> tuple[PlannedModel, PlanRequest]:
+def opened(folder, **options):
     run = {"batch_size": BATCH, "seq_len": LENGTH, **NO_DROPOUT, **options}
     request = PlanRequest(model=str(folder), config=finetuning(run))
     _, packed = open_planned(request)
@@ -34,17 +30,15 @@ def opened(folder: Path, **options: Any) -> tuple[PlannedModel, PlanRequest]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["saved", "checkpointed"])
-def test_one_block_counts_for_all_of_its_kind(
-    checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_block_counts_for_all_of_its_kind(checkpointing, tmp_path, monkeypatch):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
     LlamaConfig(**sizes, vocab_size=96, num_hidden_layers=6).save_pretrained(tmp_path)
     run = {"batch_size": BATCH, "seq_len": LENGTH, "gradient_checkpointing": checkpointing}
     request = PlanRequest(model=str(tmp_path), config=finetuning(run))
     _, dense = open_planned(request)
 
-    def peaks() -> list[int]:
-        packed = dense.packed_by(Choice("toy"))  # type: ignore[union-attr]
+    def peaks():
+        packed = dense.packed_by(Choice("toy"))
         rehearsals = [rehearse_training(packed, request), rehearse_decoding(packed, request)]
         assert {len(each.kinds) for each in rehearsals} == {6}
         return [each.peak()[1].total() for each in rehearsals]
@@ -54,7 +48,7 @@ def test_one_block_counts_for_all_of_its_kind(
     assert one == pytest.approx(peaks(), rel=0.02)
 
 
-def test_blocks_below_the_adapter_save_nothing(pack: Pack) -> None:
+def test_blocks_below_the_adapter_save_nothing(pack):
     _, folder = pack("llama", "toy")
     run = {"gradient_checkpointing": False}
     last = rehearse_training(*opened(folder, **run, targets="model.layers.1.mlp.down_proj"))
@@ -65,7 +59,7 @@ def test_blocks_below_the_adapter_save_nothing(pack: Pack) -> None:
     )
 
 
-def test_the_cache_of_a_prompt_is_the_models(pack: Pack) -> None:
+def test_the_cache_of_a_prompt_is_the_models(pack):
     _, folder = pack("llama", "verbatim")
     packed, request = opened(folder)
     config = packed.dense.config
@@ -74,10 +68,10 @@ def test_the_cache_of_a_prompt_is_the_models(pack: Pack) -> None:
     assert rehearse_decoding(packed, request).cache == 4 * fp32_values
 
 
-def test_a_model_that_needs_numbers_is_refused(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_needs_numbers_is_refused(pack, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return x[: x.argmax().item()].view(3, 5, 7)
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)

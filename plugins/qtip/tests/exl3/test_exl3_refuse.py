@@ -1,16 +1,11 @@
 """Damaged EXL3 folders are refused in one sentence, with exit code 2."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from exl3_folders import UP, alike, save_exl3
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
@@ -19,17 +14,15 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.tests.fuzzing import refused_or_runs
 from modulora_core.tests.other_tools import logits
 
-Tensors = dict[str, Tensor]
-
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exl3")
     save_exl3(folder, choice=alike(2, "mcg"), num_hidden_layers=1)
     return folder
 
 
-def changed(saved: Path, folder: Path, change: Callable[[Tensors], object]) -> Path:
+def changed(saved, folder, change):
     """A copy of the folder with changed tensors."""
     folder.mkdir()
     for file in saved.iterdir():
@@ -40,13 +33,13 @@ def changed(saved: Path, folder: Path, change: Callable[[Tensors], object]) -> P
     return folder
 
 
-def put(name: str, tensor: Tensor | None) -> Callable[[Tensors], object]:
+def put(name, tensor):
     """Put a tensor into the layer; None drops it."""
     key = f"{UP}.{name}"
     return lambda tensors: tensors.pop(key) if tensor is None else tensors.update({key: tensor})
 
 
-def walks(*shape: int) -> Tensor:
+def walks(*shape):
     return torch.zeros(shape, dtype=torch.int16)
 
 
@@ -70,9 +63,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_damaged_tensors_are_refused(
-    name: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_tensors_are_refused(name, saved, tmp_path, capsys):
     change, message = BAD[name]
     folder = changed(saved, tmp_path / "m", change)
     with pytest.raises(CheckpointError, match=message):
@@ -80,7 +71,7 @@ def test_damaged_tensors_are_refused(
     assert_refused(["info", str(folder)], capsys)
 
 
-def assert_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused(words, capsys):
     capsys.readouterr()
     assert main(words) == 2
     told = capsys.readouterr().err
@@ -88,7 +79,7 @@ def assert_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert "Traceback" not in told
 
 
-def configured(folder: Path, **values: object) -> Path:
+def configured(folder, **values):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= values
     (folder / "config.json").write_text(json.dumps(config))
@@ -96,7 +87,7 @@ def configured(folder: Path, **values: object) -> Path:
 
 
 @pytest.mark.parametrize(("key", "value"), [("codebook", "newcode2027"), ("format", "exl3_v2")])
-def test_an_unknown_code_or_format_is_refused(key, value, saved, tmp_path: Path):
+def test_an_unknown_code_or_format_is_refused(key, value, saved, tmp_path):
     folder = configured(changed(saved, tmp_path / "m", lambda _: None), **{key: value})
     with pytest.raises(ModelError, match=rf"EXL3 config: {key}: expected .*, got '{value}'"):
         open_packed(folder)
@@ -111,8 +102,8 @@ def test_a_lost_code_mark_is_refused(storage, saved, tmp_path):
         open_packed(folder)
 
 
-def test_scales_of_another_dtype_are_read_if_fp16_holds_them(saved: Path, tmp_path: Path) -> None:
-    def widen(tensors: Tensors) -> None:
+def test_scales_of_another_dtype_are_read_if_fp16_holds_them(saved, tmp_path):
+    def widen(tensors):
         for name in [name for name in tensors if name.endswith(("suh", "svh"))]:
             tensors[name] = tensors[name].float()
 
@@ -124,7 +115,7 @@ def test_scales_of_another_dtype_are_read_if_fp16_holds_them(saved: Path, tmp_pa
         load_model(folder)
 
 
-def test_sizes_that_padding_does_not_explain_are_refused(saved: Path, tmp_path: Path) -> None:
+def test_sizes_that_padding_does_not_explain_are_refused(saved, tmp_path):
     folder = changed(saved, tmp_path / "m", lambda _: None)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "intermediate_size": 128}))
@@ -133,5 +124,5 @@ def test_sizes_that_padding_does_not_explain_are_refused(saved: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_changed_folder_is_refused_or_runs(saved: Path) -> None:
+def test_a_changed_folder_is_refused_or_runs(saved):
     refused_or_runs(saved)

@@ -6,13 +6,12 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from modulora_quip_sharp_e8 import FORMATS
 from modulora_quip_sharp_e8.formats.relaxml import Relaxml, unpack
-from torch import Tensor, nn
+from torch import nn
 
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import QuantLinear
@@ -22,12 +21,11 @@ from modulora_core.tests.other_tools import assert_used
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 Published = Callable[[int], tuple[Path, nn.Module]]
-Copied = Callable[..., Path]
 
 ATTENTION = "model.layers.1.self_attn"
 
 
-def check(folder: Path, dense: nn.Module, relaxml: ModuleType) -> None:
+def check(folder, dense, relaxml):
     """Each layer has the weight of its codes, computed in fp64, and the logits agree."""
     model = load_model(folder, dtype="float32", device="cpu")
     names = []
@@ -44,11 +42,11 @@ def check(folder: Path, dense: nn.Module, relaxml: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_every_width_is_read(bits: int, relaxml: ModuleType, published: Published) -> None:
+def test_every_width_is_read(bits, relaxml, published):
     check(*published(bits), relaxml)
 
 
-def test_optional_keys_and_shapes_are_read(relaxml: ModuleType, tmp_path: Path) -> None:
+def test_optional_keys_and_shapes_are_read(relaxml, tmp_path):
     dense = relaxml.save_relaxml(tmp_path / "m", 2, tuned=False, num_hidden_layers=1)
     relaxml.edit_config(tmp_path / "m", head_dim=None)
     relaxml.edit_params(
@@ -67,9 +65,7 @@ def test_optional_keys_and_shapes_are_read(relaxml: ModuleType, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_words_are_unpacked_in_the_order_of_rows_and_columns(
-    bits: int, relaxml: ModuleType
-) -> None:
+def test_words_are_unpacked_in_the_order_of_rows_and_columns(bits, relaxml):
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 65536, (48, 24), generator=generator)
     residual = torch.randint(0, 256 if bits == 3 else 65536, (48, 24), generator=generator)
@@ -89,13 +85,11 @@ def test_words_are_unpacked_in_the_order_of_rows_and_columns(
         assert torch.equal(second.long() & 0xFFFF, residual)
 
 
-def test_parts_are_windows_on_one_whole_that_is_read_once(
-    relaxml: ModuleType, published: Published
-) -> None:
+def test_parts_are_windows_on_one_whole_that_is_read_once(relaxml, published):
     folder, _ = published(3)
     tensors, reads = relaxml.stored(folder), Counter[str]()
 
-    def read(name: str) -> Tensor:
+    def read(name):
         reads[name] += 1
         return tensors[name]
 
@@ -119,13 +113,13 @@ def test_parts_are_windows_on_one_whole_that_is_read_once(
     assert all(weight.layout == weight.unpack(read).layout for weight in weights.values())
 
 
-def test_a_folder_is_converted_merged_finetuned_and_asked(copied: Copied, tmp_path: Path) -> None:
+def test_a_folder_is_converted_merged_finetuned_and_asked(copied, tmp_path):
     folder = copied(2)
     make_tokenizer().save_pretrained(folder)
     assert_used(folder, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_changed_folder_is_refused_or_runs(relaxml: ModuleType, tmp_path: Path) -> None:
+def test_a_changed_folder_is_refused_or_runs(relaxml, tmp_path):
     relaxml.save_relaxml(tmp_path / "E8P-2Bit", 2)
     refused_or_runs(tmp_path / "E8P-2Bit")
