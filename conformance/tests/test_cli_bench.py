@@ -21,12 +21,3 @@ def test_bench_prints_the_promised_object(toy, capsys):
         if "share_of_copy" in row:
             assert row["kind"] in ("pack", "decode")
             assert row["bytes_per_second"] > 0
-
-
-def test_bench_prints_a_table(toy, capsys):
-    assert main(["bench", "toy", *SMALL]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "toy (levels=127), 24 x 40, 8.800 bits per weight"
-    assert lines[2].startswith("dtype rows ms dense ms × dense")
-    rows = [line.split(" ") for line in lines[3:16]]
-    assert [words[0] for words in rows] == ["pack", *2 * ["decode", "x", "y", "x", "y", "LoRA"]]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -73,36 +72,6 @@ def test_the_files_fit_together(package):
     commands = str(workflow["jobs"]["test"]["steps"])
     assert "sh ci.sh" in commands
     assert "${{ matrix.python }}" in commands
-
-
-PYTHON = """#!/bin/sh
-echo "$@" >> "{log}"
-case "$*" in *--dry-run*) exit {code};; esac
-"""
-"""Stands in for Python: it logs its arguments. ``code`` 1: the package index lacks the core."""
-
-
-def finished(package, folder):
-    """A copy of the package whose texts are written."""
-    shutil.copytree(package, folder)
-    readme = folder / "README.md"
-    readme.write_text(readme.read_text("utf-8").replace("TODO", "written"), "utf-8")
-    return folder
-
-
-def ci(package, tmp_path, code, repository):
-    """Run ci.sh with a stand-in for Python; give its result and Python's arguments."""
-    log, stand_in = tmp_path / "log", tmp_path / "bin" / "python"
-    stand_in.parent.mkdir()
-    stand_in.write_text(PYTHON.format(log=log, code=code))
-    stand_in.chmod(0o755)
-    environment = {
-        "PATH": f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}",
-        "MODULORA_REPOSITORY": repository,
-    }
-    words = ["sh", str(package / "ci.sh"), "-q"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    return done, log.read_text().splitlines()
 
 
 @pytest.mark.skipif(find_spec("ruff") is None, reason="ruff isn't installed")

@@ -98,37 +98,3 @@ def test_quality_measures_perplexity_and_size(run, models):
     assert values == ("pydoc[80%:]",)
     perplexity = {r["method"]: r["perplexity"]["pydoc[80%:]"] for r in found["results"]}
     assert len(set(perplexity.values())) == 4, "H = I gives other values too"
-
-
-def test_summary_joins_the_files_and_takes_packed_heads(module, tmp_path, capsys):
-    common = {"dtype": "float32", "ratio": 1.0}
-    layer = {**common, "method": "dense", "passes": "forward", "rows": 1, "seconds": 0.002}
-    step = {**common, "peak_memory_bytes": 2**30}
-    runs = {
-        "layer": [layer, {**layer, "method": "mine:a=1,b=2", "ratio": 0.5}],
-        "training": [
-            {**step, "method": "dense", "seconds": 4.0},
-            {**step, "method": "mine:a=1,b=2, head int8", "ratio": 0.75, "seconds": 3.0},
-            {**step, "method": "mine:a=1,b=2", "ratio": 0.9, "seconds": 3.6},
-        ],
-        "decoding": [{**common, "method": "mine:a=1,b=2", "new_tokens": 30, "seconds": 2.0}],
-    }
-    environment = module("report").environment(2)
-    for name, results in runs.items():
-        content = {"benchmark": name, "environment": environment, "results": results}
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    assert module("summary").main([str(file) for file in sorted(tmp_path.glob("*.json"))]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
-    first, second = sorted(rows[0][1:])
-    assert (first, second) == ("dense", "mine:a=1,b=2")
-    order = [0, 1 + rows[0][1:].index(first), 1 + rows[0][1:].index(second)]
-    assert [[row[i] for i in order] for row in rows[2:]] == [
-        ["1 row", "2.00 ms", "0.50"],
-        ["16 rows", "–", "–"],
-        ["512 rows", "–", "–"],
-        ["with backward", "–", "–"],
-        ["step", "4.00 s", "0.75"],
-        ["MiB", "1024", "1024"],
-        ["tokens/s", "–", "15.0"],
-    ]

@@ -16,11 +16,6 @@ TRL = ("trl_sft", "trl_dpo", "trl_grpo")
 SCRIPTS = ("finetune", "own_loop", "quantize_a_matrix")
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *TRL])
-def test_a_script_is_short(name):
-    assert len((EXAMPLES / f"{name}.py").read_text("utf-8").splitlines()) < 60
-
-
 def test_finetuning_lowers_the_perplexity(module, tiny_model):
     before, after = module("finetune").main(tiny_model, steps=8, seq_len=32)
     assert after < before

@@ -12,7 +12,6 @@ from modulora_core.calibration import (
     calibration_text,
     find_blocks,
 )
-from modulora_core.errors import WorkError
 from modulora_core.hf.load_model import load_model
 from modulora_core.models import open_dense
 from modulora_core.packed import PackedWeight
@@ -166,13 +165,3 @@ def test_a_block_that_did_not_become_better_stays_as_it_was_quantized(
         assert not changed(tmp_path / name, tmp_path / "untuned")
         assert result.tuning_errors is not None
         assert all(before == after for before, after in result.tuning_errors.values())
-
-
-def test_a_rescaled_weight_of_another_layout_is_refused(llama, scaled, tmp_path, monkeypatch):
-    def wider(self, packed, *scales):
-        tensors = {**packed.tensors, "rows": packed.tensors["rows"].float()}
-        return PackedWeight("scaled", 1, packed.shape, tensors)
-
-    monkeypatch.setattr(scaled.Scaled, "rescaled", wider)
-    with pytest.raises(WorkError, match=r"q_proj\.weight: scaled rescaled it as"):
-        run(llama, tmp_path / "out")

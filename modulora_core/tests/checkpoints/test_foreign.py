@@ -67,15 +67,6 @@ def test_a_quantized_head_is_packed_and_untied(tied, tmp_path):
     assert "output head" not in open_packed(tmp_path).record.kept
 
 
-def test_dense_layers_are_kept_with_a_reason(tmp_path):
-    save_crude(tmp_path / "m", chosen=lambda name: name.endswith("q_proj"))
-    record = open_packed(tmp_path / "m").record
-    assert len(record.weights) == 2
-    assert f"{UP}.weight" in record.kept["not quantized in m"]
-    assert record.kept["output head"] == ["lm_head.weight"]
-    assert record.source.items() >= {"name": "m", "format": "crude"}.items()
-
-
 def test_a_bias_without_a_place_must_be_zero(tmp_path):
     save_crude(tmp_path / "zero", **{f"{UP}.bias": torch.zeros(48)})
     assert len(open_packed(tmp_path / "zero").record.weights) == 14
@@ -177,9 +168,7 @@ EXTRA = {
         ),
     ],
 )  # fmt: skip
-def test_a_folder_that_cannot_be_read_is_refused(
-    saved, changes, error, message,
-    tmp_path):  # fmt: skip
+def test_a_folder_that_cannot_be_read_is_refused(saved, changes, error, message, tmp_path):
     save_crude(tmp_path, **saved)
     edit_config(tmp_path, **changes)
     with pytest.raises(error, match=message):

@@ -278,16 +278,6 @@ def test_help_has_a_plugins_command_with_its_distribution(probe, capsys):
     assert "[modulora-core]" not in shown
 
 
-def test_two_plugins_that_claim_one_command_are_refused_by_name(probe, capsys):
-    install_probe(probe, distribution="fake-second")
-    assert main(["--help"]) == 0
-    assert re.search(r"│ probe +duplicate: brought by fake-\w+ 1\.0 and", capsys.readouterr().out)
-    assert main(["probe", "well"]) == 2
-    error = capsys.readouterr().err
-    assert "error: command 'probe': brought by fake-" in error
-    assert all(name in error for name in ("fake-probe 1.0", "fake-second 1.0", "uninstall one"))
-
-
 def test_a_command_whose_module_fails_says_whose_it_is(site, capsys):
     install_probe(site)
     (site.path / "fake_probe.py").write_text("import fake_missing_package")
@@ -336,17 +326,6 @@ def test_help_imports_nothing_heavy():
     result = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Usage") == 1 + len(app.command_names())
-
-
-def test_help_unwraps_prose_keeps_examples_and_groups_options(probe, capsys):
-    assert main(["probe", "--help"]) == 0
-    shown = capsys.readouterr().out
-    lines = [line.strip(" \n│") for line in shown.splitlines()]
-    assert "Do something, on [out, in] weights." in lines
-    assert "Prose [as 90%:] that is wrapped in the source." in lines
-    assert lines[lines.index("Examples:") + 1] == "modulora probe well --budget 1GiB [at 90%]"
-    first, rare = shown.index("─ Options ─"), shown.index("─ Rare ─")
-    assert first < shown.index("--budget SIZE") < rare < shown.index("--rank N")
 
 
 def test_no_words_show_the_help_and_the_module_is_the_same_program():

@@ -10,7 +10,6 @@ import pytest
 from modulora_core.errors import DataError
 from modulora_core.inference.generate import Generation
 from modulora_core.tests.cli.conftest import save_source
-from modulora_core.tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,16 +25,6 @@ def test_quantize_prints_the_promised_keys(run, source, tmp_path):
     assert (found["quantizer"], found["options"]) == ("toy", {"levels": 7})
     assert "lm_head.weight" in found["kept"]["output head"]
     assert (tmp_path / "out" / "tokenizer.json").exists()
-
-
-def test_a_source_without_a_tokenizer_is_reported(run, tmp_path, caplog):
-    bare = save_tiny_model("llama", tmp_path / "bare")
-    assert run("quantize", bare, tmp_path / "without", "-q", "toy")[0] == 0
-    assert f"model {bare}: " in caplog.text
-    assert "tokenizer" in caplog.text
-    code, found, _ = run("generate", tmp_path / "without", "hello")
-    assert code == 2
-    assert "tokenizer" in found["error"]["message"]
 
 
 def test_info_shows_what_a_checkpoint_holds(run, packed, text_of):

@@ -6,13 +6,13 @@ import io
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.quantization.quantize import Assignment, quantize
-from modulora_core.tests.adapted_models import IDS, logits, trained
+from modulora_core.tests.adapted_models import logits, trained
 from modulora_core.tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,16 +67,6 @@ def test_a_layer_that_became_dense_is_saved_dense(pack, tmp_path):
     again = load_model(tmp_path / "saved", device="cpu")
     assert torch.allclose(logits(again), before, atol=1e-5)  # other products
     assert "model.layers.1.mlp.up_proj.weight" not in open_packed(tmp_path / "saved").record.weights
-
-
-@pytest.mark.parametrize("head", [AutoModel, AutoModelForSequenceClassification])
-def test_a_model_with_another_head_is_saved_and_loaded(pack, head, tmp_path):
-    model = head.from_pretrained(pack("llama", "toy")[1], dtype="float32").eval()
-    model.config.pad_token_id = 0
-    model.save_pretrained(tmp_path / "saved")
-    again = head.from_pretrained(tmp_path / "saved", dtype="float32").eval()
-    with torch.no_grad():
-        assert torch.equal(again(IDS)[0], model(IDS)[0])
 
 
 def test_a_packed_weight_of_another_checkpoint_is_refused(pack, tmp_path):

@@ -251,13 +251,3 @@ def test_the_trainer_refuses_a_model_in_which_nothing_trains(load, how, tmp_path
     adapted = load()
     add_lora(adapted)
     assert trainer(how(adapted))
-
-
-def test_a_tensor_s_attribute_is_missing_and_explained(load):
-    weight = load().model.layers[0].mlp.up_proj.weight
-    for name in ("data", "size", "t", "T", "grad", "is_floating_point"):
-        assert not hasattr(weight, name)
-        with pytest.raises(DenseWeightError, match=f"^{name} of a .*{WAY_OUT}"):
-            getattr(weight, name)
-    with pytest.raises(AttributeError, match="no attribute 'quant_state'"):
-        weight.quant_state  # noqa: B018

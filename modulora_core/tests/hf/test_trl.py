@@ -114,9 +114,7 @@ DENSE: dict[tuple[Path, str, bool], Run] = {}
 """The runs of the dense model, with PEFT's adapter: ours trains alike."""
 
 
-def trained(
-    folder, trainer, adapter, out, *, dense = False,
-    dtype = "float32", within = None, **options):  # fmt: skip
+def trained(folder, trainer, adapter, out, *, dense=False, dtype="float32", within=None, **options):
     """The losses of two steps, and their gradients."""
     method, own = TRAINERS[trainer]
     source: Any = trl

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, L
 
 from modulora_core.data import token_segments
 from modulora_core.errors import (
-    AdapterError,
     DataError,
     MissingExtraError,
     OptionError,
@@ -234,28 +233,3 @@ def test_evaluate_takes_a_name_an_opened_and_a_loaded_model(tunable, asked):
     measured = evaluate(opened, asked, metric="rouge", max_new_tokens=4)
     sampling = Sampling(max_new_tokens=4)
     assert measured == rouge(opened.load(), opened.tokenizer, asked_in(asked), sampling)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"prompt": "{a}"}, OptionError, "completion: expected prompt and completion together"),
-        ({"prompt": "{a}", "completion": "{b}"}, OptionError, "another metric than perplexity"),
-        ({"adapter": "a"}, AdapterError, "expected a model's name with it, got an open model"),
-    ],
-)
-def test_evaluate_refuses_a_wrong_request(tunable, options, error, message):
-    with pytest.raises(error, match=message):
-        evaluate(open_to_run(str(tunable)), **options)
-
-
-def test_wrong_segments_are_refused(llama, segments):
-    for wrong in (segments[0], segments[:0], segments[:, :1]):
-        with pytest.raises(DataError, match=r"segments: expected shape \[n >= 1, seq_len >= 2\]"):
-            perplexity(llama, wrong)
-    with pytest.raises(
-        OptionError, match="seq_len 144: expected at most the model's window of 128"
-    ):
-        perplexity(llama, segments[:3].reshape(1, -1))
-    with pytest.raises(OptionError, match="batch_size: expected at least 1, got 0"):
-        perplexity(llama, segments, batch_size=0)

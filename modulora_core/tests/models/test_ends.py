@@ -102,17 +102,6 @@ def test_the_table_of_a_tied_model_is_stored_once(end, toy, tmp_path):
     assert model.to(torch.bfloat16).lm_head(x).dtype == torch.bfloat16
 
 
-def test_lookups_follow_the_dtype_of_the_model(toy, tmp_path):
-    folder = packed("llama", tmp_path, embeddings=TOY)
-    embed = load_model(folder, dtype="bfloat16", device="cpu").get_input_embeddings()
-    half = embed(IDS)
-    assert half.dtype == torch.bfloat16
-    assert embed.weight.scale.dtype == torch.float32, "packed tensors keep their own"
-    assert torch.equal(embed.float()(IDS).bfloat16(), half)
-    with pytest.raises(IndexError, match="expected 0 to 95, got 3 to 96"):
-        embed(torch.tensor([3, 96]))
-
-
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [

@@ -106,13 +106,3 @@ def test_a_wrong_file_is_refused_by_its_key(text, source, tmp_path, write):
     with pytest.raises(error, match=message):
         quantize(source, tmp_path / "out", Assignment.read(path))
     assert not (tmp_path / "out").exists()
-
-
-def test_options_beside_a_file_are_refused(source, tmp_path, write, capsys):
-    words = ["quantize", source, str(tmp_path / "out"), "--assignment", str(write(TEXT))]
-    for more in ("-q toy", "-o levels=3", "--override *=toy", "--quantize-head toy"):
-        assert main([*words, *more.split()]) == 2
-        flag = more.split()[0]
-        assert f"{flag}: expected no {flag} beside --assignment" in capsys.readouterr().err
-    assert main(words[:3]) == 2
-    assert "expected -q NAME, or --assignment FILE.yaml, got neither" in capsys.readouterr().err

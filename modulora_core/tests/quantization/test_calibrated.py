@@ -86,9 +86,7 @@ def test_the_samples_are_recorded_and_the_model_loads(whole, capsys):
     assert json.loads(capsys.readouterr().out)["calibration"] == record
 
 
-def test_the_command_line_gives_the_same_bytes(
-    whole, source, tmp_path,
-    capsys):  # fmt: skip
+def test_the_command_line_gives_the_same_bytes(whole, source, tmp_path, capsys):
     quantizer, out, result = whole
     samples = "--calibration pydoc[:10%] --samples 6 --seq-len 32 --batch-size 2 --spill"
     tune = "--tune-epochs 2 --tune-lr 0.02" if quantizer == "scaled" else ""
@@ -121,8 +119,8 @@ def test_a_layer_outside_of_the_blocks_stays_dense_if_it_needs_calibration(tmp_p
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_refused_and_writes_nothing(
-    source, toy, tmp_path, arguments,
-    error, message):  # fmt: skip
+    source, toy, tmp_path, arguments, error, message
+):
     with pytest.raises(error, match=message):
         run(source, tmp_path / "out", **arguments)
     assert not list(tmp_path.iterdir())
@@ -137,8 +135,8 @@ def test_a_wrong_request_is_refused_and_writes_nothing(
     ],
 )
 def test_a_resumed_run_packs_missing_parameters_or_tunes_missing_blocks(
-    quantizer, after, packed_again, source, tmp_path,
-    monkeypatch):  # fmt: skip
+    quantizer, after, packed_again, source, tmp_path, monkeypatch
+):
     whole = run(source, tmp_path / "whole", quantizer)
     out = tmp_path / "out"
     stop(lambda: run(source, out, quantizer), after)
@@ -161,24 +159,6 @@ def test_a_resumed_run_packs_missing_parameters_or_tunes_missing_blocks(
         assert errors is not None
         assert expected is not None
         assert errors == {path: expected[path] for path in list(expected)[-len(errors) :]}
-
-
-@pytest.mark.parametrize("after", [0, OUTSIDE + 9 + 4])
-def test_a_resumed_run_has_the_token_weights_of_the_stopped_run(
-    after, source, tmp_path, monkeypatch
-):
-    weighted = text(weighting="loss")
-    result = run(source, tmp_path / "whole", calibration=weighted)
-    assert result.calibration is not None
-    assert result.calibration["weighting"] == "loss"
-    run(source, tmp_path / "plain", calibration=text(weighting="none"))
-    assert stored(tmp_path / "whole") != stored(tmp_path / "plain")
-    out = tmp_path / "out"
-    stop(lambda: run(source, out, calibration=weighted), after)
-    if after:  # the gradients are not computed again
-        monkeypatch.delattr("modulora_core.calibration.sensitivity._Backpropagation.backward")
-    run(source, out, calibration=weighted, resume=True)
-    assert stored(out) == stored(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("calibrated", "offered"), [("heeding", {"bits": 4}), ("scaled", {})])

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.checkpoints.written.outputs import DIGESTS, check_digests, partial_name
+from modulora_core.checkpoints.written.outputs import partial_name
 from modulora_core.errors import (
     CheckpointError,
     OptionError,
@@ -21,12 +21,9 @@ from modulora_core.errors import (
     RequestError,
     WeightError,
 )
-from modulora_core.hf.load_model import load_model
-from modulora_core.hf.merge import merge
 from modulora_core.models.folders import MARKER, REQUEST
 from modulora_core.models.tokenizer import COPIED_FILES
 from modulora_core.quantization.quantize import Assignment, quantize
-from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 from modulora_core.tests.stopped_runs import stop, stored
 from modulora_core.tests.tiny_models import save_tiny_model
@@ -61,20 +58,6 @@ def test_dense_parameters_are_kept_bit_for_bit_and_listed(source, tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in kept)
 
 
-def test_folders_of_a_tokenizer_get_through_quantize_and_merge(tmp_path, toy):
-    save_llama_with_tokenizer(tmp_path / "dense")
-    templates = tmp_path / "dense" / "additional_chat_templates"
-    templates.mkdir()
-    (templates / "tools.jinja").write_text("{{ tools }}")
-    quantize(str(tmp_path / "dense"), tmp_path / "packed", "toy")
-    merge(str(tmp_path / "packed"), tmp_path / "merged")
-    for out in (tmp_path / "packed", tmp_path / "merged"):
-        assert (out / templates.name / "tools.jinja").read_text() == "{{ tools }}"
-        assert "additional_chat_templates/tools.jinja" in (out / DIGESTS).read_text()
-        check_digests(out)
-        assert open_packed(tmp_path / "packed").tokenizer().chat_template["tools"]
-
-
 @pytest.mark.parametrize("name", COPIED_FILES[::5])
 def test_a_file_that_cannot_be_copied_is_refused_before_packing(name, tmp_path, toy):
     save_llama_with_tokenizer(tmp_path / "dense")
@@ -84,27 +67,6 @@ def test_a_file_that_cannot_be_copied_is_refused_before_packing(name, tmp_path, 
     with pytest.raises(RequestError):
         quantize(str(tmp_path / "dense"), tmp_path / "out", "toy")
     assert not list(tmp_path.glob("out*/*.safetensors"))
-
-
-def test_the_last_pattern_that_matches_counts(source, tmp_path):
-    layers = {"model.layers.0.*": "verbatim", "*.layers.0.mlp.*": Choice("toy", {"levels": 7})}
-    assignment = Assignment(default="toy", layers=layers)
-    result = quantize(source, tmp_path / "out", assignment)
-    record = open_packed(tmp_path / "out").record
-    found = {}
-    for name in ("0.self_attn.q_proj", "0.mlp.up_proj", "1.mlp.up_proj"):
-        site = record.site(f"model.layers.{name}.weight")
-        found[name] = (record.recipes[site.recipe].quantizer, record.recipes[site.recipe].options)
-    assert found == {
-        "0.self_attn.q_proj": ("verbatim", {}),
-        "0.mlp.up_proj": ("toy", {"levels": 7}),
-        "1.mlp.up_proj": ("toy", {"levels": 127}),
-    }
-    assert result.packed_by.keys() == {"toy", "verbatim"}
-    tensors = load_file(tmp_path / "out" / "model.safetensors")
-    packed = sum(t.nbytes for n, t in tensors.items() if n.rpartition(".")[0] in record.weights)
-    assert result.bits_per_weight == 8 * packed / result.weights
-    load_model(tmp_path / "out", device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,7 @@ class Whimsical(LlamaForCausalLM):
         self.kind = kind
         self.temperature = nn.Parameter(torch.linspace(0.5, 2, VOCABULARY))
 
-    def forward(
-        self, input_ids, labels = None, logits_to_keep = 0,
-        use_cache = False, **options):  # fmt: skip
+    def forward(self, input_ids, labels=None, logits_to_keep=0, use_cache=False, **options):
         decode = self.model.forward if self.kind == "past the hooks" else self.model
         hidden = decode(input_ids).last_hidden_state
         if self.kind == "before the head":

@@ -93,8 +93,8 @@ def test_a_run_learns_and_leaves_a_finished_adapter(configure, text, tunable, tm
 
 @pytest.mark.parametrize(("batch_size", "grad_accum"), [(5, 1), (2, 3), (1, 5)])
 def test_losses_are_means_over_tokens_for_any_batches(
-    configure, answers, tunable, tmp_path, batch_size,
-    grad_accum):  # fmt: skip
+    configure, answers, tunable, tmp_path, batch_size, grad_accum
+):
     """A step takes all data, so its first loss is the base's; a new adapter changes nothing."""
     evaluations: list[tuple[int, float]] = []
     steps: list[TrainingStep] = []
@@ -238,8 +238,8 @@ def test_a_run_that_diverged_warns_and_still_finishes(configure, tmp_path, caplo
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_a_bad_request_is_refused_and_nothing_is_written(
-    configure, tunable, tmp_path, options,
-    error, message):  # fmt: skip
+    configure, tunable, tmp_path, options, error, message
+):
     places = {"packed": tunable, "dense": tunable.parent / "dense"}
     options = {k: v.format(**places) if isinstance(v, str) else v for k, v in options.items()}
     before = set(tmp_path.rglob("*"))

@@ -14,10 +14,8 @@ from transformers import AutoTokenizer
 from modulora_core.errors import MissingExtraError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
-from modulora_core.hf.peft_format import read_adapter
 from modulora_core.tests.processes import finetuned, run_in_processes
 from modulora_core.tests.tiny_tokenizer import write_jsonl
-from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import TrainingStep
@@ -94,22 +92,6 @@ def test_the_loss_begins_at_log_2_and_ends_at_its_definition(dpo, preferences, t
     again = finetune(dpo(steps=1, batch_size=2, adapter=str(tmp_path / "out"),
                          out=str(tmp_path / "further")))  # fmt: skip
     assert again.losses == pytest.approx([math.log(2)], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(dpo, tmp_path):
-    pytest.importorskip("trl", reason="pip install trl")
-
-    def stop(step):
-        if step.step == 3:
-            raise KeyboardInterrupt
-
-    finetune(dpo(steps=4, save_every=2, out=str(tmp_path / "whole")))
-    with pytest.raises(KeyboardInterrupt):
-        finetune(dpo(steps=4, save_every=2), on_step=stop)
-    finetune(FinetuneConfig.build({}, file=tmp_path / "out" / "finetune.yaml"), resume=True)
-    one, other = (read_adapter(tmp_path / name).deltas for name in ("whole", "out"))
-    assert all(torch.equal(one[path].B, delta.B) for path, delta in other.items())
 
 
 @pytest.mark.slow

@@ -45,9 +45,12 @@ def test_they_reach_the_trainer_and_a_callback_sees_the_logs(configure):
     assert seen.arguments.lr_scheduler_type == "polynomial"
     last = steps[-1]
     for name, value in {
-        "loss": last.loss, "learning_rate": last.learning_rate, "grad_norm": last.grad_norm,
-        "tokens_per_second": last.tokens_per_second, "memory_bytes": last.memory_bytes,
-    }.items():  # fmt: skip
+        "loss": last.loss,
+        "learning_rate": last.learning_rate,
+        "grad_norm": last.grad_norm,
+        "tokens_per_second": last.tokens_per_second,
+        "memory_bytes": last.memory_bytes,
+    }.items():
         assert seen.logs[name] == value
         assert value > 0
     assert last.memory_bytes > 10e6

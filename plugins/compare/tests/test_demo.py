@@ -1,14 +1,9 @@
 """The demo: its commands, and what it makes of their results."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 from modulora_compare.cli import demo
 
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-
-Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
 @pytest.mark.parametrize("packed_file", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ from modulora_core.models.sampling import Sampling, continuations
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training.finetune import finetune
-
-Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

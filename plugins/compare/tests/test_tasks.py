@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from modulora_core import load_model, save_adapter
 from modulora_core.cli import main
-from modulora_core.errors import DataError, OptionError
+from modulora_core.errors import DataError
 from modulora_core.tests.adapted_models import trained
 
 pytest.importorskip("lm_eval")
@@ -69,17 +69,3 @@ def test_the_command(tunable, folder, capsys):
     assert found["tasks"]["parity"].keys() == {"metrics", "examples", "num_fewshot"}
     assert found["tasks"]["parity"]["metrics"].keys() == {"acc", "acc_stderr"}
     assert {"seconds", "peak_memory_bytes"} < found.keys()
-
-
-def test_wrong_requests_are_refused(tunable, folder):
-    with pytest.raises(OptionError, match=r"task helaswag: expected a name.*near: hellaswag"):
-        evaluate_tasks(str(tunable), ["helaswag"])
-    with pytest.raises(OptionError, match=r"task gone\.yaml: no such file"):
-        evaluate_tasks(str(tunable), ["gone.yaml"])
-    (folder / "rows.jsonl").unlink()
-    with pytest.raises(DataError, match=r"task .*parity\.yaml: lm-evaluation-harness cannot load"):
-        evaluate_tasks(str(tunable), [str(folder / "parity.yaml")])
-    with pytest.raises(OptionError, match="limit: expected at least 1, got 0"):
-        evaluate_tasks(str(tunable), ["hellaswag"], limit=0)
-    with pytest.raises(OptionError, match="include_path: expected a folder"):
-        evaluate_tasks(str(tunable), ["hellaswag"], include_path=folder / "none")

@@ -125,8 +125,8 @@ def test_a_wrong_format_is_refused(theirs, tmp_path):
     ],
 )
 def test_a_weight_that_the_format_cannot_hold_is_refused_by_name(
-    architecture, quantizer, end, error, match,
-    tmp_path):  # fmt: skip
+    architecture, quantizer, end, error, match, tmp_path
+):
     if architecture == "odd":
         sizes = {
             "hidden_size": 32,

@@ -5,13 +5,11 @@ import importlib
 import pytest
 import torch
 
-from modulora_core import dense_products
 from modulora_core.packed import PackedWeight
 
 pytest.importorskip("numba")
 
 from modulora_kernels.cpu import choices
-from modulora_kernels.cpu.choices import dtype_of_few
 
 SHAPES = [(1, 1), (5, 3), (17, 130), (300, 513), (33, 2100), (2100, 40)]
 """(out, in): no multiple of a block, and more of both than is decoded at once."""
@@ -108,20 +106,3 @@ def test_products_are_those_of_the_decoded_weight(module, way, shape, n):
 )  # fmt: skip
 def test_other_inputs_are_left_to_tiles(module, x):
     assert module.product(x, packed(4, 6)[0], False) is None
-
-
-@pytest.mark.parametrize(
-    ("processor", "rows", "dtype", "expected"),
-    [("plain", 64, FP32, FP32), ("plain", 65, FP32, None), ("plain", 64, BF16, FP32),
-     ("bf16", 7, BF16, FP32), ("bf16", 8, BF16, BF16), ("bf16", 24, BF16, BF16),
-     ("bf16", 8, torch.float16, FP32), ("bf16", 64, FP32, FP32), ("bf16", 25, BF16, None),
-     ("amx", 64, FP32, FP32), ("amx", 65, FP32, None),
-     ("amx", 24, BF16, FP32), ("amx", 25, BF16, None), ("amx", 64, torch.float16, FP32)],
-)  # fmt: skip
-def test_few_rows_are_products_in_a_dtype_of_the_processor(
-    monkeypatch, processor, rows, dtype, expected
-):
-    has_units = processor in ("bf16", "amx")
-    monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: has_units)
-    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: processor == "amx")
-    assert dtype_of_few(rows, dtype) is expected

@@ -92,3 +92,12 @@ def test_signs_are_half_of_each_and_depend_on_seed_and_side():
     for i, j in ((0, 1), (0, 2), (1, 3), (2, 3)):
         assert abs(float(drawn[i] @ drawn[j])) < 5 * 4096**0.5
     assert torch.equal(drawn[0], signs(0, 4096, "input"))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ShapeError):
+        rotate(torch.ones(4, dtype=torch.int32))
+    with pytest.raises(ShapeError):
+        rotate(random(2, 8), torch.ones(7))
+    with pytest.raises(ShapeError):
+        rotate(random(2, 8), block=3)

@@ -10,9 +10,7 @@ from safetensors.torch import load_file, save_file
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.hf.load_model import load_model
 from modulora_core.tests.fuzzing import refused_or_runs
-from modulora_core.tests.other_tools import logits
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +98,6 @@ def test_a_lost_code_mark_is_refused(storage, saved, tmp_path):
     folder = configured(changed(saved, tmp_path / "m", put("mcg", None)), **more)
     with pytest.raises(CheckpointError, match=rf"{UP}: expected the code function mcg by config"):
         open_packed(folder)
-
-
-def test_scales_of_another_dtype_are_read_if_fp16_holds_them(saved, tmp_path):
-    def widen(tensors):
-        for name in [name for name in tensors if name.endswith(("suh", "svh"))]:
-            tensors[name] = tensors[name].float()
-
-    expected = logits(load_model(saved, dtype="float32"))
-    found = logits(load_model(changed(saved, tmp_path / "wide", widen), dtype="float32"))
-    assert torch.equal(found, expected)
-    folder = changed(saved, tmp_path / "finer", put("suh", torch.full((128,), 1 / 3)))
-    with pytest.raises(CheckpointError, match=r"suh: expected numbers of fp16, got torch\.float32"):
-        load_model(folder)
 
 
 def test_sizes_that_padding_does_not_explain_are_refused(saved, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.cli import main
-from modulora_core.errors import ModelError, ShapeError
+from modulora_core.errors import ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight
@@ -120,22 +120,3 @@ def test_weights_of_another_layout_are_refused(words, message, dense, tmp_path, 
     assert main(["convert", packed, str(out), "--to", "exl3"]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "layout exl3: expected a multiple of 128 as "),
-        (["-o", "states=12"], "layout exl3: expected states=16 and a code"),
-        (["-o", "code=1mad"], "got states=16 and code=1mad"),
-    ],
-)
-def test_a_layout_that_cannot_be_is_refused(
-    options, message, dense, tmp_path,
-    capsys):  # fmt: skip
-    words = ["quantize", str(dense), str(tmp_path / "out"), "-q", "qtip", "-o", "layout=exl3"]
-    text = ["--calibration", str(dense / "text.txt"), "--samples", "2", "--seq-len", "32"]
-    assert main([*words, *options, *text]) == 2
-    assert message in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(ShapeError, match="as in_features, got 200"):
-        QTIP(Options.model_validate({"layout": "exl3"})).check_shape((128, 200))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from modulora_quip_sharp_e8 import FORMATS
-from modulora_quip_sharp_e8.formats.relaxml import Relaxml, unpack
+from modulora_quip_sharp_e8.formats.relaxml import Relaxml
 from torch import nn
 
 from modulora_core.hf.load_model import load_model
@@ -62,27 +62,6 @@ def test_optional_keys_and_shapes_are_read(relaxml, tmp_path):
         },
     )
     check(tmp_path / "m", dense, relaxml)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-def test_words_are_unpacked_in_the_order_of_rows_and_columns(bits, relaxml):
-    generator = torch.Generator().manual_seed(bits)
-    codes = torch.randint(0, 65536, (48, 24), generator=generator)
-    residual = torch.randint(0, 256 if bits == 3 else 65536, (48, 24), generator=generator)
-    pack = relaxml.words_of_bytes if bits == 3 else relaxml.words_of_e8p
-    words = [
-        relaxml.words_of_e8p(codes.tolist()),
-        *([] if bits == 2 else [pack(residual.tolist())]),
-    ]
-    first, second = unpack(torch.cat(words, dim=1), bits)
-    assert first.dtype == torch.int16
-    assert torch.equal(first.long() & 0xFFFF, codes)
-    if bits == 2:
-        assert second is None
-    else:
-        assert second is not None
-        assert second.dtype == (torch.uint8 if bits == 3 else torch.int16)
-        assert torch.equal(second.long() & 0xFFFF, residual)
 
 
 def test_parts_are_windows_on_one_whole_that_is_read_once(relaxml, published):
