@@ -13,7 +13,6 @@ pytest.importorskip("modulora_nf4", reason="pip install ./plugins/nf4")
 
 EXAMPLES = Path(__file__).parents[1]
 TRL = ("trl_sft", "trl_dpo", "trl_grpo")
-SCRIPTS = ("finetune", "own_loop", "quantize_a_matrix")
 
 
 def test_finetuning_lowers_the_perplexity(module, tiny_model):

@@ -92,13 +92,6 @@ def test_two_distributions_with_one_name_are_an_error_that_names_both(site):
     assert registry.find("alpha").status == "ok"
 
 
-def test_blocking_one_distribution_of_a_duplicate_frees_the_other(site, monkeypatch):
-    site.install_quantizer("twin", distribution="fake-one", module="fake_one")
-    site.install_quantizer("twin", distribution="fake-two", module="fake_two")
-    monkeypatch.setenv(registry.BLOCK_VARIABLE, "fake-two")
-    assert registry.find("twin").distribution == "fake-one"
-
-
 @pytest.mark.parametrize("block", ["alpha", "other, alpha", "ALPHA", "fake-alpha", "Fake_Alpha"])
 def test_a_blocked_plugin_is_not_imported_and_says_so(site, monkeypatch, block):
     site.install_quantizer("alpha", distribution="fake-alpha", module="fake_alpha")

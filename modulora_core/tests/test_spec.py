@@ -47,13 +47,6 @@ def test_a_malformed_field_is_refused_by_name(field, value):
     assert {error["loc"][0] for error in refused.value.errors()} == {field}
 
 
-def test_the_next_shape_is_of_both_multiples():
-    spec = QuantizerSpec(**GOOD, out_multiple=10, in_multiple=96)
-    assert spec.next_shape((2048, 2048)) == (2050, 2112)
-    assert spec.next_shape((10, 96)) == (10, 96)
-    assert QuantizerSpec(**GOOD).next_shape((3, 5)) == (3, 5)
-
-
 def packed():
     tensors = {
         "codes": torch.arange(12, dtype=torch.uint8).reshape(4, 3),

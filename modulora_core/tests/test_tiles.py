@@ -150,11 +150,3 @@ def test_a_row_is_decoded_once_and_neighbours_together_within_the_budget():
     with tile_budget(4 * 23 * 3):
         assert torch.equal(looked_up(ids, tile, (37, 23), torch.float32), W[ids])
     assert asked == [(0, 1), (4, 7), (7, 9), (36, 37)]
-
-
-@pytest.mark.parametrize("wrong", [-1, 37])
-def test_an_id_outside_the_table_is_refused(wrong):
-    with pytest.raises(IndexError, match="expected 0 to 36"):
-        looked_up(
-            torch.tensor([3, wrong]), partial(rows_of, torch.ones(37, 23)), (37, 23), torch.float32
-        )

@@ -235,14 +235,6 @@ def test_a_damaged_adapter_is_refused_by_name_before_the_model_changes(
     assert not list(adapter_layers(llama))
 
 
-@pytest.mark.parametrize("lost", [edited(CONFIG, modulora_channel_scales=None),
-                                  lambda folder: (folder / RECORD).unlink()])  # fmt: skip
-def test_scales_are_loaded_if_either_file_names_them(llama, saved, lost):
-    lost(saved)
-    load_adapter(llama, saved)
-    assert all(layer.input_scale for _, layer in adapter_layers(llama))
-
-
 # from the Hub
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from safetensors.torch import load_file
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
@@ -73,16 +70,6 @@ def test_a_file_python_and_options_give_the_same_bytes(source, tmp_path, write, 
     same = "default: toy\nlayers: {'*.0.mlp.*': 'toy:levels=15'}\nhead: verbatim"
     quantize(source, tmp_path / "same", Assignment.read(write(same)))
     assert stored(tmp_path / "options") == stored(tmp_path / "same")
-
-
-def test_without_a_default_other_layers_stay_dense(source, tmp_path):
-    only = Assignment(default=None, layers={"*.down_proj": "toy"})
-    result = quantize(source, tmp_path / "out", only)
-    assert (result.quantizer, result.options) == ("mixed", {})
-    assert len(open_packed(tmp_path / "out").record.weights) == 2
-    before, after = (load_file(f / "model.safetensors") for f in (Path(source), tmp_path / "out"))
-    name = "model.layers.0.mlp.up_proj.weight"
-    assert before[name].equal(after[name])
 
 
 WRONG: dict[str, tuple[type[ModuLoRAError], str]] = {

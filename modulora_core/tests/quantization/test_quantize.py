@@ -21,7 +21,7 @@ from modulora_core.errors import (
     RequestError,
     WeightError,
 )
-from modulora_core.models.folders import MARKER, REQUEST
+from modulora_core.models.folders import REQUEST
 from modulora_core.models.tokenizer import COPIED_FILES
 from modulora_core.quantization.quantize import Assignment, quantize
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
@@ -179,13 +179,3 @@ def test_a_folder_that_is_removed_during_the_run_is_an_error(source, tmp_path):
         quantize(source, tmp_path / "out", "toy",
                  progress=lambda *_: shutil.rmtree(partial, ignore_errors=True))  # fmt: skip
     assert not (tmp_path / "out").exists()
-
-
-def test_resume_begins_anew_after_another_command(source, tmp_path):
-    quantize(source, tmp_path / "whole", "toy")
-    partial = partial_name(tmp_path / "out")
-    partial.mkdir()
-    for name in (MARKER, "written.jsonl", "model-00001-of-00002.safetensors"):
-        (partial / name).write_text("")
-    quantize(source, tmp_path / "out", "toy", resume=True)
-    assert stored(tmp_path / "out") == stored(tmp_path / "whole")

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from modulora_core.training.losses import loss_in_words, worsening
+from modulora_core.training.losses import worsening
 
 VOCABULARY = 49152
 UNIFORM = math.log(VOCABULARY)
@@ -15,17 +15,6 @@ def noisy(*means):
     """Losses of batches that differ as real ones do."""
     chance = random.Random(0)
     return [chance.gauss(mean, 0.4) for mean in means]
-
-
-@pytest.mark.parametrize(
-    ("losses", "summary"),
-    [
-        ([2.5], "loss 2.5000"),
-        ([3.0] * 100 + [2.0] * 100, "loss 3.0000 → 2.0000 (means of the first and last 20 steps)"),
-    ],
-)
-def test_a_summary_has_means(losses, summary):
-    assert loss_in_words(losses) == summary
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,5 @@
 """Finetuning from a Python program: records, dtypes, progress bars, and types."""
 
-import io
-import re
-import sys
-
 import pytest
 
 from modulora_core import evaluate, finetune
@@ -40,32 +36,6 @@ def test_records_are_evaluated(tunable, tmp_path):
 
 
 # bars
-
-
-class Screen(io.StringIO):
-    """A terminal."""
-
-    def isatty(self):
-        return True
-
-
-def terminal(monkeypatch):
-    """Put a terminal in the place of stderr. Not a fixture: pytest's capture comes after those."""
-    screen = Screen()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    return screen
-
-
-def test_functions_draw_a_bar_on_a_terminal(monkeypatch, tunable, configure):
-    screen = terminal(monkeypatch)
-    finetune(configure(steps=2))
-    assert re.search(r"loss [\d.]+, [\d,]+ tok/s, peak", screen.getvalue())
-    assert "2/2" in screen.getvalue()
-    screen.truncate(0)
-    evaluate(str(tunable), [{"text": "The with statement. " * 9}], seq_len=16)
-    assert "evaluating" in screen.getvalue()
 
 
 # types

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from modulora_compare import ReportCallback
-from modulora_compare.report.curves import Curve
 from modulora_compare.report.page import LONGEST
 from modulora_compare.report.samples import answers, question
 from transformers import Trainer, TrainingArguments
@@ -140,11 +139,3 @@ def test_the_prompt_of_a_chat_is_shown_without_the_words_of_its_template(text):
 
 
 # curves
-
-
-def test_a_curve_places_its_points_between_round_ticks():
-    svg = Curve("Loss", {"": [(1, 0.9), (2, 3.9), (3, 2.0)]}).svg
-    assert re.findall(r">([\d.]+)</text>", svg) == ["0", "1", "2", "3", "4", "1", "3"]
-    xs, ys = zip(*re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg), strict=True)
-    assert [float(x) for x in xs] == sorted(float(x) for x in xs)
-    assert float(ys[1]) < float(ys[2]) < float(ys[0]), "a larger value is higher"

@@ -59,15 +59,6 @@ def test_unpacking_gives_the_codes_that_were_packed(bits, rows, n):
     assert torch.equal(packing.unpack(packed, bits, n), codes)
 
 
-def test_a_row_of_three_bits_has_two_planes():
-    codes = torch.tensor(
-        [[0b101, 0b010, 0b111, 0b000, 0b011, 0b100, 0b110, 0b001, 0b111]], dtype=torch.uint8
-    )
-    low = [0b10_00_01, 0b01_11_10, 0b11_00_11]  # parts (01 10 11), (00 11 00), (10 01 11)
-    high = [0b1_1_0_1_1, 0b0_1_0_0]  # parts (1 0), (1 0), (0 1), (1 0), (1)
-    assert packing.pack(codes, 3).tolist() == [low + high]
-
-
 @pytest.fixture(params=ODD, ids=str)
 def odd(request, random_solution):
     """Quantizer, packed weight, Ŵ."""

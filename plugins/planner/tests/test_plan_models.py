@@ -1,9 +1,8 @@
 """Plans count what the core does: experts, a file of a whole model, the loss's weights."""
 
 import pytest
-import torch
 from modulora_planner.fitting import plan
-from modulora_planner.model import Dense, PlannedModel, open_planned
+from modulora_planner.model import PlannedModel, open_planned
 from modulora_planner.rehearsal import rehearse_training
 from modulora_planner.request import PlanRequest, finetuning
 
@@ -12,7 +11,6 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
-from modulora_core.tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,14 +29,6 @@ def test_experts_are_counted(pack):
     add_lora(model, LoRASettings(targets="experts"))
     assert counts["experts"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert all("experts" in path for path, _ in adapter_layers(model))
-
-
-def test_a_dense_folder_needs_no_weights(tmp_path):
-    save_tiny_model("llama", tmp_path, torch.bfloat16)
-    (tmp_path / "model.safetensors").unlink()
-    _, dense = open_planned(PlanRequest(model=str(tmp_path), config=finetuning({})))
-    assert isinstance(dense, Dense)
-    assert (dense.stored_dtype, dense.config.name_or_path) == (torch.bfloat16, str(tmp_path))
 
 
 def test_a_whole_model_in_a_file_is_planned_as_it_is(pack, toy, tmp_path):

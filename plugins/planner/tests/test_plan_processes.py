@@ -5,7 +5,6 @@ from modulora_planner.fitting import plan
 from modulora_planner.processes import DIVIDED
 from transformers import LlamaConfig
 
-from modulora_core.errors import OptionError
 from modulora_core.tests import width_quantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
@@ -43,16 +42,3 @@ def test_ddp_copies_and_fsdp2_divides(llama):
     parts = {name: round(items[name] / 4) if name in DIVIDED else items[name] for name in items}
     assert found == parts
     assert split.decoding == one.decoding
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shard": True}, "shard: expected several processes, got one"),
-        ({"processes": 0}, "processes: expected at least 1, got 0"),
-        ({"processes": 2, "shard": True, "mapped": True}, "mapped: expected no shard"),
-    ],
-)
-def test_settings_that_exclude_each_other_are_refused(llama, options, message):
-    with pytest.raises(OptionError, match=message):
-        plan(str(llama), "toy", **options)

@@ -39,14 +39,6 @@ def test_weights_of_a_tile_are_in_the_order_of_the_format():
         assert sequence[t] == 16 * row + column
 
 
-def test_tiles_are_by_inputs_then_outputs(generator):
-    C = torch.randn(48, 32, generator=generator)
-    sequences = trellis.to_sequences(C)
-    assert sequences.shape == (2, 3, 256)
-    assert torch.equal(trellis.from_sequences(sequences), C)
-    assert torch.equal(sequences[1, 2], trellis.to_sequences(C[32:, 16:])[0, 0])
-
-
 def half(bits):
     """An fp16 number by its bits, of numbers that are not subnormal."""
     sign, exponent, fraction = bits >> 15, bits >> 10 & 31, bits & 1023

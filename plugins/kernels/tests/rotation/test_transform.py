@@ -7,6 +7,8 @@ import pytest
 import torch
 from modulora_kernels.rotation import matrix, order, rotate, signs
 
+from modulora_core.errors import ShapeError
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELS = (896, 5632, 11008, 13696, 14336, 29568, 32000)
@@ -95,9 +97,12 @@ def test_signs_are_half_of_each_and_depend_on_seed_and_side():
 
 
 def test_what_does_not_fit_is_refused():
-    with pytest.raises(ShapeError):
-        rotate(torch.ones(4, dtype=torch.int32))
-    with pytest.raises(ShapeError):
-        rotate(random(2, 8), torch.ones(7))
-    with pytest.raises(ShapeError):
-        rotate(random(2, 8), block=3)
+    x = random(2, 24)
+    for given, message in (
+        ((x.int(),), r"rotation: expected a float tensor \[..., n\]"),
+        ((x, torch.ones(7)), r"scale of a rotation: expected the shape \[24\]"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            rotate(*given)
+    with pytest.raises(ShapeError, match="expected a power of two that divides 24"):
+        rotate(x, block=16)
