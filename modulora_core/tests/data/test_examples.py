@@ -80,7 +80,11 @@ UNUSABLE = [
         [{"text": "a", "label": 1}, {"text": "b", "label": None}],
         r"line 2: label: expected a label in every row \(.*\), got None",
     ),
+    ([{"messages": ["hi"]}], "messages: 0: expected a valid dictionary, got 'hi'"),
+    ([{"messages": [{"role": "user", "content": ["hi"]}]}], "parts of type text, .*got 'hi'"),
     ([{"messages": CHAT[:1]}], "expected a turn of the assistant .* got only user"),
+    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "train on them with method dpo"),
+    ([{"input_ids": [5, 6], "labels": [-100, -100]}], "expected a token to train .* none in 1"),
 ]
 
 
