@@ -5,7 +5,6 @@ import hashlib
 import pytest
 import torch
 from modulora_kernels.rotation.hadamard import (
-    decompose,
     hadamard,
 )
 
@@ -29,15 +28,6 @@ def test_rows_are_orthogonal_and_entries_are_signs(order):
 @pytest.mark.parametrize("order", DIGESTS)
 def test_a_matrix_never_changes_because_checkpoints_depend_on_it(order):
     assert hashlib.sha256(hadamard(order).numpy().tobytes()).hexdigest()[:16] == DIGESTS[order]
-
-
-@pytest.mark.parametrize(("n", "K"), [
-    (1, 1), (4096, 1), (11008, 172), (13824, 108), (6656, 52), (17920, 140), (5120, 20),
-    (32000, 500), (29568, 924), (18944, 148), (17408, 68), (47 * 16, 752), (3, None), (6, None),
-    (47 * 8, None), (8191, None), (13696, None),
-])  # fmt: skip
-def test_dimensions_of_models_decompose(n, K):
-    assert decompose(n) == K
 
 
 @pytest.mark.parametrize("order", [0, 3, 188])
