@@ -200,6 +200,7 @@ USAGE = {
     "probe well --rnak 1": "no such option: --rnak",
     "probe": "missing argument",
     "probe well --rank 0": "invalid value for '--rank': expected greater than or equal to 1",
+    "probe well --budget 24": "expected a size such as 24GiB or 800MB, got 24",
     "probe well --budget 24gigs": "expected a size such as 24GiB",
     "--debug": "missing command",
 }
@@ -336,6 +337,21 @@ def test_no_words_show_the_help_and_the_module_is_the_same_program():
         assert expected in result.stdout
 
 
+def test_a_deleted_current_folder_is_refused(probe, capsys, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert main(["probe", "well"]) == 2
+    assert "current folder: expected a folder, got a deleted one" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_knows_whether_it_left_work(tmp_path):
+    (tmp_path / "adapter" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "packed.partial").mkdir()
+    left = {name: app._left_work(tmp_path / name) for name in ("adapter", "packed", "new")}
+    assert left == {"adapter": True, "packed": True, "new": False}
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -351,9 +367,3 @@ def test_each_command_of_a_model_takes_a_revision(words, run, tmp_path, monkeypa
         code, found, _ = run(*asked.replace("MODEL", "org/tiny").split())
         assert code == 2
         assert "Hub at revision v7 didn't give it" in found["error"]["message"]
-
-
-def test_a_revision_needs_a_model(run):
-    code, found, _ = run("finetune", "--revision", "v7", "--data", "pydoc")
-    assert code == 2
-    assert "--revision: expected MODEL beside it" in found["error"]["message"]

@@ -100,6 +100,8 @@ def test_flags_and_file_become_the_config(tmp_path, monkeypatch, capsys):
 WRONG = {
     "m o --data pydoc --steps 1 --epochs 1": "expected steps or epochs, got both",
     "--data pydoc --steps 1": "option 'model': expected a value, got none",
+    "--revision v7 --data pydoc": "--revision: expected MODEL beside it",
+    "m o --steps 1": "data: expected training data, got none",
     "m o --data pydoc --steps 1 --dtype int": "option 'dtype': expected 'auto', 'float32'",
     "m o --data pydoc --learning-rate 1": "no such option: --learning-rate",
     "m o --data pydoc --trainer 5": "option 'trainer': expected KEY=VALUE, got ['5']",

@@ -3,7 +3,7 @@ import re
 import shlex
 
 from modulora_core.cli.terminal import Report, Terminal
-from modulora_core.cli.text import next_commands, parse_size
+from modulora_core.cli.text import next_commands, parse_size, size_flag
 
 
 def test_sizes_are_read_in_binary_and_decimal_units():
@@ -12,6 +12,8 @@ def test_sizes_are_read_in_binary_and_decimal_units():
         "12 B": 12, "1TiB": 2**40,
     }  # fmt: skip
     assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("24GiB", "800MB", "147MiB", "1500"):
+        assert size_flag(parse_size(text)) == text
 
 
 def test_a_terminal_gets_a_long_command_on_lines_that_a_shell_joins(monkeypatch):

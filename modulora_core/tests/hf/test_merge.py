@@ -21,7 +21,6 @@ from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.adapted_models import logits, randomize, trained
-from modulora_core.tests.crude_folders import save_crude
 from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tiles import tile_budget
 
@@ -51,26 +50,22 @@ def test_the_merged_model_gives_the_same_logits(pack, architecture, scales, tmp_
     assert merging[-1] == calls[-1] == ("merging", len(merging), len(merging))
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "crude"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
 def test_merging_warns_as_loading_does(family, toy, tmp_path, caplog):
     """The checkpoint has norms and biases in float32; the model is loaded in bfloat16."""
     packed, other = tmp_path / "packed", tmp_path / "other"
-    if family == "crude":
-        save_crude(packed)
-    else:
-        dense = str(save_tiny_model(family, tmp_path / "dense"))
-        quantize(dense, packed, "toy", embeddings=Choice("toy"))
-        quantize(dense, other, "verbatim")
+    dense = str(save_tiny_model(family, tmp_path / "dense"))
+    quantize(dense, packed, "toy", embeddings=Choice("toy"))
+    quantize(dense, other, "verbatim")
     adapter = str(tmp_path / "adapter")
     save_adapter(trained(load_model(packed, dtype="bfloat16")), adapter)
     caplog.clear()  # of the missing tokenizer
     merge(str(packed), tmp_path / "merged", adapter=adapter)
     assert caplog.messages == []
-    if other.exists():
-        load_adapter(load_model(other), adapter)
-        merge(str(other), tmp_path / "warned", adapter=adapter)
-        loading, merging = caplog.messages
-        assert merging == loading
+    load_adapter(load_model(other), adapter)
+    merge(str(other), tmp_path / "warned", adapter=adapter)
+    loading, merging = caplog.messages
+    assert merging == loading
 
 
 def test_changed_or_swapped_files_are_refused_by_their_digests(pack, tmp_path):
