@@ -12,13 +12,13 @@ TARGETS = pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
 
 
 @triton.jit
-def copy(source, to, n, BLOCK: tl.constexpr):
+def copy(source, to, n, BLOCK):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(to + at, tl.load(source + at, mask=at < n), mask=at < n)
 
 
 @triton.jit
-def shares(source, to, BLOCK: tl.constexpr):
+def shares(source, to, BLOCK):
     at = tl.arange(0, BLOCK)
     a = tl.load(source + at)
     tl.store(to + at, a / tl.sum(a, 0))

@@ -1,24 +1,18 @@
 """Turns, their statistics, and the measurements of a quantizer. No test says how fast it is."""
 
-from __future__ import annotations
-
-import contextlib
 import io
 import json
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from modulora_conformance.bench import quantizer_bench, timing
+from modulora_conformance.bench import quantizer_bench
 from modulora_conformance.bench.quantizer_bench import (
     BenchConfig,
     config_for,
     measure_quantizer,
     measure_speed,
 )
-from modulora_conformance.bench.timing import Timing, cold_copies, in_turns, rotating
-from modulora_kernels import clock
+from modulora_conformance.bench.timing import Timing, in_turns
 from modulora_zoo.healthy import Healthy
 from rich.console import Console
 
@@ -39,25 +33,6 @@ def test_calls_take_turns_after_warming_up():
     assert [len(timings[name].turns) for name in "abc"] == [4, 4, 4]
 
 
-def test_a_call_is_timed_alone_and_turns_end_with_the_seconds():
-    calls = {"long": lambda: time.sleep(0.02), "short": lambda: None}
-    timings = in_turns(calls, seconds=1e-9, least=3)
-    assert len(timings["long"].turns) == 3
-    assert min(timings["long"].turns) >= 0.02  # time.sleep never sleeps less
-    assert timings["short"].low < 0.02
-    assert timings["long"].beside(timings["short"]) > 1
-    turns = in_turns({"a": lambda: time.sleep(0.005)}, seconds=0.05, least=1, most=10**6)["a"].turns
-    assert 1 <= len(turns) <= 10
-
-
-@pytest.mark.parametrize("wrong", [{"seconds": 0}, {"least": 0}, {"least": 5, "most": 4}])
-def test_wrong_turns_are_refused(wrong):
-    with pytest.raises(OptionError, match="in_turns: expected calls, seconds > 0"):
-        in_turns({"a": lambda: None}, **wrong)
-    with pytest.raises(OptionError, match="got 0 calls"):
-        in_turns({})
-
-
 def test_statistics_of_turns():
     ours, dense = Timing((4.0, 2.0, 9.0)), Timing((2.0, 2.0, 3.0))
     assert (ours.seconds, ours.noise, ours.beside(dense)) == (4.0, 2.0, 2.0)
@@ -65,46 +40,6 @@ def test_statistics_of_turns():
     assert Timing((8.0, 2.0, 9.0)).beside(Timing((8.0, 4.0, 1.0))) == 1.0
     assert Timing(tuple(float(i) for i in range(30, 0, -1))).low == 4.0
     assert ours.to_json() == {"seconds": 4.0, "low_seconds": 2.0, "noise": 2.0, "turns": 3}
-
-
-def test_rotating_operands_take_more_than_a_cache(monkeypatch, tmp_path):
-    taken = []
-    call = rotating(taken.append, [1, 2, 3])
-    for _ in range(5):
-        call()
-    assert taken == [1, 2, 3, 1, 2]
-    monkeypatch.setattr(timing, "_CACHES", tmp_path)
-    assert cold_copies(10**7) == -(-2 * timing.LAST_CACHE // 10**7)
-    for i, size in enumerate(("48K\n", "2M\n", "odd\n")):
-        (tmp_path / f"index{i}").mkdir()
-        (tmp_path / f"index{i}" / "size").write_text(size)
-    assert cold_copies(10**6) == 5  # 2 MiB, twice
-    assert (cold_copies(1), cold_copies(10**12)) == (timing.MOST_COPIES, 2)
-
-
-def test_on_cuda_the_device_times_the_call_alone(monkeypatch):
-    """The real clock runs on a GPU alone. This holds the order and the unit."""
-    done, slept = [], []
-    event = SimpleNamespace(
-        record=lambda: done.append("event"),
-        synchronize=lambda: done.append("wait"),
-        elapsed_time=lambda _: 250.0,  # milliseconds
-    )
-    # before and after each of four calls: they take the host 1, 1.5, 0.5 and 1 ms
-    now = iter([0.0, 1e-3, 1.0, 1.0 + 1.5e-3, 2.0, 2.0 + 5e-4, 3.0, 3.0 + 1e-3])
-    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda n: (done.append("sleep"), slept.append(n)))
-    cold = SimpleNamespace(zero_=lambda: done.append("fill"))
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: cold)
-    calls = {"a": lambda: done.append("call")}
-    timings = in_turns(calls, seconds=1e-9, least=3, warm_up=1, device="cuda")
-    assert done == 4 * ["fill", "sleep", "event", "call", "event", "wait"]
-    assert timings["a"].turns == (0.25, 0.25, 0.25)
-    # the device waits for twice the host's last time, and first for the least
-    ahead = [cycles / 2e9 for cycles in slept]
-    assert ahead == pytest.approx([clock.LEAST_AHEAD, 2e-3, 3e-3, 1e-3], rel=1e-6)
 
 
 # -- a quantizer
@@ -152,24 +87,6 @@ def test_the_dense_step_computes_the_same_as_the_quantizers():
     torch.testing.assert_close(ours, dense)
     gradients = [torch.autograd.grad(y, (x, A, B), dY) for y in (ours, dense)]
     torch.testing.assert_close(*gradients)
-
-
-def test_a_required_calibration_is_the_identity(monkeypatch):
-    seen = []
-
-    class Calibrated(Healthy):
-        spec = Healthy.spec.model_copy(update={"calibration": "required"})
-
-        def pack(self, weight, calibration=None):
-            seen.append(calibration.hessian)
-            return super().pack(weight)
-
-    monkeypatch.setattr(
-        Calibrated, "spec", Healthy.spec.model_copy(update={"calibration": "required"})
-    )
-    measure_quantizer(Calibrated(), SMALL)
-    assert [len(H) for H in seen] == [2, 40]  # a small weight first, which compiles
-    assert all(torch.equal(H, torch.eye(len(H))) for H in seen)
 
 
 def test_a_failure_names_the_measurement():

@@ -1,9 +1,4 @@
-from __future__ import annotations
-
 import json
-from types import ModuleType
-
-import pytest
 
 from modulora_core.cli import main
 
@@ -14,9 +9,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_bench_prints_the_promised_object(
-    toy: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bench_prints_the_promised_object(toy, capsys):
     words = [*SMALL, "-o", "levels=7", "--dtype", "float16", "--json"]
     assert main(["bench", "toy", *words]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -28,12 +21,3 @@ def test_bench_prints_the_promised_object(
         if "share_of_copy" in row:
             assert row["kind"] in ("pack", "decode")
             assert row["bytes_per_second"] > 0
-
-
-def test_bench_prints_a_table(toy: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "toy", *SMALL]) == 0
-    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == "toy (levels=127), 24 x 40, 8.800 bits per weight"
-    assert lines[2].startswith("dtype rows ms dense ms × dense")
-    rows = [line.split(" ") for line in lines[3:16]]
-    assert [words[0] for words in rows] == ["pack", *2 * ["decode", "x", "y", "x", "y", "LoRA"]]

@@ -1,22 +1,17 @@
 """`modulora doctor` names everything that is wrong, and what mends it."""
 
-from __future__ import annotations
-
 import math
-from types import ModuleType
-from typing import Any
 
 import pytest
 from modulora_conformance.commands import check_gpu, doctor
 from modulora_conformance.findings import Finding
 
 from modulora_core import registry
-from modulora_core.tests.cli.conftest import Run
-from modulora_core.tests.fake_site import FakeSite, failing
+from modulora_core.tests.fake_site import failing
 
 
 @pytest.fixture(autouse=True)
-def only_toys(monkeypatch: pytest.MonkeyPatch, toy: ModuleType) -> None:
+def only_toys(monkeypatch, toy):
     """Other installed plugins would compile kernels for minutes."""
     known = registry.entries
     monkeypatch.setattr(
@@ -25,11 +20,11 @@ def only_toys(monkeypatch: pytest.MonkeyPatch, toy: ModuleType) -> None:
     )  # fmt: skip
 
 
-def findings(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def findings(found):
     return {finding["subject"].partition(" (")[0]: finding for finding in found["findings"]}
 
 
-def test_a_sound_machine_has_versions_sizes_and_tested_quantizers(run_command: Run) -> None:
+def test_a_sound_machine_has_versions_sizes_and_tested_quantizers(run_command):
     code, found, _ = run_command("doctor", "--device", "cpu")
     named = findings(found)
     assert (code, found["faults"]) == (0, 0)
@@ -37,9 +32,7 @@ def test_a_sound_machine_has_versions_sizes_and_tested_quantizers(run_command: R
     assert named["toy"]["found"].startswith("works, error of a product ")
 
 
-def test_a_plugin_that_cannot_be_read_is_a_fault_with_advice(
-    run_command: Run, empty_site: FakeSite
-) -> None:
+def test_a_plugin_that_cannot_be_read_is_a_fault_with_advice(run_command, empty_site):
     empty_site.install(
         "fake-broken", {"broken": "fake_broken"}, {"fake_broken": failing("no such GPU")}
     )
@@ -59,8 +52,8 @@ def test_a_plugin_that_cannot_be_read_is_a_fault_with_advice(
     ],
 )
 def test_a_quantizer_with_a_wrong_product_is_a_fault(
-    run_command: Run, toy: ModuleType, monkeypatch: pytest.MonkeyPatch, product: Any, expected: str
-) -> None:
+    run_command, toy, monkeypatch, product, expected
+):
     matmul = toy.Toy.matmul
     monkeypatch.setattr(toy.Toy, "matmul", lambda *words: product(matmul(*words)))
     code, found, _ = run_command("doctor", "--device", "cpu")
@@ -68,12 +61,10 @@ def test_a_quantizer_with_a_wrong_product_is_a_fault(
     assert findings(found)["toy"]["found"].startswith(expected)
 
 
-def test_a_missing_library_is_named_with_the_command_that_installs_it(
-    run_command: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_library_is_named_with_the_command_that_installs_it(run_command, monkeypatch):
     known = doctor.version
 
-    def version(name: str) -> str:
+    def version(name):
         if name in ("transformers", "trl"):
             raise doctor.PackageNotFoundError(name)
         return known(name)
@@ -94,17 +85,13 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
         (["--device", "cpu", "--device", "cuda:99"], "device 'cuda:99': expected one that torch"),
     ],
 )
-def test_a_device_that_is_not_there_is_refused_before_the_quantizers(
-    run_command: Run, words: list[str], message: str
-) -> None:
+def test_a_device_that_is_not_there_is_refused_before_the_quantizers(run_command, words, message):
     code, refused, _ = run_command("doctor", *words)
     assert code == 2
     assert message in refused["error"]["message"]
 
 
-def test_gpu_has_the_findings_of_check_gpu(
-    run_command: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_has_the_findings_of_check_gpu(run_command, monkeypatch):
     wrong = Finding("a card", "wrong", "fault", "mend it")
     monkeypatch.setattr(check_gpu, "findings", lambda device: [wrong])
     code, found, _ = run_command("doctor", "--gpu", "--device", "cpu")

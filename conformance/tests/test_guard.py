@@ -3,12 +3,10 @@
 import json
 import subprocess
 import sys
-from enum import IntEnum
 
 import pytest
 from modulora_conformance import recorder
 from modulora_conformance.__main__ import main
-from modulora_conformance.cases import neighbours
 from modulora_conformance.checks import GUARD, checks_of, meanings
 from modulora_conformance.run import SETTINGS, run
 from modulora_conformance.suite import QuantizerConformance
@@ -99,15 +97,6 @@ def test_a_wrong_request_is_refused_before_any_check(zoo, capsys, words, message
     assert "passed" not in printed.out
 
 
-def test_an_error_before_the_first_check_is_one_line(zoo, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "modulora_conformance.suite", None)  # its import fails
-    monkeypatch.delitem(sys.modules, "modulora_conformance.test_conformance", raising=False)
-    assert main(["zoo-healthy", "--level", "0"]) == 1
-    error = capsys.readouterr().err
-    assert "modulora_conformance.suite" in error
-    assert len(error.splitlines()) == 1
-
-
 IN_PROCESSES = """
 from modulora_conformance import QuantizerConformance
 from modulora_zoo.healthy import Healthy
@@ -137,15 +126,3 @@ def test_a_certified_run_fails_without_a_certificate(zoo, tmp_path, tests, words
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == code
     assert message in ran.stdout + ran.stderr
-
-
-def test_options_that_are_numbered_choices_are_changed_to_other_choices(zoo):
-    from modulora_zoo.healthy import Healthy
-
-    Size = IntEnum("Size", {"SMALL": 16, "LARGE": 64})
-
-    class Numbered(Healthy):
-        class Options(Healthy.Options):
-            group_size: Size = Size.SMALL
-
-    assert neighbours(Numbered(Numbered.Options())) == [{"group_size": 64}]

@@ -1,7 +1,5 @@
 """The kit against quantizers that are broken on purpose: each fails the check made for it."""
 
-from __future__ import annotations
-
 import importlib
 import zlib
 from pathlib import Path
@@ -14,7 +12,7 @@ from modulora_conformance.interpreted_kernels import run_interpreted
 from modulora_conformance.suite import QuantizerConformance
 
 
-def members(kernels: bool) -> dict[str, type]:
+def members(kernels):
     """The classes of the zoo by name: for the levels, or for the checks of compiled kernels."""
     chosen = {
         name: spec.location.split(":")[0]

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from modulora_core.registry import HOOKS
-
 EXAMPLES = Path(__file__).parents[1]
 PACKAGES = {
     path.parent.name: "".join(
@@ -28,14 +26,3 @@ def test_it_passes_its_own_tests(name, install, run, tmp_path):
     done = run(tmp_path, install(package), "pytest", str(package / "tests"), *words, *certified)
     assert done.returncode == 0, done.stdout[-3000:]
     assert " passed" in done.stdout
-
-
-@pytest.mark.parametrize("hook", HOOKS)
-def test_each_hook_has_a_package_that_implements_it(hook):
-    assert any(f"def {hook}()" in code for code in PACKAGES.values())
-
-
-def test_one_package_has_a_format_alone_and_one_a_command_alone():
-    alone = [[h for h in HOOKS if f"def {h}()" in code] for code in PACKAGES.values()]
-    assert ["modulora_formats"] in alone
-    assert ["modulora_commands"] in alone

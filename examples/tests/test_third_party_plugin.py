@@ -37,18 +37,3 @@ def test_it_passes_the_kit_and_leaves_a_report(conformance, tmp_path):
 def test_it_keeps_the_promise_of_each_width(conformance):
     result = conformance("-k", "test_the_error_keeps_the_promise")
     assert len(result["configurations"]) >= 5
-
-
-def test_no_file_of_the_core_knows_it():
-    core = PLUGIN.parents[1] / "modulora_core"
-    texts = {
-        path: path.read_text("utf-8").lower()
-        for path in core.rglob("*.py")
-        if "tests" not in path.relative_to(core).parts
-    }
-    naming = [
-        str(path)
-        for path, text in texts.items()
-        if "modulora_half_quadratic" in text or "hqq" in text
-    ]
-    assert naming == []

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 api: Any = modulora_core
 
 WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "null byte": (lambda _: api.load_model("a\0b"), "null"),
     "bytes": (lambda _: api.load_model("a\udcff"), "model 'a\\udcff': expected a name in UTF-8"),
     "out": (lambda _: api.quantize("m", None, "toy"), "out: expected str or Path, got None"),
     "include": (
@@ -30,12 +29,8 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         "include: expected a list of str, got 'q_proj'",
     ),
     "nan": (lambda _: api.Sampling(temperature=float("nan")), "temperature: expected 0"),
-    "bool": (lambda _: api.Sampling(top_k=True), "top_k: expected int, got True"),
-    "rank": (lambda _: api.LoRASettings(rank=None), "rank: expected int, got None"),
-    "samples": (lambda _: api.CalibrationConfig("x", 1.5), "samples: expected int or"),
     "targets": (lambda _: api.LoRASettings(targets=[5]), "str or a list of str, got [5]"),
     "quantizer": (lambda _: api.Choice(5).create(), "name: expected str, got 5"),
-    "weight": (lambda _: api.QuantLinear(nn.Linear(2, 2)), "weight: expected PackedParameter"),
     "base": (lambda _: api.LoRALinear(nn.Linear(2, 2)), "base: expected QuantLinear"),
     "options": (
         lambda _: api.ModuLoRAConfig("toy", 5),
@@ -105,19 +100,11 @@ def test_a_config_takes_paths_and_says_what_it_refuses() -> None:
     assert one == other
     assert one.to_yaml() == other.to_yaml()
     for wrong, message in (
-        ({"rank": 0}, r"FinetuneConfig: option 'rank': expected greater than .* 1, got 0"),
-        ({"lr": float("nan")}, "FinetuneConfig: option 'lr': expected .* finite"),
         ({"ranks": 4}, "FinetuneConfig: unknown option 'ranks'; did you mean 'rank'"),
-        ({"steps": 1, "epochs": 1}, "FinetuneConfig: .*epochs"),
         ({"out": 5}, "FinetuneConfig: option 'out': expected a valid string, got 5"),
     ):
         with pytest.raises(OptionError, match=message):
             api.FinetuneConfig(**{"model": "m", "out": "o", **wrong})
-
-
-def test_functions_are_all_checked() -> None:
-    names = {name for name in modulora_core.__all__ if inspect.isfunction(getattr(api, name))}
-    assert names == set(FUNCTIONS)
 
 
 @checked

@@ -1,12 +1,7 @@
 """Products by torch's own choice and by oneDNN equal the product in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modulora_core import dense_products
 from modulora_core.dense_products import (
@@ -29,20 +24,6 @@ def library(request, monkeypatch):
     monkeypatch.setattr(dense_products, "LEAST_PRODUCTS", 1)
     monkeypatch.setattr(dense_products, "LEAST_PRODUCTS_OF_A_ROW", 1)
     return str(request.param)
-
-
-@pytest.fixture
-def rows_by_onednn(monkeypatch):
-    """The rows of X of each product that oneDNN is asked for."""
-    asked = []
-
-    def multiply(x, w):
-        asked.append(len(x))
-        return x @ w
-
-    monkeypatch.setattr(dense_products, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(dense_products, "_by_onednn", multiply)
-    return asked
 
 
 def operands(n, k, m, dtype=torch.float32):
@@ -125,93 +106,4 @@ def test_a_linear_layer_equals_the_fp64_layer_with_its_gradients(
         torch.testing.assert_close(weight.grad.double(), dW, **NEAR)
 
 
-def test_a_linear_layer_takes_inputs_and_gradients_of_any_strides(library):
-    x = torch.randn(3, 12, 4).transpose(1, 2).requires_grad_()  # [3, 4, 12]
-    w = operands(1, 12, 20)[1]
-    y = linear(x, w.t())
-    dY = torch.randn(20, 4, 3).permute(2, 1, 0)
-    y.backward(dY)
-    torch.testing.assert_close(y.double(), x.detach().double() @ w.double(), **NEAR)
-    torch.testing.assert_close(x.grad.double(), dY.double() @ w.t().double(), **NEAR)
-
-
 # --- the choice --------------------------------------------------------------------------------
-
-
-@needs_onednn
-def test_onednn_is_asked_for_large_fp32_products_of_contiguous_matrices(
-    rows_by_onednn, monkeypatch
-):
-    for size in ((15, 256, 256), (1, 2048, 2048), (16, 256, 256), (2, 1024, 512)):
-        product(*operands(*size))
-    assert rows_by_onednn == [16, 2]
-    rows_by_onednn.clear()
-    x, w = operands(64, 512, 512)
-    for part in (w[:, 3:500], w[:, 3:500].t(), w[::2], w[::2].t()):  # with gaps
-        product(x[:, : len(part)], part)
-    with FakeTensorMode():
-        assert product(*operands(64, 256, 256)).shape == (64, 256)
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    product(x, w)
-    assert rows_by_onednn == []
-
-
-@needs_onednn
-def test_a_layer_that_could_train_is_onednns_without_gradients(rows_by_onednn):
-    weight = torch.ones(512, 512, requires_grad=True)
-    linear(torch.ones(64, 512), weight)
-    assert rows_by_onednn == []
-    with torch.no_grad():
-        linear(torch.ones(64, 512), weight)
-    assert rows_by_onednn == [64]
-
-
-@pytest.mark.parametrize(
-    ("processor", "capability", "faster"),
-    [
-        ("vendor_id\t: AuthenticAMD", "AVX512", True),
-        ("vendor_id\t: GenuineIntel", "AVX512", False),
-        ("vendor_id\t: AuthenticAMD", "AVX2", False),
-    ],
-)
-@pytest.mark.skipif(
-    not (HAS_ONEDNN and torch.backends.mkl.is_available()),
-    reason="torch was built without oneDNN or MKL",
-)
-def test_onednn_is_faster_on_amd_processors_with_avx512(processor, capability, faster, monkeypatch):
-    monkeypatch.setattr(dense_products, "_processor", lambda: processor)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert dense_products.onednn_is_faster.__wrapped__() is faster
-
-
-GROWTH = """
-import re, torch
-from modulora_core import dense_products
-
-dense_products.onednn_is_faster = lambda: True
-dense_products.has_bfloat16_units()
-
-def resident():
-    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
-
-w, x = torch.randn(512, 512), torch.randn(600, 512)
-for dtype in (torch.float32, torch.bfloat16):
-    a, b = x.to(dtype), w.to(dtype)
-    for n in range(600, 500, -1):  # the largest first, so that results find their memory
-        dense_products.product(a[:n], b)
-    before = resident()
-    for n in range(500, 200, -1):
-        dense_products.product(a[:n], b)
-    print(resident() - before)
-"""
-
-
-@needs_onednn
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_onednns_cache_does_not_grow_with_the_number_of_sizes():
-    environment = {name: v for name, v in os.environ.items() if "CACHE_CAPACITY" not in name}
-    done = subprocess.run(
-        [sys.executable, "-c", GROWTH], env=environment, capture_output=True, text=True, check=True
-    )
-    for kib in map(int, done.stdout.split()):
-        assert kib < 40 * 1024  # 300 sizes of half a MiB each would be 150 MiB

@@ -1,7 +1,5 @@
 """The distributions of this repository: their metadata agree, and importing one opens no socket."""
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess
@@ -9,7 +7,6 @@ import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
-from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -67,12 +64,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def project(path: Path) -> dict[str, Any]:
+def project(path):
     return tomllib.loads((path / "pyproject.toml").read_text())
 
 
 @pytest.mark.parametrize("path", [*PROJECTS, ALL], ids=lambda path: path.name)
-def test_metadata_agree(path: Path) -> None:
+def test_metadata_agree(path):
     ours, root = project(path), project(ROOT)["project"]
     for field in ("version", "license", "license-files", "requires-python"):
         assert ours["project"][field] == root[field], field
@@ -83,26 +80,13 @@ def test_metadata_agree(path: Path) -> None:
         assert (path / package / "py.typed").is_file()
 
 
-def test_the_whole_distribution_has_every_other_one() -> None:
+def test_the_whole_distribution_has_every_other_one():
     ours = {project(path)["project"]["name"] for path in OURS}
     assert {Requirement(text).name for text in project(ALL)["project"]["dependencies"]} == ours
 
 
-def test_each_library_has_one_lower_bound_and_no_upper_one() -> None:
-    """``.ci/lowest`` tests the lowest bound of all; a higher one elsewhere would hide it."""
-    bounds: dict[str, set[str]] = {}
-    for path in PROJECTS:
-        described = project(path)["project"]
-        extras = described.get("optional-dependencies", {})
-        for text in [*described["dependencies"], *extras.get("data", [])]:
-            wanted = Requirement(text)
-            assert {part.operator for part in wanted.specifier} <= {">=", "!="}, text
-            bounds.setdefault(wanted.name, set()).add(str(wanted.specifier))
-    assert {name: found for name, found in bounds.items() if len(found) > 1} == {}
-
-
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: path.name)
-def test_each_library_that_a_module_imports_is_declared(path: Path) -> None:
+def test_each_library_that_a_module_imports_is_declared(path):
     """By its distribution, or by the core's, which all others need."""
     described = project(path)
     extras = described["project"].get("optional-dependencies", {}).values()
@@ -120,18 +104,18 @@ def test_each_library_that_a_module_imports_is_declared(path: Path) -> None:
     assert {name for name, of in named.items() if of and of.isdisjoint(declared)} == set()
 
 
-def canonical(name: str) -> str:
+def canonical(name):
     return name.lower().replace("_", "-")
 
 
-def top_level(node: ast.stmt) -> set[str]:
+def top_level(node):
     """The packages of a statement, if it is an absolute import."""
     if isinstance(node, ast.Import):
         return {alias.name.partition(".")[0] for alias in node.names}
     return {str(node.module).partition(".")[0]} if isinstance(node, ast.ImportFrom) else set()
 
 
-def test_loading_and_training_open_no_connection(tunable: Path) -> None:
+def test_loading_and_training_open_no_connection(tunable):
     process = subprocess.run(
         [sys.executable, "-c", USE, str(tunable)],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(TOY_SITE)},
@@ -140,7 +124,7 @@ def test_loading_and_training_open_no_connection(tunable: Path) -> None:
 
 
 @pytest.mark.slow
-def test_importing_opens_no_connection() -> None:
+def test_importing_opens_no_connection():
     names = [
         Path(*project(path)["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]).name
         for path in OURS

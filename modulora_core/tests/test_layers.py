@@ -1,45 +1,34 @@
 """Modules that hold packed weights: products, moves, casts, copies, adapters and scales."""
 
-from __future__ import annotations
-
-from types import ModuleType
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from modulora_core.errors import AdapterError, CheckpointError, DenseWeightError, ShapeError
+from modulora_core.errors import DenseWeightError
 from modulora_core.layers import LoRALinear, QuantLinear
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.spec import PackedWeight
 
 
 @pytest.fixture
-def weight(toy: ModuleType) -> PackedParameter:
+def weight(toy):
     torch.manual_seed(0)
     quantizer = toy.Toy()
     return PackedParameter(quantizer, quantizer.pack(torch.randn(6, 4)))
 
 
-def dense(weight: PackedParameter) -> torch.Tensor:
+def dense(weight):
     return weight.quantizer.dequantize_tile(weight.packed, (0, 6), torch.float32)
 
 
-def test_quant_linear_equals_the_linear_layer_of_its_dequantized_weight(
-    weight: PackedParameter,
-) -> None:
+def test_quant_linear_equals_the_linear_layer_of_its_dequantized_weight(weight):
     bias = nn.Parameter(torch.randn(6))
     x = torch.randn(2, 3, 4)
     torch.testing.assert_close(QuantLinear(weight, bias)(x), F.linear(x, dense(weight), bias))
 
 
-def test_a_bias_of_another_size_is_refused(weight: PackedParameter) -> None:
-    with pytest.raises(ShapeError, match=r"expected \[6\], got \[4\]"):
-        QuantLinear(weight, nn.Parameter(torch.randn(4)))
-
-
-def test_tensors_are_parameters_without_a_gradient(toy: ModuleType) -> None:
+def test_tensors_are_parameters_without_a_gradient(toy):
     """DDP broadcasts buffers at each forward; FSDP2 shards parameters of at least one dimension."""
     tensors = {"codes": torch.ones(6, 4, dtype=torch.int8), "scale": torch.ones(6, 1).half()}
     packed = PackedWeight("toy", 1, (6, 4), {**tensors, "offset": torch.tensor(1.5)})
@@ -51,7 +40,7 @@ def test_tensors_are_parameters_without_a_gradient(toy: ModuleType) -> None:
     assert [name for name, _ in weight.named_buffers()] == ["offset"]
 
 
-def test_widened_tensors_are_narrowed_again(toy: ModuleType) -> None:
+def test_widened_tensors_are_narrowed_again(toy):
     """PEFT's prepare_model_for_kbit_training widens every 16-bit parameter in place."""
     tensors = {"codes": torch.ones(6, 4, dtype=torch.int8), "scale": torch.rand(6, 1).half()}
     weight = PackedParameter(toy.Toy(), PackedWeight("toy", 1, (6, 4), tensors))
@@ -60,13 +49,7 @@ def test_widened_tensors_are_narrowed_again(toy: ModuleType) -> None:
     assert weight.packed.tensors["scale"].dtype is torch.float16
 
 
-def test_a_tensor_of_another_shape_is_refused(weight: PackedParameter) -> None:
-    weight.scale = nn.Parameter(torch.ones(5, 1), requires_grad=False)
-    with pytest.raises(CheckpointError, match="expected"):
-        _ = weight.packed
-
-
-def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy: ModuleType) -> None:
+def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy):
     quantizer = toy.Toy()
     packed = [quantizer.pack(torch.randn(6, 4)) for _ in range(3)]
     stack = nn.ModuleList(PackedParameter(quantizer, p) for p in packed)
@@ -87,7 +70,7 @@ def test_a_stack_of_experts_is_indexed_and_multiplied_as_a_tensor_is(toy: Module
     assert seen_transposed[0].shape == (4, 6)
 
 
-def test_another_torch_function_on_a_packed_weight_says_so(weight: PackedParameter) -> None:
+def test_another_torch_function_on_a_packed_weight_says_so(weight):
     for function, *operands in (
         (torch.add, torch.ones(6, 4), weight),
         (torch.matmul, weight, torch.ones(4, 2)),
@@ -98,18 +81,7 @@ def test_another_torch_function_on_a_packed_weight_says_so(weight: PackedParamet
             function(*operands)
 
 
-def test_a_new_adapter_changes_nothing_until_it_trains(weight: PackedParameter) -> None:
-    base = QuantLinear(weight)
-    layer = LoRALinear(base)
-    x = torch.randn(3, 4)
-    layer.add_adapter("default", 2, alpha=4)
-    assert torch.equal(layer(x), base(x))
-    nn.init.normal_(layer.lora_B["default"])
-    A, B = layer.lora_A["default"], layer.lora_B["default"]
-    torch.testing.assert_close(layer(x), base(x) + 2.0 * (x @ A.t()) @ B.t())
-
-
-def test_several_adapters_of_different_ranks_add_up(weight: PackedParameter) -> None:
+def test_several_adapters_of_different_ranks_add_up(weight):
     base = QuantLinear(weight)
     layer = LoRALinear(base)
     layer.add_adapter("one", 1, alpha=3)
@@ -129,21 +101,7 @@ def test_several_adapters_of_different_ranks_add_up(weight: PackedParameter) -> 
     )
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"), [({"rank": 0}, "rank"), ({"rank": 2, "dropout": 1.0}, "dropout")]
-)
-def test_an_adapter_with_impossible_settings_is_refused(
-    weight: PackedParameter, kwargs: dict[str, float], message: str
-) -> None:
-    layer = LoRALinear(QuantLinear(weight))
-    with pytest.raises(AdapterError, match=message):
-        layer.add_adapter("default", alpha=1, **kwargs)  # type: ignore[arg-type]
-    layer.add_adapter("default", 1, alpha=1)
-    with pytest.raises(AdapterError, match="one of that name"):
-        layer.add_adapter("default", 1, alpha=1)
-
-
-def test_scales_of_several_adapters_multiply_and_all_train(weight: PackedParameter) -> None:
+def test_scales_of_several_adapters_multiply_and_all_train(weight):
     scaled = LoRALinear(QuantLinear(weight))
     for name in ("one", "two"):
         scaled.add_adapter(name, 1, alpha=1, channel_scales=True)
@@ -154,7 +112,7 @@ def test_scales_of_several_adapters_multiply_and_all_train(weight: PackedParamet
     x = torch.randn(4, 4)
     base = QuantLinear(weight)
 
-    def expected(names: tuple[str, ...]) -> Tensor:
+    def expected(names):
         y = x
         for name in names:
             y = y * scaled.input_scale[name]

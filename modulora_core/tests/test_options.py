@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel
 
-from modulora_core.errors import OptionError, PluginError
+from modulora_core.errors import OptionError
 from modulora_core.options import parse_options, validate_model
 from modulora_core.registry import Choice
 
@@ -52,11 +52,6 @@ def test_a_word_is_read_as_the_number_of_a_literal(words, meant):
     assert [type(value) for value in read.values()] == [type(value) for value in expected.values()]
 
 
-def test_a_word_that_is_none_of_a_literal_is_refused():
-    with pytest.raises(OptionError, match="option 'bits': expected 2, 3 or 4, got '5'"):
-        validate_model("alpha", Choices, {"bits": "5"})
-
-
 # --- a quantizer with options in one word ---
 
 
@@ -89,12 +84,3 @@ def test_a_label_equals_the_parsed_text(text, expected):
 def test_a_malformed_choice_is_refused_in_the_name_of_its_flag(text, message):
     with pytest.raises(OptionError, match=re.escape(message)):
         Choice.parse(text, "--some")
-
-
-def test_options_are_checked_when_the_quantizer_is_made(toy):
-    quantizer = Choice.parse("toy:levels=9").create()
-    assert quantizer.options.model_dump() == {"levels": 9}
-    with pytest.raises(OptionError, match="levels"):
-        Choice("toy", {"levels": 1000}).create()
-    with pytest.raises(PluginError, match="nobody"):
-        Choice("nobody").create()

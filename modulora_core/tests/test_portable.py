@@ -54,15 +54,3 @@ def test_quantizing_finetuning_and_measuring_work(elsewhere, tmp_path, toy):
     with PeakMemory() as peak:
         pass
     assert (peak.nbytes == 0) == (elsewhere == "Windows")
-
-
-@pytest.mark.slow
-def test_mapped_weights_need_no_advice_to_the_kernel(elsewhere, tmp_path, toy):
-    save_llama_with_tokenizer(tmp_path / "dense")
-    (tmp_path / "notes.txt").write_text(TEXT, "utf-8")
-    quantize(tmp_path / "dense", tmp_path / "packed", "toy")
-    config = FinetuneConfig(
-        model=str(tmp_path / "packed"), out=str(tmp_path / "adapter"), steps=1, batch_size=1,
-        data=str(tmp_path / "notes.txt"), seq_len=16, mapped=True, baseline=False,
-    )  # fmt: skip
-    assert len(finetune(config, progress=False).losses) == 1

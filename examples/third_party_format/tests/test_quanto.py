@@ -1,7 +1,5 @@
 """Folders in optimum-quanto's layout are models: opened, run, converted, or refused."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

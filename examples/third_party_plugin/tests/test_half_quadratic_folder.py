@@ -1,15 +1,12 @@
 """HQQ folders, written tensor by tensor as the authors' package does, are read."""
 
-from __future__ import annotations
-
 import json
-import warnings
 
 import pytest
 import torch
 from modulora_convert.convert import convert
 from modulora_half_quadratic.formats import HQQ
-from modulora_half_quadratic.quantizer import HalfQuadratic, Options
+from modulora_half_quadratic.quantizer import HalfQuadratic
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,22 +61,6 @@ def test_every_width_is_read_within_fp16(bits, stored):
     tensors, W = layer((24, 48), bits, 16, stored)
     offsets = (tensors["scale"].float() * tensors["zero"].float()).view(24, 3)
     assert_close(read_layer(tensors), W, (2**-11 + 1e-6) * offsets.repeat_interleave(16, 1))
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-@pytest.mark.parametrize("as_float", [False, True])
-def test_layers_of_the_authors_package_are_read(bits, as_float):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        peer = pytest.importorskip("hqq.core.quantize", reason="hqq is not installed")
-    config = peer.BaseQuantizeConfig(nbits=bits, group_size=32, axis=1, view_as_float=as_float)
-    torch.manual_seed(0)
-    theirs = peer.HQQLinear(
-        torch.nn.Linear(64, 48), config, compute_dtype=torch.float32, device="cpu"
-    )
-    s, z = theirs.meta["scale"], theirs.meta["zero"]  # fp32: s is rounded too
-    bound = (2**-11 + 1e-6) * (s * (z.abs() + 2**bits - 1)).max()
-    assert_close(read_layer(theirs.state_dict()), theirs.dequantize(), bound)
 
 
 def save_hqq(folder, **changed):
@@ -140,10 +121,3 @@ def test_other_layers_are_refused(part, value, error, message, tmp_path):
     save_hqq(tmp_path, **{f"{UP}.{part}": value})
     with pytest.raises(error, match=message):
         open_packed(tmp_path)
-
-
-def test_options_of_the_quantizer_are_those_of_the_layer():
-    tensors, _ = layer((8, 32), bits=2, group=8)
-    assert read_layer(tensors).layout == HalfQuadratic(Options(bits=2, group_size=8)).layout(
-        (8, 32)
-    )

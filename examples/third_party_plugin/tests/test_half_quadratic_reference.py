@@ -48,42 +48,6 @@ def test_each_code_is_the_best_for_its_scale_and_offset(bits, fit_scale, generat
     assert bool((error <= best + 1e-6).all())
 
 
-def test_least_squares_are_torchs(generator):
-    W = torch.randn(9, 30, generator=generator, dtype=torch.float64)
-    q = torch.randint(0, 8, (9, 30), generator=generator).to(W.dtype)
-    W += q  # so that the scale is positive
-    s, b = reference.least_squares(W, q, torch.ones(9, 1, dtype=W.dtype))
-    for row in range(9):
-        A = torch.stack([q[row], torch.ones(30, dtype=W.dtype)], dim=1)
-        expected = torch.linalg.lstsq(A, W[row][:, None]).solution[:, 0]
-        torch.testing.assert_close(torch.cat([s[row], b[row]]), expected, rtol=1e-5, atol=1e-5)
-    # equal codes, and codes against the weights: the scale stays
-    W = torch.randn(2, 10, generator=generator)
-    q = torch.stack([torch.full((10,), 3.0), -W[1]])
-    s, b = reference.least_squares(W, q, torch.full((2, 1), 0.5))
-    assert s.tolist() == [[0.5], [0.5]]
-    torch.testing.assert_close(b, (W - 0.5 * q).mean(dim=1, keepdim=True))
-
-
-@pytest.mark.parametrize(("p", "beta"), [(0.7, 10.0), (0.5, 2.0), (1.0, 4.0)])
-def test_shrinking_zeroes_small_errors_and_keeps_large_ones(p, beta):
-    threshold = beta ** (-1 / (2 - p))
-    x = torch.tensor([0.0, 0.999 * threshold, 1.001 * threshold, 1e3], dtype=torch.float64)
-    for sign in (1, -1):
-        zero, small, more, large = (sign * reference.shrink(sign * x, beta, p)).tolist()
-        assert zero == small == 0
-        assert 0 < more < 0.01 * threshold
-        assert large == pytest.approx(1e3 - 1e3 ** (p - 1) / beta)
-
-
-def test_for_the_l1_norm_shrinking_solves_its_sub_problem(generator):
-    """|e| + β/2 (e − x)² over a grid of e has its minimum at shrink(x)."""
-    x = torch.randn(50, generator=generator, dtype=torch.float64)
-    e = torch.linspace(-4, 4, 80001, dtype=torch.float64)
-    best = e[(e.abs() + 2.5 / 2 * (e - x[:, None]) ** 2).argmin(dim=1)]
-    torch.testing.assert_close(reference.shrink(x, 2.5, 1.0), best, rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize(("bits", "share"), [(1, 0.7), (2, 0.85), (4, 0.99)])
 def test_optimizing_and_fitting_the_scale_lower_the_lp_error(bits, share, generator):
     W = torch.randn(400, 64, generator=generator)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ from modulora_core.calibration import (
     CalibrationConfig,
     CalibrationText,
     find_blocks,
-    states,
 )
-from modulora_core.calibration.gradients import Sensitivity
 from modulora_core.calibration.sensitivity import loss_sensitivities
 from modulora_core.calibration.token_weights import OutputMoments, token_weights
 from modulora_core.errors import WorkError
@@ -34,9 +31,7 @@ IDS = torch.randint(3, 96, (3, 20), generator=torch.Generator().manual_seed(1))
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def sensitivities(
-    folder: Path, ids: Tensor = IDS, *, spill: bool | None = None
-) -> dict[str, list[Sensitivity]]:
+def sensitivities(folder, ids=IDS, *, spill=None):
     source = open_dense(str(folder))
     linears = find_sites(source.skeleton()).linears
     cpu = torch.device("cpu")
@@ -46,19 +41,19 @@ def sensitivities(
 class Gradients(Products):
     """The gradients in each product's result, by matrix: fp64 ``[rows, out]`` of each backward."""
 
-    def __init__(self, model: object) -> None:
-        super().__init__(model)  # type: ignore[arg-type]
+    def __init__(self, model):
+        super().__init__(model)
         self.found: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
-    def gave(self, name: str, expert: int, y: Tensor, *, stacked: bool) -> None:
+    def gave(self, name, expert, y, *, stacked):
         y.register_hook(partial(self._add, name, expert, stacked))
 
-    def _add(self, name: str, expert: int, stacked: bool, gradient: Tensor) -> None:
+    def _add(self, name, expert, stacked, gradient):
         for i, part in enumerate(gradient if stacked else [gradient], expert):
             self.found[name, i].append(part.double().reshape(-1, part.shape[-1]))
 
 
-def drawn(scores: Tensor, sample: int) -> Tensor:
+def drawn(scores, sample):
     """The tokens drawn for a sample with seed 5: ``[seq_len, 1]``."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"5 {sample}".encode()))
     sums = scores.detach().float().exp().cumsum(-1)
@@ -69,9 +64,7 @@ def drawn(scores: Tensor, sample: int) -> Tensor:
 @pytest.mark.parametrize(
     "architecture", ["llama-tied", "gpt2", "gemma3_text", "falcon", "mixtral", "gpt_oss"]
 )
-def test_outputs_and_tokens_get_the_mean_squares_of_their_gradients(
-    architecture: str, tmp_path: Path
-) -> None:
+def test_outputs_and_tokens_get_the_mean_squares_of_their_gradients(architecture, tmp_path):
     folder = save_tiny_model(architecture, tmp_path)
     found = sensitivities(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
@@ -101,8 +94,8 @@ def test_outputs_and_tokens_get_the_mean_squares_of_their_gradients(
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "falcon", "mixtral"])
 @pytest.mark.parametrize("sequential", [True, False])
 def test_weighted_second_moments_are_those_of_autograd_in_float64(
-    architecture: str, sequential: bool, tmp_path: Path
-) -> None:
+    architecture, sequential, tmp_path
+):
     """H = E[w xxᵀ] of a dense model, with w = ‖gₜ‖ / E‖g‖, and w = 1 for experts; H_O beside it."""
     folder, seen = save_tiny_model(architecture, tmp_path), Seen()
     source = open_dense(str(folder))
@@ -160,61 +153,7 @@ def test_weighted_second_moments_are_those_of_autograd_in_float64(
     assert weights.keys() == inside - experts
 
 
-def test_half_the_weighted_square_of_a_small_error_is_the_growth_of_the_divergence(
-    tmp_path: Path,
-) -> None:
-    """Noise of variance σ² in the outputs of one layer increases KL by ½ Σ s σ²."""
-    folder = save_tiny_model("llama", tmp_path)
-    ids = torch.randint(3, 96, (16, 60), generator=torch.Generator().manual_seed(2))
-    found = sensitivities(folder, ids)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().double()
-    generator, noise = torch.Generator().manual_seed(3), 1e-3
-
-    def disturb(_module: object, _inputs: object, y: Tensor) -> Tensor:
-        return y + noise * torch.randn(y.shape, generator=generator, dtype=y.dtype)
-
-    with torch.no_grad():
-        before = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-        for name in ("0.mlp.down_proj", "1.self_attn.v_proj", "1.mlp.up_proj"):
-            path, divergences = f"model.layers.{name}", []
-            for _ in range(2):
-                handle = model.get_submodule(path).register_forward_hook(disturb)
-                after = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-                handle.remove()
-                divergences.append(float((before.exp() * (before - after)).sum(-1).mean()))
-            s = found[f"{path}.weight"][0].outputs.double()
-            # 960 tokens are drawn, and a layer's early ones affect many later ones: 15 % were
-            # seen; a wrong ½ is 100 %
-            expected = pytest.approx(float(s.sum()) * noise**2 / 2, rel=0.25)
-            assert sum(divergences) / 2 == expected, name
-
-
-def test_states_in_a_file_give_the_same_and_the_file_has_the_computed_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = save_tiny_model("llama", tmp_path)
-    files, in_memory = sorted(folder.iterdir()), sensitivities(folder, spill=False)
-    largest: list[int] = []
-    write = states.SampleStates.__setitem__
-
-    def measured(self: states.SampleStates, place: tuple[int, int], state: Tensor) -> None:
-        write(self, place, state)
-        largest.append(self._file.tell())
-
-    monkeypatch.setattr(states.SampleStates, "__setitem__", measured)
-    in_file = sensitivities(folder)
-    for name, (one,) in in_memory.items():
-        (other,) = in_file[name]
-        assert torch.equal(one.outputs, other.outputs)
-        assert all(map(torch.equal, one.tokens, other.tokens))
-    assert sorted(folder.iterdir()) == files
-    config, cpu = open_dense(str(folder)).config, torch.device("cpu")
-    tokens = (2 + 1) * IDS.numel()
-    assert states.spilled_bytes(tokens, config, cpu, spill=True) == max(largest)
-    assert states.spilled_bytes(tokens, config, cpu, spill=None) == 0
-
-
-def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
     model = tiny_model("llama")
     with torch.no_grad():
         for name in ("lm_head.weight", "model.norm.weight"):

@@ -1,8 +1,5 @@
 """Tuning a quantized block towards the dense block: its effect, its judge, and its limits."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,15 +8,11 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import (
     CalibrationConfig,
-    Tuner,
     TuningConfig,
     calibration_text,
     find_blocks,
 )
-from modulora_core.calibration.observe import Key, ObservedWeight
-from modulora_core.errors import DataError, OptionError, WorkError
 from modulora_core.hf.load_model import load_model
-from modulora_core.layers import ChannelScales
 from modulora_core.models import open_dense
 from modulora_core.packed import PackedWeight
 from modulora_core.quantization.quantize import quantize
@@ -172,66 +165,3 @@ def test_a_block_that_did_not_become_better_stays_as_it_was_quantized(
         assert not changed(tmp_path / name, tmp_path / "untuned")
         assert result.tuning_errors is not None
         assert all(before == after for before, after in result.tuning_errors.values())
-
-
-def test_a_rescaled_weight_of_another_layout_is_refused(llama, scaled, tmp_path, monkeypatch):
-    def wider(self, packed, *scales):
-        tensors = {**packed.tensors, "rows": packed.tensors["rows"].float()}
-        return PackedWeight("scaled", 1, packed.shape, tensors)
-
-    monkeypatch.setattr(scaled.Scaled, "rescaled", wider)
-    with pytest.raises(WorkError, match=r"q_proj\.weight: scaled rescaled it as"):
-        run(llama, tmp_path / "out")
-
-
-def test_one_block_is_dense_at_a_time_while_it_is_tuned(llama, tmp_path, monkeypatch):
-    alive = weakref.WeakSet()
-    made, tune, counts = ObservedWeight.__init__, Tuner.tune, list[int]()
-
-    def counted(self, *given):
-        made(self, *given)
-        alive.add(self)
-
-    def watched(self, *given):
-        found = tune(self, *given)
-        counts.append(len(alive))
-        return found
-
-    monkeypatch.setattr(ObservedWeight, "__init__", counted)
-    monkeypatch.setattr(Tuner, "tune", watched)
-    gc.disable()  # a block must go when it is done, and not when a collector comes by
-    try:
-        run(llama, tmp_path / "out")
-    finally:
-        gc.enable()
-    assert counts == [7, 7]
-    assert not alive
-
-
-def test_scales_multiply_columns_and_rows_and_have_exact_gradients(generator):
-    shapes = ((5, 3), (2, 4, 3), (5,), (3,), (5,))
-    W, x, b, u, v = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
-    )
-    observed = ObservedWeight(Key("weight"), W)
-
-    def product(x, b, u, v):
-        observed.scales = ChannelScales(u, v)
-        return observed.multiply(x, b)
-
-    torch.testing.assert_close(product(x, b, u, v), x @ (v.diag() @ W @ u.diag()).t() + b)
-    assert torch.autograd.gradcheck(product, [tensor.requires_grad_() for tensor in (x, b, u, v)])
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("epochs", -1), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("batch_size", 0)],
-)
-def test_a_number_out_of_its_range_is_refused(name, value):
-    with pytest.raises(OptionError, match=f"tuning {name}: expected"):
-        TuningConfig(**{name: value})
-
-
-def test_one_sample_is_refused():
-    with pytest.raises(DataError, match="at least 2 calibration samples"):
-        TuningConfig().batches(1, 512)

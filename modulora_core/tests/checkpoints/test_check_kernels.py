@@ -30,7 +30,3 @@ def test_each_layout_is_compared_once_and_a_difference_is_a_warning(toy, monkeyp
     (message,) = [str(each.message) for each in warned]
     assert "mine.kernels: tile of [6, 4]: error 1.0. Please report" in message
     assert "doctor --gpu" in message
-
-
-def test_a_quantizer_without_kernels_has_nothing_to_compare(toy):
-    check_kernels(weights(toy), torch.float32, no_progress)  # warnings are errors here

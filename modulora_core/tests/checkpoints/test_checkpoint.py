@@ -1,14 +1,10 @@
 """A packed folder is checked when it is opened."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -27,19 +23,19 @@ UP = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.fixture
-def folder(pack: Callable[..., tuple[Path, Path]], tmp_path: Path) -> Path:
+def folder(pack, tmp_path):
     """A copy of a tiny packed Llama."""
     return Path(shutil.copytree(pack("llama", "toy")[1], tmp_path / "packed"))
 
 
-def edit_record(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+def edit_record(folder, edit):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     edit(config["quantization_config"])
     path.write_text(json.dumps(config))
 
 
-def test_the_record_is_written_as_it_was_read(folder: Path) -> None:
+def test_the_record_is_written_as_it_was_read(folder):
     text = json.loads((folder / "config.json").read_text())["quantization_config"]
     record = QuantizationRecord.from_json(text)
     assert json.loads(json.dumps(record.to_json())) == text
@@ -47,7 +43,7 @@ def test_the_record_is_written_as_it_was_read(folder: Path) -> None:
     assert 8 < record.bits_per_weight < 10
 
 
-def site(**changes: Any) -> Callable[[dict[str, Any]], object]:
+def site(**changes):
     return lambda record: record["sites"][0].update(changes)
 
 
@@ -73,15 +69,13 @@ def site(**changes: Any) -> Callable[[dict[str, Any]], object]:
         ),
     ],
 )
-def test_a_record_that_does_not_fit_is_refused(
-    edit: Callable[[dict[str, Any]], object], message: str, folder: Path
-) -> None:
+def test_a_record_that_does_not_fit_is_refused(edit, message, folder):
     edit_record(folder, edit)
     with pytest.raises(CheckpointError, match=message):
         open_packed(folder)
 
 
-def test_a_missing_plugin_is_named_with_the_package_to_install(folder: Path) -> None:
+def test_a_missing_plugin_is_named_with_the_package_to_install(folder):
     edit_record(folder, lambda record: record["recipes"][0].update(
         quantizer="absent", distribution="modulora-absent"
     ))  # fmt: skip
@@ -90,7 +84,7 @@ def test_a_missing_plugin_is_named_with_the_package_to_install(folder: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.mlp.up_proj.weight.scale"])
-def test_values_that_are_not_finite_are_refused_by_name(folder: Path, name: str) -> None:
+def test_values_that_are_not_finite_are_refused_by_name(folder, name):
     (path,) = folder.glob("*.safetensors")
     tensors = load_file(path)
     tensors[name].view(-1)[-1] = torch.nan
@@ -103,7 +97,7 @@ def test_values_that_are_not_finite_are_refused_by_name(folder: Path, name: str)
             reads(str(folder))
 
 
-def test_a_wrong_request_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_wrong_request_is_refused(folder, tmp_path):
     with pytest.raises(OptionError, match=r"dtype: expected one of auto, .*got 'float8'"):
         load_model(folder, dtype="float8")
     with pytest.raises(ModelError, match="no tokenizer files, such as tokenizer"):
@@ -113,8 +107,8 @@ def test_a_wrong_request_is_refused(folder: Path, tmp_path: Path) -> None:
         open_packed(tmp_path / "empty")
 
 
-def without(name: str) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
+def without(name):
+    def damage(folder):
         (path,) = folder.glob("*.safetensors")
         tensors = load_file(path)
         del tensors[name]
@@ -123,7 +117,7 @@ def without(name: str) -> Callable[[Path], object]:
     return damage
 
 
-def whole_numbers(folder: Path) -> None:
+def whole_numbers(folder):
     """The header of a dense tensor says I32: transformers would cast its bits to floats."""
     (path,) = folder.glob("*.safetensors")
     tensors = load_file(path)
@@ -131,8 +125,8 @@ def whole_numbers(folder: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def configured(**values: object) -> Callable[[Path], object]:
-    def damage(folder: Path) -> None:
+def configured(**values):
+    def damage(folder):
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
@@ -156,8 +150,8 @@ def configured(**values: object) -> Callable[[Path], object]:
     ids=["norm", "integers", "weights", "layers", "size", "bias", "activation"],
 )
 def test_every_command_refuses_a_folder_that_is_not_a_whole_model(
-    folder: Path, damage: Callable[[Path], object], message: str, tmp_path: Path
-) -> None:
+    folder, damage, message, tmp_path
+):
     damage(folder)
     out = tmp_path / "out"
     commands = (load_model, info, partial(merge, out=out), partial(convert, out=out, to="crude"))

@@ -1,16 +1,8 @@
 """A folder that another tool quantized loads as the model that it holds."""
 
-from __future__ import annotations
-
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from modulora_core.checkpoints.opening import is_packed, open_packed
 from modulora_core.errors import CheckpointError, ModelError
@@ -18,8 +10,7 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.inference.opened import open_to_run
 from modulora_core.layers import QuantLinear
-from modulora_core.models import installed_formats, open_dense
-from modulora_core.models.formats import FormatSpec
+from modulora_core.models import open_dense
 from modulora_core.tests.crude_folders import edit_config, save_crude
 
 pytestmark = pytest.mark.usefixtures("toy")
@@ -28,12 +19,12 @@ IDS = torch.arange(3, 27).view(2, 12)
 UP = "model.layers.0.mlp.up_proj"
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
+def logits(model):
     with torch.no_grad():
-        return model(IDS).logits  # type: ignore[no-any-return]
+        return model(IDS).logits
 
 
-def assert_loads_as(folder: Path, dense: torch.nn.Module) -> torch.nn.Module:
+def assert_loads_as(folder, dense):
     model = load_model(folder, dtype="float32", device="cpu")
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
     return model
@@ -47,9 +38,7 @@ def assert_loads_as(folder: Path, dense: torch.nn.Module) -> torch.nn.Module:
         (None, 1, r"crude_3 \(config\.json"),
     ],
 )
-def test_a_foreign_folder_is_packed_wherever_its_config_is(
-    config_file: str | None, files: int, told: str, tmp_path: Path
-) -> None:
+def test_a_foreign_folder_is_packed_wherever_its_config_is(config_file, files, told, tmp_path):
     dense = save_crude(tmp_path / "m", files=files, config_file=config_file)
     model = assert_loads_as(tmp_path / "m", dense)
     packed = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
@@ -65,50 +54,20 @@ def test_a_foreign_folder_is_packed_wherever_its_config_is(
         open_dense(str(tmp_path / "m"))
 
 
-def test_a_config_under_the_older_key_is_left_out_of_the_dense_folder(tmp_path: Path) -> None:
-    save_crude(tmp_path / "m")
-    values = json.loads((tmp_path / "m" / "config.json").read_text())
-    values["compression_config"] = values.pop("quantization_config")
-    (tmp_path / "m" / "config.json").write_text(json.dumps(values))
-    merge(str(tmp_path / "m"), tmp_path / "out")
-    open_dense(str(tmp_path / "out"))
-
-
-def test_a_conv1d_is_read_as_out_by_in(tmp_path: Path) -> None:
+def test_a_conv1d_is_read_as_out_by_in(tmp_path):
     assert_loads_as(tmp_path, save_crude(tmp_path, "gpt2", chosen=lambda name: ".c_" in name))
     assert {site.kind for _, site in open_packed(tmp_path).record.items()} == {"conv1d"}
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_quantized_head_is_packed_and_untied(tied: bool, tmp_path: Path) -> None:
+def test_a_quantized_head_is_packed_and_untied(tied, tmp_path):
     dense = save_crude(tmp_path, chosen=lambda name: name.endswith("proj") or name == "lm_head")
     edit_config(tmp_path, tie_word_embeddings=tied)
     assert isinstance(assert_loads_as(tmp_path, dense).lm_head, QuantLinear)
     assert "output head" not in open_packed(tmp_path).record.kept
 
 
-def test_dense_layers_are_kept_with_a_reason(tmp_path: Path) -> None:
-    save_crude(tmp_path / "m", chosen=lambda name: name.endswith("q_proj"))
-    record = open_packed(tmp_path / "m").record
-    assert len(record.weights) == 2
-    assert f"{UP}.weight" in record.kept["not quantized in m"]
-    assert record.kept["output head"] == ["lm_head.weight"]
-    assert record.source.items() >= {"name": "m", "format": "crude"}.items()
-
-
-def test_a_layer_is_read_once_when_it_is_asked_for(tmp_path: Path) -> None:
-    save_crude(tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}  # not mapped
-    checkpoint = open_packed(tmp_path)
-    assert torch.equal(checkpoint.tensor(f"{UP}.weight.codes"), tensors[f"{UP}.turned"].t())
-    file.write_bytes(b"")
-    assert torch.equal(checkpoint.tensor(f"{UP}.weight.scale")[:, 0], tensors[f"{UP}.factor"])
-    with pytest.raises(CheckpointError, match="the file was changed"):
-        checkpoint.tensor("model.layers.1.mlp.up_proj.weight.codes")
-
-
-def test_a_bias_without_a_place_must_be_zero(tmp_path: Path) -> None:
+def test_a_bias_without_a_place_must_be_zero(tmp_path):
     save_crude(tmp_path / "zero", **{f"{UP}.bias": torch.zeros(48)})
     assert len(open_packed(tmp_path / "zero").record.weights) == 14
     save_crude(tmp_path / "ones", **{f"{UP}.bias": torch.ones(48)})
@@ -117,28 +76,13 @@ def test_a_bias_without_a_place_must_be_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["layers.0.self_attn.q_norm.weight", "layers.0.mlp.up_proj.perm"])
-def test_a_tensor_that_nobody_reads_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_tensor_that_nobody_reads_is_refused(name, tmp_path):
     save_crude(tmp_path, **{f"model.{name}": torch.ones(8)})
     with pytest.raises(CheckpointError, match=rf"{name}: expected a tensor that LlamaFor.* reads"):
         open_packed(tmp_path)
 
 
-def test_scales_of_an_8_bit_cache_are_left_out(tmp_path: Path) -> None:
-    dense = save_crude(tmp_path, **{"model.layers.0.self_attn.k_scale": torch.ones(1)})
-    assert_loads_as(tmp_path, dense)
-
-
-def test_integers_in_a_dense_tensor_are_refused(tmp_path: Path) -> None:
-    save_crude(tmp_path)
-    change_tensors(
-        tmp_path,
-        lambda name, t: {name: t.view(torch.int32) if name == "model.norm.weight" else t},
-    )
-    with pytest.raises(CheckpointError, match=r"norm\.weight: expected floating-point .* got I32"):
-        open_packed(tmp_path)
-
-
-def change_tensors(folder: Path, change: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
+def change_tensors(folder, change):
     stored = load_file(folder / "model.safetensors")
     changed = [change(name, tensor) for name, tensor in stored.items()]
     tensors = {name: t.clone() for one in changed for name, t in one.items()}
@@ -151,7 +95,7 @@ PARTS = {
 }
 
 
-def in_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+def in_parts(name, tensor):
     """A tensor of a layer as its parts have it: their rows are its last dimension."""
     module, _, word = name.rpartition(".")
     parent, _, layer = module.rpartition(".")
@@ -162,7 +106,7 @@ def in_parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {f"{parent}.{part}.{word}": t for part, t in zip(rows, pieces, strict=True)}
 
 
-def test_a_layer_may_be_stored_in_parts(tmp_path: Path) -> None:
+def test_a_layer_may_be_stored_in_parts(tmp_path):
     dense = save_crude(tmp_path, "phi3")
     change_tensors(tmp_path, in_parts)
     assert_loads_as(tmp_path, dense)
@@ -173,12 +117,12 @@ def test_a_layer_may_be_stored_in_parts(tmp_path: Path) -> None:
         open_packed(tmp_path)
 
 
-def test_the_padding_of_a_layer_is_cut_off(tmp_path: Path) -> None:
+def test_the_padding_of_a_layer_is_cut_off(tmp_path):
     dense = save_crude(
         tmp_path, "llama-biased", chosen=lambda name: name.endswith(("proj", "lm_head"))
     )
 
-    def pad(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    def pad(name, tensor):
         more = [5 * (size % 32 != 0 or size > 90) for size in tensor.shape]
         if not name.endswith(("turned", "factor", "proj.bias")):
             return {name: tensor}
@@ -210,7 +154,6 @@ EXTRA = {
             {"architecture": "qwen3_moe", "chosen": lambda name: ".experts.0" in name}, {},
             ModelError, r"0\.gate_proj is quantized as a layer of its own; in .*gate_up_proj",
         ),
-        ({}, {"intermediate_size": 40}, CheckpointError, r"mlp\.\w+_proj\.weight: expected .* by"),
         (
             {}, {"quantization_config": {"quant_method": "exotic"}}, ModelError,
             r"quantized with exotic, which no .* \(formats: .*crude.* give the original model",
@@ -220,61 +163,22 @@ EXTRA = {
             r"with mxfp8, which no .* or dequantize it with .*=FineGrainedFP8Config\(dequantize",
         ),
         (
-            {}, {"quantization_config": {"quant_method": "auto-round"}}, ModelError,
-            "with auto-round, which no installed plugin reads",
-        ),
-        (
             {}, {"quantization_config": {"quant_method": "crude", "levels": 200}}, ModelError,
             "levels 200: not implemented",
         ),
     ],
 )  # fmt: skip
-def test_a_folder_that_cannot_be_read_is_refused(
-    saved: dict[str, Any], changes: dict[str, Any], error: type[Exception], message: str,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+def test_a_folder_that_cannot_be_read_is_refused(saved, changes, error, message, tmp_path):
     save_crude(tmp_path, **saved)
     edit_config(tmp_path, **changes)
     with pytest.raises(error, match=message):
         open_packed(tmp_path)
 
 
-def test_an_installed_format_is_found_by_its_name() -> None:
-    assert {"crude", "crude_2"} <= set(installed_formats.specs())
-    assert installed_formats.create("crude_2").spec.name == "crude_2"
-    assert "crude.json" in installed_formats.config_files()
-
-
-def test_a_config_file_must_be_json_of_the_formats_method(tmp_path: Path) -> None:
+def test_a_config_file_must_be_json_of_the_formats_method(tmp_path):
     save_crude(tmp_path, config_file="crude.json")
     (tmp_path / "crude.json").write_text('{"quant_method": "other"}')
     assert not is_packed(tmp_path)
     (tmp_path / "crude.json").write_text("[1")
     with pytest.raises(ModelError, match=r"crude\.json: Invalid JSON: .*; download it again"):
         is_packed(tmp_path)
-
-
-def test_a_key_of_config_json_without_a_value_says_nothing(tmp_path: Path) -> None:
-    save_crude(tmp_path, config_file=None)
-    assert is_packed(tmp_path)
-    edit_config(tmp_path, crude_levels=None)
-    assert not is_packed(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("name", "a__b"),
-        ("location", "theirs"),
-        ("config_files", ("config.json",)),
-        ("config_files", ("../theirs.json",)),
-        ("config_keys", ("text_config",)),
-    ],
-)
-def test_a_malformed_field_of_a_format_is_refused_by_name(field: str, value: object) -> None:
-    good: dict[str, Any] = {
-        "name": "theirs", "summary": "s", "location": "mine.theirs:Theirs", "protocol": 2
-    }  # fmt: skip
-    assert FormatSpec(**good).quant_methods == ()
-    with pytest.raises(ValueError, match=rf"FormatSpec\n{field}"):
-        FormatSpec(**{**good, field: value})

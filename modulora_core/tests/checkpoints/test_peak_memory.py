@@ -24,15 +24,3 @@ def test_a_peak_is_seen_though_the_memory_is_free_again():
         touch(200)
     grown = (peak.nbytes - idle.nbytes) / MIB
     assert 180 < grown < 300, f"200 MiB were touched, the peak grew by {grown:.0f} MiB"
-
-
-@linux
-def test_what_was_held_before_the_block_and_freed_does_not_count():
-    with PeakMemory() as before:
-        touch(300)
-    with PeakMemory() as after:
-        touch(10)
-    difference = (before.nbytes - after.nbytes) / MIB
-    assert difference > 200, (
-        f"300 MiB before, 10 MiB within the block: the peaks differ by {difference:.0f} MiB"
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +24,11 @@ TENSORS = {
 }
 
 
-def layouts(tensors: dict[str, Tensor]) -> dict[str, TensorLayout]:
+def layouts(tensors):
     return {name: TensorLayout.of(tensor) for name, tensor in tensors.items()}
 
 
-def assert_written(folder: Path) -> None:
+def assert_written(folder):
     read: dict[str, Tensor] = {}
     weight_map = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -45,9 +44,7 @@ def assert_written(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("max_bytes", [10**9, 60, 1])
-def test_the_safetensors_library_reads_the_files_bit_for_bit(
-    tmp_path: Path, max_bytes: int
-) -> None:
+def test_the_safetensors_library_reads_the_files_bit_for_bit(tmp_path, max_bytes):
     writer = ShardWriter(tmp_path, plan_shards(layouts(TENSORS), max_bytes))
     for name in reversed(TENSORS):  # any order
         writer.write(name, {name: TENSORS[name]})
@@ -55,20 +52,20 @@ def test_the_safetensors_library_reads_the_files_bit_for_bit(
     assert_written(tmp_path)
 
 
-def test_a_file_is_larger_than_the_limit_only_for_one_tensor() -> None:
+def test_a_file_is_larger_than_the_limit_only_for_one_tensor():
     sizes = {f"t{i}": TensorLayout("float32", (n,)) for i, n in enumerate([10, 10, 100, 5, 5])}
     shards = plan_shards(sizes, 80)
     assert [list(shard.tensors) for shard in shards] == [["t0", "t1"], ["t2"], ["t3", "t4"]]
 
 
 @pytest.mark.parametrize("wrong", [torch.randn(5, 3), torch.randn(3, 5).half()])
-def test_another_shape_or_dtype_than_planned_is_an_error(wrong: Tensor, tmp_path: Path) -> None:
+def test_another_shape_or_dtype_than_planned_is_an_error(wrong, tmp_path):
     writer = ShardWriter(tmp_path, plan_shards(layouts(TENSORS)))
     with pytest.raises(WorkError, match=r"b\.weight: planned"):
         writer.write("b.weight", {"b.weight": wrong})
 
 
-def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on(tmp_path):
     shards = plan_shards(layouts(TENSORS), 60)
     first = ShardWriter(tmp_path, shards)
     first.write("a.weight", {"a.weight": TENSORS["a.weight"]})
@@ -86,7 +83,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [b"\x01", b"\x00" * 15])
-def test_a_parameter_whose_bytes_changed_is_written_again(tmp_path: Path, bad: bytes) -> None:
+def test_a_parameter_whose_bytes_changed_is_written_again(tmp_path, bad):
     shards = plan_shards(layouts(TENSORS))
     first = ShardWriter(tmp_path, shards)
     for name in ("a.weight", "b.weight"):
@@ -98,7 +95,7 @@ def test_a_parameter_whose_bytes_changed_is_written_again(tmp_path: Path, bad: b
     assert ShardWriter(tmp_path, shards, resume=True).done == {"a.weight"}
 
 
-def test_resuming_over_other_files_is_refused(tmp_path: Path) -> None:
+def test_resuming_over_other_files_is_refused(tmp_path):
     writer = ShardWriter(tmp_path, plan_shards(layouts(TENSORS)))
     writer.write("flags", {"flags": TENSORS["flags"]})
     other = plan_shards(layouts({**TENSORS, "b.weight": torch.randn(4, 5)}))

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from modulora_core.errors import DataError
 from modulora_core.inference.generate import Generation
-from modulora_core.tests.cli.conftest import Run, save_source
-from modulora_core.tests.tiny_models import save_tiny_model
-
-TextOf = Callable[..., str]
+from modulora_core.tests.cli.conftest import save_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,7 +17,7 @@ SCOPE = ("--seq-len", 16, "--segments", 3)
 FEW_STEPS = ("--batch-size", 4, "--grad-accum", 1, "--seq-len", 16, "--lr", 0.05)
 
 
-def test_quantize_prints_the_promised_keys(run: Run, source: Path, tmp_path: Path) -> None:
+def test_quantize_prints_the_promised_keys(run, source, tmp_path):
     words = ("-q", "toy", "-o", "levels=7", "--max-shard-size", "20kB")
     code, found, _ = run("quantize", source, tmp_path / "out", *words)
     assert code == 0
@@ -33,19 +27,7 @@ def test_quantize_prints_the_promised_keys(run: Run, source: Path, tmp_path: Pat
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_a_source_without_a_tokenizer_is_reported(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    bare = save_tiny_model("llama", tmp_path / "bare")
-    assert run("quantize", bare, tmp_path / "without", "-q", "toy")[0] == 0
-    assert f"model {bare}: " in caplog.text
-    assert "tokenizer" in caplog.text
-    code, found, _ = run("generate", tmp_path / "without", "hello")
-    assert code == 2
-    assert "tokenizer" in found["error"]["message"]
-
-
-def test_info_shows_what_a_checkpoint_holds(run: Run, packed: Path, text_of: TextOf) -> None:
+def test_info_shows_what_a_checkpoint_holds(run, packed, text_of):
     found = run("info", packed)[1]
     assert found["quantizers"][0]["quantizer"] == "toy"
     assert found["quantizers"][0]["parameters"] == 14
@@ -56,19 +38,7 @@ def test_info_shows_what_a_checkpoint_holds(run: Run, packed: Path, text_of: Tex
     assert re.search(r"toy \(modulora-toy \S+\) 14 [\d,]+ [\d.]+ KiB 8\.\d+ levels=127", text)
 
 
-def test_a_measurement_in_words(text_of: TextOf, source: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "a", "label": "yes"}\n{"text": "b", "label": "no"}\n')
-    text = text_of("evaluate", source, "--data", rows, "--metric", "accuracy")
-    number = r"\d+(\.\d+)?"
-    assert re.fullmatch(
-        rf"data \S+rows.jsonl metric accuracy accuracy {number} correct [012] examples 2 "
-        rf"labels no, yes seconds {number} peak memory {number} [MG]iB",
-        text,
-    )
-
-
-def test_generate_streams_what_it_reports(run: Run, packed: Path, text_of: TextOf) -> None:
+def test_generate_streams_what_it_reports(run, packed, text_of):
     words = ("generate", packed, "The quick", "--max-new-tokens", 8)
     streamed = text_of(*words)
     code, found, _ = run(*words)
@@ -81,9 +51,7 @@ def test_generate_streams_what_it_reports(run: Run, packed: Path, text_of: TextO
     assert sampled[0] == sampled[1] != sampled[2]
 
 
-def test_chat_keeps_the_conversation_until_it_is_reset(
-    run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_keeps_the_conversation_until_it_is_reset(run, packed, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/reset\nagain\nmore\n/exit\nnever\n"))
     code, found, _ = run("chat", packed, "--max-new-tokens", 2, "--system", "s")
     assert code == 0
@@ -94,16 +62,12 @@ def test_chat_keeps_the_conversation_until_it_is_reset(
 class Typed(io.StringIO):
     """Lines from a terminal."""
 
-    def isatty(self) -> bool:
+    def isatty(self):
         return True
 
 
-def test_chat_on_a_terminal_continues_after_an_error_and_after_ctrl_c(
-    run: Run, packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def answer(
-        model: Any, messages: list[dict[str, str]], sampling: Any, on_text: Any
-    ) -> Generation:
+def test_chat_on_a_terminal_continues_after_an_error_and_after_ctrl_c(run, packed, monkeypatch):
+    def answer(model, messages, sampling, on_text):
         last = messages[-1]["content"]
         if last == "long":
             raise DataError("prompt of 9 tokens: the model's window is 8")
@@ -125,7 +89,7 @@ def test_chat_on_a_terminal_continues_after_an_error_and_after_ctrl_c(
     assert run("chat", packed)[0] == 2
 
 
-def check_every_command(run: Run, packed: Path, text: Path, folder: Path) -> dict[str, float]:
+def check_every_command(run, packed, text, folder):
     """Finetune, merge, generate and evaluate; the adapter and the merged model agree."""
     adapter, merged = folder / "adapter", folder / "merged"
     code, found, _ = run("finetune", packed, adapter, "--data", text, "--steps", 6, *FEW_STEPS)
@@ -144,18 +108,14 @@ def check_every_command(run: Run, packed: Path, text: Path, folder: Path) -> dic
     return perplexity
 
 
-def test_every_command_takes_a_finetuned_adapter(
-    run: Run, packed: Path, text: Path, tmp_path: Path, text_of: TextOf
-) -> None:
+def test_every_command_takes_a_finetuned_adapter(run, packed, text, tmp_path, text_of):
     check_every_command(run, packed, text, tmp_path)
     assert run("info", tmp_path / "adapter")[1]["modules"] == 14
     assert "kind adapter modules 14 ranks 8 " in text_of("info", tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama-tied"])
-def test_every_command_takes_a_model_with_packed_ends(
-    run: Run, architecture: str, text: Path, tmp_path: Path
-) -> None:
+def test_every_command_takes_a_model_with_packed_ends(run, architecture, text, tmp_path):
     source, packed = save_source(tmp_path / "source", architecture), tmp_path / "packed"
     head = ("--quantize-head", "toy") if architecture == "llama" else ()
     words = ("-q", "verbatim", "--quantize-embeddings", "toy:levels=127", *head)
@@ -173,45 +133,27 @@ def test_every_command_takes_a_model_with_packed_ends(
 
 QUANTIZE = "quantize {source} {new} -q toy"
 WRONG = {
-    "quantize {source} {new} -q tyo": "did you mean 'toy'",
-    f"{QUANTIZE} -o level=3": "levels",
     f"{QUANTIZE} -o levels=x": "levels",
     f"{QUANTIZE} --override nonsense": "expected GLOB=NAME",
     f"{QUANTIZE} --quantize-head toy:": "--quantize-head: expected NAME or NAME:KEY=VALUE,...",
-    f"{QUANTIZE} --quantize-embeddings :a=1": "--quantize-embeddings: expected NAME",
-    f"{QUANTIZE} --max-shard-size big": "--max-shard-size",
+    f"{QUANTIZE} --seq-len 9": "--seq-len: expected --calibration SOURCE beside it, got none",
     f"{QUANTIZE} --tune-lr 1": "--tune-lr: expected --tune-epochs N beside it",
-    f"{QUANTIZE} --tune-epochs 1": "--tune-epochs: expected --calibration SOURCE beside it",
-    f"{QUANTIZE} --samples 4": "--samples: expected --calibration SOURCE beside it",
     "quantize {source} {source} -q toy": "new or empty",
     "quantize {packed} {new} -q toy": "already quantized",
-    "quantize {text} {new} -q toy": "expected a folder or a file",
-    "info {source}": "modulora quantize",
-    "evaluate {packed} --data missing.txt": "missing.txt",
-    "evaluate {packed} --metric bleu": "--metric",
     "evaluate {packed} --data {text} --seq-len 100000": "tokens",
-    "evaluate {packed} --seq-len 1": "--seq-len",
-    "evaluate {packed} --config missing.yaml": "missing.yaml: expected a readable file",
+    "evaluate {packed} --metric bleu": "--metric: expected one of",
     "evaluate {packed} --metric rouge --prompt x": "expected prompt and completion together",
-    "generate {source} x --adapter {source}": "expected adapter_config.json in it",
     "generate {packed} x --adapter {new}": "adapter",
-    "generate {packed} x --temperature -1": "temperature",
-    "generate {packed} x --dtype int4": "dtype",
     "generate {packed} x --max-new-tokens 1000": "window",
     "compare {source} -q toy --out {text}": "expected a folder, got a file",
-    "compare {source} -q tyo": "did you mean 'toy'",
     "merge {packed} {new} --dtype int4": "dtype",
-    "merge {source} {new}": "modulora quantize",
     "finetune {source} {new} --data {text} --steps 1": "modulora quantize",
-    "convert {packed} {new} --to tyo": "tyo",
     "convert {packed} {new} --to crude --model {packed}": "--to that writes an adapter, got --to",
 }
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_input_is_one_sentence_and_exit_code_2(
-    run: Run, source: Path, packed: Path, text: Path, tmp_path: Path, words: str
-) -> None:
+def test_a_wrong_input_is_one_sentence_and_exit_code_2(run, source, packed, text, tmp_path, words):
     places = {"source": source, "packed": packed, "text": text, "new": tmp_path / "new"}
     code, found, errors = run(*(word.format(**places) for word in words.split()))
     assert code == 2, found

@@ -1,29 +1,23 @@
 """The progress bar, and the lines that replace it where nobody watches."""
 
-from __future__ import annotations
-
 import io
 import re
 import sys
 import time
 
 import pytest
-from rich.console import Console
 
 from modulora_core.cli.terminal import Terminal
-from modulora_core.progress import bar
 
 
 class Screen(io.StringIO):
     """A terminal."""
 
-    def isatty(self) -> bool:
+    def isatty(self):
         return True
 
 
-def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     for unit, total, count, rate in (
@@ -44,29 +38,7 @@ def test_a_bar_shows_rate_and_sizes_and_starts_again_for_other_work(
         assert "--:--" in last, "the time left belongs to other work"
 
 
-def test_a_bar_without_a_count_says_what_runs_and_no_numbers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    screen = Screen()
-    with Terminal(stderr=screen).progress("reading", "bytes"):
-        wait_until(screen, "reading")
-        time.sleep(0.2)  # longer than a refresh
-    assert not re.search(
-        r"reading.*[?\d━]", re.sub("\x1b\\[[^a-zA-Z]*[a-zA-Z]", "", screen.getvalue())
-    )
-
-
-def test_the_spinner_says_what_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    screen = Screen()
-    terminal = Terminal(stderr=screen)
-    with terminal.working():
-        terminal.doing("loading torch")
-        wait_until(screen, "loading torch")
-
-
-def wait_until(screen: Screen, text: str) -> None:
+def wait_until(screen, text):
     """A thread draws ten times a second, and less often on a busy machine."""
     end = time.monotonic() + 60
     while text not in screen.getvalue():
@@ -75,7 +47,7 @@ def wait_until(screen: Screen, text: str) -> None:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def clock(monkeypatch):
     """``clock[0]`` is the time in seconds."""
     now = [1000.0]
     monkeypatch.setattr("modulora_core.cli.terminal.monotonic", lambda: now[0])
@@ -83,9 +55,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("json", [False, True])
-def test_without_a_terminal_a_line_comes_at_most_once_a_minute(
-    clock: list[float], json: bool
-) -> None:
+def test_without_a_terminal_a_line_comes_at_most_once_a_minute(clock, json):
     stdout, stderr = io.StringIO(), io.StringIO()
     terminal = Terminal(json=json, stdout=stdout, stderr=stderr)
     with terminal.progress("training", "steps") as show:
@@ -96,42 +66,12 @@ def test_without_a_terminal_a_line_comes_at_most_once_a_minute(
     assert stdout.getvalue() == ""
 
 
-def test_lines_show_sizes_and_unknown_totals(clock: list[float]) -> None:
-    stderr = io.StringIO()
-    for unit in ("bytes", "layers"):
-        with Terminal(stderr=stderr).progress("reading", unit) as show:
-            for done, total in ((2048, None), (4096, 8192)):
-                clock[0] += 60
-                show("reading", done, total)
-    assert stderr.getvalue().splitlines() == [
-        "reading: 2.00 KiB",
-        "reading: 4.00 KiB/8.00 KiB",
-        "reading: 2048 layers",
-        "reading: 4096/8192 layers",
-    ]
-
-
-def test_work_that_fails_leaves_no_bar() -> None:
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=True, width=80)
-
-    def fail() -> None:
-        with bar(console, "packing", "layers") as show:
-            show("packing", 3, 8)
-            raise ValueError
-
-    with pytest.raises(ValueError):
-        fail()
-    last = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue().rpartition("\r")[2])
-    assert "packing" not in last
-
-
-def test_a_spinner_turns_until_a_bar_or_output_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spinner_turns_until_a_bar_or_output_comes(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     screen, stdout = Screen(), io.StringIO()
     terminal = Terminal(stdout=stdout, stderr=screen)
 
-    def added() -> str:
+    def added():
         text = screen.getvalue()
         screen.seek(0)
         screen.truncate()
@@ -156,11 +96,3 @@ def test_a_spinner_turns_until_a_bar_or_output_comes(monkeypatch: pytest.MonkeyP
         assert added() == ""
     assert added() == ""
     assert stdout.getvalue() == "an answer"
-
-
-def test_no_spinner_turns_in_a_file_or_a_silent_process() -> None:
-    for stderr, silent in ((io.StringIO(), False), (Screen(), True)):
-        terminal = Terminal(stdout=io.StringIO(), stderr=stderr, silent=silent)
-        with terminal.active(), terminal.working():
-            terminal.write("an answer")
-        assert stderr.getvalue() == ""

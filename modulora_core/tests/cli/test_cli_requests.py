@@ -1,12 +1,9 @@
 """A wrong request is refused before torch is imported, which takes many seconds."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -28,16 +25,10 @@ NEAR = "quantizer 'tyo' isn't installed; did you mean 'toy"
 
 WRONG = {
     "finetune ./absent OUT --data pydoc": ABSENT,
-    "finetune absent.single OUT --data pydoc": "model absent.single: no such file or folder",
-    "finetune notes.txt OUT --data pydoc": "model notes.txt: expected a folder or a file",
-    "finetune empty OUT --data pydoc": "empty: no config.json",
     "finetune MODEL OUT": "data: expected training data, got none; give --data SOURCE",
     "finetune MODEL OUT --data absent.txt": "absent.txt: expected a file, and there is none",
-    "finetune MODEL OUT --data MODEL/config.py": "expected a file that ends in one of .txt",
     "finetune MODEL OUT --data notes.txt --eval-data ./absent": "./absent: expected a file",
-    "finetune MODEL OUT --data pydoc[90%]": SLICE,
     "finetune MODEL OUT --data pydoc --adapter ./absent": "adapter ./absent: expected a folder",
-    "finetune MODEL OUT --data pydoc --adapter empty": "expected adapter_config.json in it",
     "finetune MODEL OUT --data pydoc -q tyo": NEAR,
     "finetune --config run.yaml": ABSENT,
     "evaluate MODEL --data pydoc[90%]": SLICE,
@@ -45,19 +36,16 @@ WRONG = {
     "chat MODEL --adapter ./absent": "adapter ./absent: expected a folder or a Hub id",
     "convert MODEL OUT --to ggfu": "format 'ggfu': expected one of modulora, ",
     "convert MODEL link --to crude": LINK,
-    "merge MODEL link": LINK,
     "merge MODEL OUT --adapter empty": "adapter empty: expected adapter_config.json in it",
     "quantize MODEL link -q toy": LINK,
-    "quantize MODEL OUT -q tyo": NEAR,
     "quantize MODEL OUT -q toy --calibration absent.txt": "absent.txt: expected a file",
 }
 
 
-def test_a_wrong_request_is_refused_without_torch(tmp_path: Path) -> None:
+def test_a_wrong_request_is_refused_without_torch(tmp_path):
     for name in ("MODEL", "empty"):
         (tmp_path / name).mkdir()
     (tmp_path / "MODEL" / "config.json").write_text("{}")
-    (tmp_path / "MODEL" / "config.py").touch()
     (tmp_path / "link").symlink_to("empty")
     (tmp_path / "notes.txt").write_text("The ship sailed north.")
     (tmp_path / "run.yaml").write_text("{model: ./absent, out: OUT, data: notes.txt}")
@@ -76,7 +64,7 @@ def test_a_wrong_request_is_refused_without_torch(tmp_path: Path) -> None:
     assert names == {"MODEL", "empty", "link", "notes.txt", "run.yaml"}
 
 
-def test_a_run_is_written_through_a_link(tmp_path: Path) -> None:
+def test_a_run_is_written_through_a_link(tmp_path):
     """A run is written in its place, so no rename would fail at its end."""
     from modulora_core.training.resuming import check_new
 

@@ -4,7 +4,6 @@ import json
 import re
 import resource
 import shutil
-import struct
 import time
 
 import pytest
@@ -25,20 +24,6 @@ def in_site(folder, **values):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def in_header(folder, edit):
-    path = folder / "model.safetensors"
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    edit(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def integers(header):
-    header["model.norm.weight"]["dtype"] = "I32"
-
-
 PACKED = {
     "layers": (
         lambda f: in_json(f, "config.json", num_hidden_layers=10**12),
@@ -48,20 +33,10 @@ PACKED = {
         lambda f: in_site(f, kind="experts", experts=10**9),
         "config.json: quantization_config: sites: experts: expected 0 to 4096",
     ),
-    "kind": (lambda f: in_site(f, kind="experts"), "expected experts for the kind experts"),
-    "size": (
-        lambda f: in_json(f, "config.json", intermediate_size=0),
-        "model_type 'llama'",
-    ),
     "eos": (
         lambda f: in_json(f, "generation_config.json", eos_token_id=[[1]]),
         "generation_config.json: eos_token_id",
     ),
-    "watermark": (
-        lambda f: in_json(f, "generation_config.json", watermarking_config=5),
-        "generation_config.json: transformers can't use it",
-    ),
-    "method": (lambda f: in_json(f, "config.json", quantization_config=1.5), "quantized with 1.5"),
     "architectures": (lambda f: in_json(f, "config.json", architectures=7), ""),
 }
 
@@ -82,15 +57,6 @@ def test_a_packed_folder_of_a_stranger(case, packed, tmp_path, run):
     assert "unexpected" not in run("plan", folder, "--seq-len", 16)[2]
     assert code == 2 or not message
     assert time.process_time() - started < 20
-
-
-def test_integers_are_no_weights(source, tmp_path, run):
-    folder = tmp_path / "folder"
-    shutil.copytree(source, folder)
-    in_header(folder, integers)
-    code, found, _ = run("quantize", folder, tmp_path / "out", "-q", "toy")
-    assert code == 2
-    assert "model.norm.weight: expected floating-point values, got I32" in found["error"]["message"]
 
 
 def test_settings_of_the_folder_do_not_change_an_answer(packed, tmp_path, run):
@@ -120,10 +86,8 @@ def test_control_characters_are_not_printed(packed, tmp_path, capsys):
     "words",
     [
         "generate MODEL fox",
-        "finetune MODEL OUT --data DATA --seq-len 24 --steps 1",
         "finetune MODEL OUT --data DATA --seq-len 24 --steps 1 --method dpo",
         "evaluate MODEL --data DATA --seq-len 8",
-        "evaluate MODEL --data DATA --metric accuracy",
         "evaluate MODEL --data DATA --metric exact-match --max-new-tokens 1",
         "quantize SOURCE OUT -q toy --calibration DATA --seq-len 8",
     ],
@@ -150,13 +114,9 @@ def test_tokens_beyond_the_vocabulary_are_refused(words, source, packed, tmp_pat
     [
         ["generate", "MODEL", "a", "--seed", 2**32],
         ["generate", "MODEL", "a", "--temperature", "nan"],
-        ["generate", "MODEL", "a", "--temperature", "1e-300"],
         ["generate", "MODEL", "a", "--device", "meta"],
-        ["generate", "x" * 5000, "a"],
         ["plan", "MODEL", "--seq-len", 16, "--batch-size", 10**12],
-        ["plan", "MODEL", "--seq-len", 16, "--processes", 10**12],
         ["plan", "MODEL", "--seq-len", 16, "--plot", "FOLDER.svg"],
-        ["finetune", "MODEL", "OUT", "--data", "pydoc", "--seed", 2**32],
         ["finetune", "MODEL", "OUT", "--data", "pydoc", "--epochs", 1e300],
     ],
     ids=str,
@@ -196,12 +156,3 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(words, source, packed, tm
     assert not (tmp_path / "out" / "config.json").exists()
     again = ["--resume"] if words.startswith("quantize") else []
     assert run(*filled, *again)[0] == 0
-
-
-def test_a_process_of_a_launcher_runs_alone_in_commands_that_divide_nothing(monkeypatch, capsys):
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    assert main(["info", "/no"]) == 2
-    assert "model /no: no such" in capsys.readouterr().err.splitlines()[-1]

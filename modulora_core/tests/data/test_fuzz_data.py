@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,14 +12,12 @@ from modulora_core.data.examples import load_examples
 from modulora_core.data.files import read_records
 from modulora_core.data.preferences import load_preferences
 from modulora_core.data.text import load_text
-from modulora_core.errors import RequestError
 from modulora_core.tests.fuzzing import cases, changed_bytes, read_or_refused
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
 
-CORPUS = Path(__file__).parent / "corpus"
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=30)
 ROWS = st.lists(st.fixed_dictionaries({"instruction": TEXT, "output": TEXT}), min_size=1)
@@ -75,10 +72,3 @@ def test_a_changed_file_is_read_or_refused(data, tmp_path, tokenizer):
     file = tmp_path / f"data{suffix}"
     file.write_bytes(changed_bytes(data, content))
     read_as_all(file, tokenizer)
-
-
-@pytest.mark.parametrize("file", sorted(CORPUS.iterdir()), ids=lambda file: file.name)
-def test_files_of_the_corpus_are_refused_in_one_line(file, tokenizer):
-    with pytest.raises(RequestError) as caught:
-        load_examples(str(file), tokenizer, seq_len=16)
-    assert "\n" not in str(caught.value)

@@ -2,7 +2,6 @@
 
 import pytest
 
-from modulora_core.data import load_examples
 from modulora_core.data.preferences import load_preferences
 from modulora_core.errors import DataError
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
@@ -65,6 +64,8 @@ def test_a_prompt_that_fills_the_window_is_left_out(tmp_path, caplog):
 WRONG = {
     "line 1: got no rejected": {"prompt": "a", "chosen": "b"},
     "line 1: expected a prompt": {"chosen": "a", "rejected": "b"},
+    "line 1: chosen: expected a string, or a list .*; preferences: ": {**PLAIN, "chosen": 1},
+    "line 1: .*dpo reads none": {**PLAIN, "tools": [{"type": "function"}]},
     "line 1: chosen: expected one turn of the assistant after the prompt, got user": {
         **CHAT, "chosen": turns("no"),
     },
@@ -80,12 +81,6 @@ def test_a_wrong_record_is_refused_with_its_place(tmp_path, message):
         DataError, match=f"data.jsonl, line 1: .*{message.removeprefix('line 1: ')}"
     ):
         rows(tmp_path, WRONG[message])
-
-
-def test_other_training_names_the_method(tmp_path):
-    file = write_jsonl(tmp_path / "data.jsonl", PLAIN)
-    with pytest.raises(DataError, match="preferences: train on them with method dpo"):
-        load_examples(file, make_tokenizer(), seq_len=16)
 
 
 def test_a_token_of_an_answer_that_the_model_lacks_is_refused(tmp_path):

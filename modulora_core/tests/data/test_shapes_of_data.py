@@ -7,7 +7,6 @@ import pyarrow.parquet
 import pytest
 
 from modulora_core.data import load_examples, load_text
-from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import load_records
 from modulora_core.errors import DataError
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
@@ -113,19 +112,6 @@ def test_nulls_that_a_table_adds_are_left_out(tokenizer, tmp_path):
         assert [dict(x) for x in found] == expected, source
 
 
-def test_of_lists_of_messages_the_completion_alone_is_trained(tokenizer):
-    earlier = [ASKED, {"role": "assistant", "content": "No."}, ASKED]
-    text, answers = trained(
-        tokenizer, {"prompt": earlier, "completion": [{"role": "assistant", "content": "Yes."}]}
-    )
-    assert text.count("Rain in Oslo?") == 2
-    assert answers == ["Yes.</s>"]
-    assert trained(tokenizer, {"prompt": earlier, "completion": "Yes."}) == (text, answers)
-    assert trained(tokenizer, {"prompt": [ASKED], "completion": "Yes."}) == trained(
-        tokenizer, {"prompt": ASKED["content"], "completion": "Yes."}
-    )
-
-
 def test_trls_trainer_makes_the_same_tokens(tunable, tokenizer, tmp_path):
     trl = pytest.importorskip("trl", reason="pip install trl")
     from modulora_core import add_lora, load_model
@@ -190,23 +176,12 @@ def test_examples_without_a_trained_token_are_counted_apart(tokenizer, caplog):
         ({"input_ids": [5, 6], "labels": [5]}, "labels: expected as many as input_ids, 2, got 1"),
         ({"input_ids": [5, 6], "labels": [-100, 6], "completion_mask": [0, 1]},
          "expected labels or completion_mask, got both; leave one out"),
-        ({"input_ids": [5, -6]}, "input_ids: 1: expected greater than or equal to 0, got -6"),
         ({"input_ids": "5 6"}, "input_ids: expected a valid list, got '5 6'"),
-        ({"input_ids": [5, 6], "labels": [-100, -100]}, "expected a token to train .* none in 1"),
-        ({"messages": [ASKED, {"role": "assistant", "content": None}]},
-         "messages: 1: content: expected a valid string, got None"),
         ({"messages": [ASKED, {**calling({}), "tool_calls": [{"name": "rain"}]}]},
          "tool_calls: expected a function with name and arguments"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]},
-         "expected parts of type text, which alone is trained, got 'image'"),
         ({"messages": [{"role": "usr", "content": "a"}, {"role": "assistant", "content": "b"}]},
          "message 1: role: expected system, user, assistant, tool, .* got 'usr'"),
-        ({"conversations": [{"from": "observation", "value": "a"}, {"from": "gpt", "value": "b"}]},
-         "message 1: role: expected system, .* got 'observation'"),
         ({"prompt": [], "completion": "a"}, "prompt: expected a string, or a list of messages"),
-        ({"prompt": 5, "completion": "a"}, "prompt: expected a string, or a list of messages"),
-        ({"prompt": "a", "completion": [{"role": "assistant"}]},
-         "completion: expected messages with role and content: content: Field required"),
         ({"prompt": [ASKED], "completion": [ASKED]}, "turn of the assistant to train, got only us"),
     ],
 )  # fmt: skip
@@ -249,15 +224,6 @@ def test_a_turn_that_the_template_does_not_know_is_refused(template, record, mes
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c\td", "completion": 'e "f"'}]
 
 
-def test_a_file_of_tabs_is_a_table(tmp_path):
-    file = tmp_path / "data.tsv"
-    file.write_text('prompt\tcompletion\na\tb\n"c\td"\t"e ""f"""\n')
-    assert [record.fields for record in load_records(file)] == ROWS
-    file.write_text('prompt\tcompletion\n"a\tb\nc\td\n')
-    with pytest.raises(DataError, match="quotes doubled"):
-        load_records(file)
-
-
 def test_tables_in_memory_are_records(tokenizer):
     pandas = pytest.importorskip("pandas")
     frames = [pandas.DataFrame(ROWS), pyarrow.Table.from_pylist(ROWS), pandas.DataFrame(ROWS)[::-1]]
@@ -293,23 +259,6 @@ def test_a_saved_dataset_is_read(tmp_path):
         load_records(f"{tmp_path}/one:test")
     with pytest.raises(DataError, match=r"has no configurations, got 'config' too"):
         load_records(f"{tmp_path}/several:config:test")
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"prompt": "a", "completion": "b", "label": True}, "got no chosen and no reject.*label"),
-        ({"prompt": "a", "chosen": "b"}, "got no rejected"),
-        ({"prompt": "a", "chosen": 1, "rejected": "b"}, "chosen: expected a string, or a list"),
-        ({"prompt": "a", "chosen": ["b"], "rejected": "b"}, "chosen: expected messages with role"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": TOOLS}, "dpo reads none"),
-    ],
-)  # fmt: skip
-def test_a_preference_of_the_wrong_shape_names_the_rule(tokenizer, record, message):
-    with pytest.raises(DataError, match=f"record 1: .*{message}") as found:
-        load_preferences([record], tokenizer, seq_len=64)
-    if "tools" not in record:
-        assert "preferences: expected prompt, chosen and rejected, as str" in str(found.value)
 
 
 def test_parts_of_text_are_the_text(tokenizer):

@@ -17,12 +17,9 @@ def test_columns_are_filled_in_and_null_is_empty():
     ("prompt", "completion", "message"),
     [
         ("{a}", None, "completion: expected prompt and completion together"),
-        (None, "{a}", "prompt: expected prompt and completion together"),
         ("no column", "{a}", "prompt: expected a template with a column in braces"),
         ("{a}", "{", "completion: expected columns in braces"),
         ("{a.__class__}", "{a}", "prompt: expected the name of a column .* got 'a.__class__'"),
-        ("{a:>3}", "{a}", "without a layout"),
-        ("{}", "{a}", "expected the name of a column"),
         ("{0}", "{a}", "expected the name of a column"),
     ],
 )

@@ -12,7 +12,6 @@ from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import (
     CheckpointError,
     OptionError,
-    UnknownQuantizerError,
     WeightError,
 )
 from modulora_core.packed_parameters import PackedParameter
@@ -44,18 +43,6 @@ def test_it_equals_quantize_then_load_and_saves_itself(pack, tmp_path, architect
     assert ours.model_dump(exclude=different) == theirs.model_dump(exclude=different)
 
 
-def test_weights_are_cast_before_they_are_packed(pack):
-    source = pack("llama", "verbatim")[0]
-    model = loaded(source, "verbatim")
-    half = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=ModuLoRAConfig("verbatim"), dtype="bfloat16"
-    )
-    assert half.dtype == torch.bfloat16
-    weights = (m.model.layers[0].mlp.up_proj.weight.dense(torch.float32) for m in (half, model))
-    rounded, exact = weights
-    assert torch.equal(rounded, exact.bfloat16().float())
-
-
 def test_one_dense_weight_is_alive_at_a_time(pack, monkeypatch):
     import weakref
 
@@ -82,16 +69,6 @@ def test_a_calibrated_quantizer_is_refused(pack, toy, monkeypatch):
         OptionError, match=r"toy: expected .* no calibration.* -q toy --calibration"
     ):
         loaded(source)
-
-
-def test_wrong_requests_are_refused(pack):
-    source = pack("llama", "toy")[0]
-    with pytest.raises(UnknownQuantizerError, match="toyy"):
-        loaded(source, "toyy")
-    with pytest.raises(OptionError, match=r"--include \*\.gate: matches none"):
-        loaded(source, include=["*.gate"])
-    with pytest.raises(OptionError, match="expected a linear weight or more to pack"):
-        loaded(source, exclude=["*"])
 
 
 def test_damaged_files_are_refused(pack, tmp_path):

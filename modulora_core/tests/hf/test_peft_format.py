@@ -18,9 +18,8 @@ from modulora_core.hf.peft_format import read_adapter
 from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.layers import QuantLinear
 from modulora_core.lora.adapted import adapter_layers
-from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
-from modulora_core.tests.adapted_models import logits, randomize, trained
+from modulora_core.tests.adapted_models import logits, trained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,24 +48,6 @@ def test_peft_gives_the_same_logits(pack, architecture, every, tmp_path):
     assert_same(theirs, model)
     base = AutoModelForCausalLM.from_pretrained(dense)
     assert (logits(model) - logits(base)).abs().max() > 0.05
-
-
-def test_ranks_and_scales_that_differ_between_layers_reach_peft(pack, tmp_path):
-    dense, packed = pack("llama")
-    model = load_model(packed)
-    add_lora(model, LoRASettings(rank=4, alpha=8, targets=("q_proj", "v_proj")))
-    odd = dict(adapter_layers(model))["model.layers.1.self_attn.v_proj"]
-    for values in (odd.lora_A, odd.lora_B, odd.scale):
-        del values["default"]
-    odd.active.clear()
-    odd.add_adapter("default", 2, alpha=3.0)
-    randomize(model)
-    save_adapter(model, tmp_path, base=str(dense))
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (4, 8)
-    assert config["rank_pattern"] == {"model.layers.1.self_attn.v_proj": 2}
-    assert config["alpha_pattern"] == {"model.layers.1.self_attn.v_proj": 3}
-    assert_same(in_peft(dense, tmp_path), model)
 
 
 def test_peft_warns_of_channel_scales_and_ignores_them(pack, tmp_path):

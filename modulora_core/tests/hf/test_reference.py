@@ -1,13 +1,8 @@
 """TRL's trainers compare a model with a reference, which must have the same adapter."""
 
-from __future__ import annotations
-
 import copy
 import math
 import pickle
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -18,9 +13,7 @@ from modulora_core.hf.hf_quantizer import ModuLoRAConfig
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.adapting import add_lora
-from modulora_core.lora.settings import LoRASettings
 from modulora_core.tests.adapted_models import trained
 
 trl = pytest.importorskip("trl", reason="pip install trl")
@@ -36,26 +29,26 @@ REFUSED = r"reference of a TRL trainer would lack.* ref_model, or precompute_ref
 
 
 @pytest.fixture(scope="module")
-def adapter(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(tunable, tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     save_adapter(trained(load_model(tunable, device="cpu")), folder)
     return folder
 
 
-def continued(tunable: Path, adapter: Path) -> Any:
+def continued(tunable, adapter):
     model = load_model(tunable, device="cpu")
     load_adapter(model, adapter, trainable=True)
     return model
 
 
-def with_a_second_one(tunable: Path, adapter: Path) -> Any:
+def with_a_second_one(tunable, adapter):
     model = load_model(tunable, device="cpu")
     load_adapter(model, adapter, "first")
     add_lora(model, name="second")
     return model
 
 
-def trainer(method: str, model: Any, folder: Path, **options: Any) -> Any:
+def trainer(method, model, folder, **options):
     texts = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
     rows, more = {"KTO": LABELS, "SFT": texts}.get(method, ROWS), {}
     if method in {"GRPO", "RLOO"}:
@@ -75,24 +68,20 @@ def trainer(method: str, model: Any, folder: Path, **options: Any) -> Any:
 
 @pytest.mark.parametrize("model", [continued, with_a_second_one])
 @pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
-def test_no_reference_without_the_adapter(
-    tunable: Path, adapter: Path, tmp_path: Path, method: str, model: Callable[..., Any]
-) -> None:
+def test_no_reference_without_the_adapter(tunable, adapter, tmp_path, method, model):
     options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
     with pytest.raises(AdapterError, match=REFUSED):
         trainer(method, model(tunable, adapter), tmp_path, **options)
 
 
 @pytest.mark.parametrize("model", [continued, with_a_second_one])
-def test_the_precomputed_reference_has_the_adapter(
-    tunable: Path, adapter: Path, tmp_path: Path, model: Callable[..., Any]
-) -> None:
+def test_the_precomputed_reference_has_the_adapter(tunable, adapter, tmp_path, model):
     made = trainer("DPO", model(tunable, adapter), tmp_path, precompute_ref_log_probs=True)
     made.train()
     assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
 
 
-def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable: Path, tmp_path: Path) -> None:
+def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable, tmp_path):
     model = load_model(tunable, device="cpu")
     add_lora(model)
     made = trainer("DPO", model, tmp_path)
@@ -101,7 +90,7 @@ def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable: Path, tmp_
 
 
 @pytest.fixture(scope="module")
-def tuned(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def tuned(tunable, tmp_path_factory):
     """A model after SFT in this process, pickled, since no living one may disturb other tests."""
     model = load_model(tunable, device="cpu")
     add_lora(model)
@@ -116,17 +105,13 @@ def tuned(tunable: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
-def test_no_reference_without_the_adapter_of_this_process(
-    tuned: bytes, tmp_path: Path, method: str
-) -> None:
+def test_no_reference_without_the_adapter_of_this_process(tuned, tmp_path, method):
     options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
     with pytest.raises(AdapterError, match=REFUSED):
         trainer(method, pickle.loads(tuned), tmp_path, **options)
 
 
-def test_further_trainings_of_the_adapter_of_this_process(
-    tunable: Path, tuned: bytes, tmp_path: Path
-) -> None:
+def test_further_trainings_of_the_adapter_of_this_process(tunable, tuned, tmp_path):
     model = pickle.loads(tuned)
     made = trainer("DPO", model, tmp_path, precompute_ref_log_probs=True)
     made.train()
@@ -138,15 +123,8 @@ def test_further_trainings_of_the_adapter_of_this_process(
     assert model.config.name_or_path == str(tunable)
 
 
-def test_trl_turns_the_adapter_s_dropout_off(tunable: Path, tmp_path: Path) -> None:
-    model = load_model(tunable, device="cpu")
-    add_lora(model, LoRASettings(dropout=0.5))
-    trainer("DPO", model, tmp_path)
-    assert {layer.dropout["default"].p for _, layer in adapter_layers(model)} == {0}
-
-
 @pytest.mark.parametrize("how", ["copied", "pickled"])
-def test_a_copy_is_refused_as_well(tunable: Path, tuned: bytes, tmp_path: Path, how: str) -> None:
+def test_a_copy_is_refused_as_well(tunable, tuned, tmp_path, how):
     model = pickle.loads(tuned)
     if how == "copied":
         model = copy.deepcopy(model)
@@ -157,7 +135,7 @@ def test_a_copy_is_refused_as_well(tunable: Path, tuned: bytes, tmp_path: Path, 
     assert AutoModelForCausalLM.from_pretrained(tunable)
 
 
-def test_a_model_packed_while_it_is_loaded_has_no_reference_by_name(tunable: Path) -> None:
+def test_a_model_packed_while_it_is_loaded_has_no_reference_by_name(tunable):
     """The name is the dense model's."""
     dense = str(tunable.parent / "dense")
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=ModuLoRAConfig("toy"))

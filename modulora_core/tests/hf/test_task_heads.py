@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,8 +21,6 @@ from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.adapting import add_lora
 from modulora_core.tests.adapted_models import randomize
 
-Pack = Callable[..., tuple[Path, Path]]
-
 IDS = torch.tensor([[1, 5, 9, 30], [1, 7, 9, 31]])
 SEQUENCE = AutoModelForSequenceClassification
 HEADS = {
@@ -38,7 +32,7 @@ HEADS = {
 }  # fmt: skip
 
 
-def step(model: Any, labels: dict[str, Tensor], steps: int = 2) -> None:
+def step(model, labels, steps=2):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     for _ in range(steps):
@@ -47,13 +41,13 @@ def step(model: Any, labels: dict[str, Tensor], steps: int = 2) -> None:
         optimizer.zero_grad()
 
 
-def scores(model: Any) -> Tensor:
+def scores(model):
     with torch.no_grad():
         found: Tensor = model.eval()(input_ids=IDS)[0]
     return found
 
 
-def head_of(model: Any) -> dict[str, Tensor]:
+def head_of(model):
     prefix = f"{model.base_model_prefix}."
     return {
         name: parameter.detach().clone()
@@ -66,18 +60,11 @@ def head_of(model: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("way", ["packed", "packed on load"])
 @pytest.mark.parametrize("task", HEADS)
 @pytest.mark.parametrize("architecture", ["mistral", "gpt2", "mixtral"])
-def test_a_new_head_trains_and_is_saved(
-    pack: Pack,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    architecture: str,
-    task: str,
-    way: str,
-) -> None:
+def test_a_new_head_trains_and_is_saved(pack, tmp_path, caplog, architecture, task, way):
     kind, labels, options = HEADS[task]
     folders = pack(architecture, "verbatim")
 
-    def load() -> Any:
+    def load():
         torch.manual_seed(3)
         quantization = (
             {"quantization_config": ModuLoRAConfig("verbatim")} if way != "packed" else {}
@@ -108,8 +95,8 @@ def test_a_new_head_trains_and_is_saved(
         assert torch.allclose(scores(peft), scores(model), atol=1e-5)
 
 
-def test_a_head_that_peft_saved_is_loaded(pack: Pack, tmp_path: Path) -> None:
-    def load() -> Any:
+def test_a_head_that_peft_saved_is_loaded(pack, tmp_path):
+    def load():
         return SEQUENCE.from_pretrained(pack("llama")[1], num_labels=3, pad_token_id=0)
 
     config = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", lora_dropout=0.0)
@@ -121,10 +108,10 @@ def test_a_head_that_peft_saved_is_loaded(pack: Pack, tmp_path: Path) -> None:
     assert torch.allclose(scores(ours), scores(peft), atol=1e-5)
 
 
-def test_heads_that_do_not_fit_are_refused(pack: Pack, tmp_path: Path) -> None:
+def test_heads_that_do_not_fit_are_refused(pack, tmp_path):
     folder = pack("llama")[1]
 
-    def load(labels: int = 3) -> Any:
+    def load(labels=3):
         return SEQUENCE.from_pretrained(folder, num_labels=labels)
 
     model = load()
@@ -142,12 +129,3 @@ def test_heads_that_do_not_fit_are_refused(pack: Pack, tmp_path: Path) -> None:
     model.score.weight.data += 1
     with pytest.raises(AdapterError, match=r"score\.weight: expected the values of the model's"):
         load_adapter(model, tmp_path, "third")
-
-
-def test_a_causal_model_has_no_such_head(pack: Pack, tmp_path: Path) -> None:
-    for architecture in ("llama", "gpt2", "mixtral", "llama4_text"):
-        model = AutoModelForCausalLM.from_pretrained(pack(architecture)[1])
-        add_lora(model)
-        assert all("lora" in n for n, p in model.named_parameters() if p.requires_grad)
-        save_adapter(model, tmp_path)
-        assert "modules_to_save" not in read_adapter(tmp_path).config

@@ -1,9 +1,5 @@
 """transformers loads, saves and dequantizes packed folders."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -30,40 +26,6 @@ def test_from_pretrained_loads_what_load_model_loads(pack):
     assert not any(parameter.requires_grad for parameter in theirs.parameters())
 
 
-@pytest.mark.slow
-def test_one_import_registers_the_format_and_transformers_alone_refuses_it(pack, toy_root):
-    """transformers would fill packed layers with noise."""
-    code = """if True:
-        import sys
-        import modulora_core
-        from transformers import AutoModelForCausalLM
-        try:
-            AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        except RuntimeError as error:
-            print("ignore_mismatched_sizes" in str(error))
-        import modulora_core.hf
-        model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        print(type(model.model.layers[0].mlp.up_proj).__name__)
-        print([each for each in sys.meta_path if "modulora" in str(each)])
-    """
-    command = [sys.executable, "-c", code, str(pack("llama", "toy")[1])]
-    environment = {**os.environ, "PYTHONPATH": str(toy_root)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.stdout.split("\n")[:3] == ["True", "QuantLinear", "[]"], done.stderr
-
-
-def test_a_plugin_makes_its_tables_with_values(pack, toy, monkeypatch):
-    """transformers builds models on the meta device, and a plugin may be imported there first."""
-    create = toy.Toy.__init__
-
-    def with_a_table(self, *options):
-        create(self, *options)
-        torch.arange(4).numpy()
-
-    monkeypatch.setattr(toy.Toy, "__init__", with_a_table)
-    AutoModelForCausalLM.from_pretrained(pack("llama", "toy")[1])
-
-
 def test_packed_weights_are_counted_as_the_dense_ones(pack, tmp_path):
     for architecture in ("llama-tied", "mixtral"):
         source, folder = pack(architecture, "toy")
@@ -77,16 +39,6 @@ def test_packed_weights_are_counted_as_the_dense_ones(pack, tmp_path):
         assert packed.get_memory_footprint() == stored < dense.get_memory_footprint() / 2
         assert type(packed).__name__ == type(dense).__name__
         assert type(packed.dequantize()) is type(dense)
-
-
-def test_save_pretrained_writes_the_same_checkpoint(pack, tmp_path):
-    model = load_model(pack("llama", "toy")[1], device="cpu")
-    model.save_pretrained(tmp_path / "saved")
-    again = load_model(tmp_path / "saved", device="cpu")
-    assert torch.equal(logits(again), logits(model))
-    written, read = open_packed(tmp_path / "saved"), open_packed(pack("llama", "toy")[1])
-    assert {*written.tensors()} == {*read.tensors()}
-    assert all(torch.equal(t, read.tensor(name)) for name, t in written.tensors().items())
 
 
 def test_a_guard_with_values_is_refused(pack, tmp_path):

@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, LlamaConfig
 
-from modulora_core.data import load_examples, token_segments
+from modulora_core.data import token_segments
 from modulora_core.errors import (
-    AdapterError,
     DataError,
     MissingExtraError,
-    ModuLoRAError,
     OptionError,
     WorkError,
 )
@@ -39,7 +35,7 @@ SIZES = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hid
 ASKED = {"Is it good?": " yes", "Is it bad, then?": " no", "Really?": " yes", "So?": " not at all"}
 
 
-def tiny(config: Any) -> Any:
+def tiny(config):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():  # far from uniform, so that no two answers tie
@@ -48,27 +44,27 @@ def tiny(config: Any) -> Any:
 
 
 @pytest.fixture
-def llama() -> Any:
+def llama():
     return tiny(LlamaConfig(**SIZES))
 
 
 @pytest.fixture(scope="module")
-def plain() -> Any:
+def plain():
     return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
-def segments(plain: Any) -> torch.Tensor:
+def segments(plain):
     return token_segments("pydoc[:10%]", plain, 48, 5)
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Path:
+def asked(tmp_path):
     rows = ({"prompt": prompt, "completion": answer} for prompt, answer in ASKED.items())
-    return write_jsonl(tmp_path / "asked.jsonl", *rows)  # type: ignore[no-any-return]
+    return write_jsonl(tmp_path / "asked.jsonl", *rows)
 
 
-def plain_loop(model: Any, segments: torch.Tensor) -> float:
+def plain_loop(model, segments):
     """One segment at a time by transformers alone; the log-softmax is in float64."""
     with torch.no_grad():
         log_p = [model(row[None]).logits[0, :-1].double().log_softmax(-1) for row in segments]
@@ -82,7 +78,7 @@ def plain_loop(model: Any, segments: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", ["llama", "soft cap", "bfloat16"])
-def test_perplexity_equals_a_plain_loop(llama: Any, segments: torch.Tensor, kind: str) -> None:
+def test_perplexity_equals_a_plain_loop(llama, segments, kind):
     model = llama.bfloat16() if kind == "bfloat16" else llama
     if kind == "soft cap":
         model = tiny(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0))
@@ -94,17 +90,15 @@ def test_perplexity_equals_a_plain_loop(llama: Any, segments: torch.Tensor, kind
 
 @pytest.mark.parametrize(("batch_size", "rows"), [(2, 1), (5, 7), (9, 46)])
 def test_perplexity_does_not_depend_on_batches_and_chunks(
-    llama: Any, segments: torch.Tensor, monkeypatch: pytest.MonkeyPatch, batch_size: int, rows: int
-) -> None:
+    llama, segments, monkeypatch, batch_size, rows
+):
     whole = perplexity(llama, segments)
     monkeypatch.setattr(chunked_loss, "CHUNK_BYTES_CPU", rows * 4 * 600)
     found = perplexity(llama, segments, batch_size=batch_size)
     assert found.nll == pytest.approx(whole.nll, rel=1e-6)
 
 
-def test_every_module_keeps_its_mode_and_nothing_is_saved_for_a_backward(
-    llama: Any, segments: torch.Tensor
-) -> None:
+def test_every_module_keeps_its_mode_and_nothing_is_saved_for_a_backward(llama, segments):
     llama.train()
     llama.model.layers[1].eval()
     before = {name: module.training for name, module in llama.named_modules()}
@@ -127,10 +121,10 @@ def test_every_module_keeps_its_mode_and_nothing_is_saved_for_a_backward(
 # accuracy
 
 
-def likeliest(model: Any, tokenizer: Any, prompt: str) -> str:
+def likeliest(model, tokenizer, prompt):
     """The answer with the largest log-likelihood, closed by EOS, each in its own forward."""
 
-    def score(answer: str) -> float:
+    def score(answer):
         start = len(tokenizer(prompt)["input_ids"])
         ids = torch.tensor([*tokenizer(prompt + answer)["input_ids"], tokenizer.eos_token_id])
         with torch.no_grad():
@@ -141,35 +135,17 @@ def likeliest(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 99])
-def test_accuracy_ranks_answers_by_their_whole_likelihood(
-    llama: Any, plain: Any, asked: Path, batch_size: int
-) -> None:
+def test_accuracy_ranks_answers_by_their_whole_likelihood(llama, plain, asked, batch_size):
     correct = sum(likeliest(llama, plain, prompt) == ASKED[prompt] for prompt in ASKED)
     found = accuracy(llama, plain, asked_in(asked), batch_size=batch_size)
     assert (found.correct, found.examples, found.accuracy) == (correct, 4, correct / 4)
     assert found.labels == (" no", " not at all", " yes")
 
 
-def test_a_model_trained_on_the_examples_is_right(llama: Any, plain: Any, asked: Path) -> None:
-    """Evaluation renders a file exactly as training does."""
-    examples = load_examples(asked, plain, seq_len=64)
-    optimizer = torch.optim.AdamW(llama.parameters(), lr=1e-2)
-    for _ in range(30):
-        for example in examples:  # type: ignore[attr-defined]
-            ids, labels = (torch.tensor([example[name]]) for name in ("input_ids", "labels"))
-            llama(ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert accuracy(llama, plain, asked_in(asked)).accuracy == 1.0
-    pytest.importorskip("rouge_score")
-    assert rouge(llama, plain, asked_in(asked), Sampling(8)).rougeL == 1.0
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"text": "a"}], "line 1: expected prompts and answers, got text"),
-        ([{"messages": [{"role": "assistant", "content": "a"}]}], "accuracy: .* got a chat"),
         (
             [
                 {"prompt": "a", "completion": " b"},
@@ -184,11 +160,9 @@ def test_a_model_trained_on_the_examples_is_right(llama: Any, plain: Any, asked:
             "line 2: .* window of 128 tokens, got",
         ),
     ],
-    ids=["text", "chat", "mixed", "one", "many", "long"],
+    ids=["text", "mixed", "one", "many", "long"],
 )
-def test_data_without_labels_is_refused(
-    llama: Any, plain: Any, tmp_path: Path, rows: list[dict[str, Any]], message: str
-) -> None:
+def test_data_without_labels_is_refused(llama, plain, tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         accuracy(llama, plain, asked_in(write_jsonl(tmp_path / "d.jsonl", *rows)))
 
@@ -197,9 +171,7 @@ def test_data_without_labels_is_refused(
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_rouge_scores_greedy_answers_for_any_generation_config(
-    llama: Any, plain: Any, tmp_path: Path, batch_size: int
-) -> None:
+def test_rouge_scores_greedy_answers_for_any_generation_config(llama, plain, tmp_path, batch_size):
     """The data has the model's greedy answers; one of them has more words."""
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(
         ["rouge1", "rouge2", "rougeL"], use_stemmer=True
@@ -228,9 +200,7 @@ def test_rouge_scores_greedy_answers_for_any_generation_config(
     assert 0.5 < found.rouge2 < 1
 
 
-def test_rouge_refuses_before_it_generates(
-    llama: Any, plain: Any, asked: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rouge_refuses_before_it_generates(llama, plain, asked, monkeypatch):
     pytest.importorskip("rouge_score")
     with pytest.raises(DataError, match="line 1: expected at most the model's window of 128"):
         rouge(llama, plain, asked_in(asked), Sampling(128))
@@ -244,7 +214,7 @@ def test_rouge_refuses_before_it_generates(
 # evaluate
 
 
-def test_evaluate_takes_a_name_an_opened_and_a_loaded_model(tunable: Path, asked: Path) -> None:
+def test_evaluate_takes_a_name_an_opened_and_a_loaded_model(tunable, asked):
     opened = open_to_run(str(tunable))
     calls: list[tuple[str, int, int]] = []
     found = [
@@ -263,32 +233,3 @@ def test_evaluate_takes_a_name_an_opened_and_a_loaded_model(tunable: Path, asked
     measured = evaluate(opened, asked, metric="rouge", max_new_tokens=4)
     sampling = Sampling(max_new_tokens=4)
     assert measured == rouge(opened.load(), opened.tokenizer, asked_in(asked), sampling)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"metric": "bleu"}, OptionError, "metric: expected one of perplexity, .*, got 'bleu'"),
-        ({"prompt": "{a}"}, OptionError, "completion: expected prompt and completion together"),
-        ({"prompt": "{a}", "completion": "{b}"}, OptionError, "another metric than perplexity"),
-        ({"adapter": "a"}, AdapterError, "expected a model's name with it, got an open model"),
-        ({"data": "no.jsonl", "metric": "rouge"}, DataError, "no.jsonl: expected a file"),
-    ],
-)
-def test_evaluate_refuses_a_wrong_request(
-    tunable: Path, options: dict[str, Any], error: type[ModuLoRAError], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        evaluate(open_to_run(str(tunable)), **options)
-
-
-def test_wrong_segments_are_refused(llama: Any, segments: torch.Tensor) -> None:
-    for wrong in (segments[0], segments[:0], segments[:, :1]):
-        with pytest.raises(DataError, match=r"segments: expected shape \[n >= 1, seq_len >= 2\]"):
-            perplexity(llama, wrong)
-    with pytest.raises(
-        OptionError, match="seq_len 144: expected at most the model's window of 128"
-    ):
-        perplexity(llama, segments[:3].reshape(1, -1))
-    with pytest.raises(OptionError, match="batch_size: expected at least 1, got 0"):
-        perplexity(llama, segments, batch_size=0)

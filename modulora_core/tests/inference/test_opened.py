@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from modulora_core.errors import AdapterError, CheckpointError, ModelError, OptionError
+from modulora_core.errors import AdapterError, CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.inference.opened import open_to_run
@@ -24,8 +24,6 @@ def test_a_dense_model_is_loaded_as_transformers_loads_it(pack):
     ("options", "error", "message"),
     [
         ({"adapter": "a"}, AdapterError, "adapter a: expected a packed model for it, and .* is"),
-        ({"mapped": True}, OptionError, "mapped: expected a packed model, and .* is dense"),
-        ({"dtype": "int4"}, OptionError, "dtype: expected one of"),
     ],
 )
 def test_a_dense_model_with_options_for_packed_ones_is_refused(pack, options, error, message):

@@ -60,11 +60,3 @@ def test_offloaded_parts_are_refused(tunable, tmp_path, rest):
         ModelError, match="device_map: expected devices that hold their parts, got parts on disk"
     ):
         AutoModelForCausalLM.from_pretrained(tunable, device_map=parts, offload_folder=tmp_path)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
-def test_dtype_is_of_dense_parameters_and_activations(tunable, dtype):
-    model = AutoModelForCausalLM.from_pretrained(tunable, dtype=dtype)
-    assert model.dtype == model.lm_head.weight.dtype == torch.bfloat16
-    assert model.model.layers[0].mlp.up_proj.weight.packed.tensors["scale"].dtype == torch.float32
-    assert model(IDS).logits.dtype == torch.bfloat16

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,16 +37,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request, tmp_path_factory):
     config = CONFIG_MAPPING[request.param](**MODELS[request.param])
     path = tmp_path_factory.mktemp(request.param)
     AutoModelForImageTextToText.from_config(config).save_pretrained(path)
     return path
 
 
-def test_the_context_and_the_vocabulary_are_those_of_the_text_decoder(
-    toy: object, folder: Path, tmp_path: Path
-) -> None:
+def test_the_context_and_the_vocabulary_are_those_of_the_text_decoder(toy, folder, tmp_path):
     """config.json has them under ``text_config`` alone."""
     model = AutoModelForImageTextToText.from_pretrained(
         folder, quantization_config=ModuLoRAConfig("toy")
@@ -65,7 +62,7 @@ def test_the_context_and_the_vocabulary_are_those_of_the_text_decoder(
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "q_proj", "vision"])
-def test_targets(toy: object, folder: Path, targets: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_targets(toy, folder, targets, caplog):
     model = AutoModelForImageTextToText.from_pretrained(
         folder, quantization_config=ModuLoRAConfig("toy")
     )
@@ -91,9 +88,7 @@ def test_targets(toy: object, folder: Path, targets: str, caplog: pytest.LogCapt
         assert {*add_lora(model, LoRASettings(rank=4, targets=named), "all")} == {*packed}
 
 
-def test_a_model_without_a_decoder_is_adapted_whole(
-    toy: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_without_a_decoder_is_adapted_whole(toy, tmp_path, caplog):
     text = {**TEXT, "projection_dim": 16}
     del text["num_key_value_heads"]
     config = CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)

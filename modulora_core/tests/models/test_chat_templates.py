@@ -1,16 +1,9 @@
 """Chat templates are rendered as transformers does, and their errors are sentences."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 
-from modulora_core.data import load_examples
-from modulora_core.errors import DataError
-from modulora_core.inference.generate import _prompt_ids
 from modulora_core.models.tokenizer import render
-from modulora_core.tests.tiny_tokenizer import make_tokenizer, smol_tokenizer, write_jsonl
+from modulora_core.tests.tiny_tokenizer import make_tokenizer, smol_tokenizer
 
 TURNS = [
     {"role": "system", "content": "Be short."},
@@ -20,12 +13,12 @@ TURNS = [
 ]
 
 
-def rendered(template: str) -> str:
+def rendered(template):
     (text,) = render(make_tokenizer(template=template), [(TURNS[1:2], True)])
     return text
 
 
-def test_renderings_are_those_of_transformers() -> None:
+def test_renderings_are_those_of_transformers():
     tokenizer = smol_tokenizer()
     beginnings = [(TURNS[:n], prompt) for n in range(1, 5) for prompt in (True, False)]
     assert render(tokenizer, beginnings) == [
@@ -46,15 +39,6 @@ def test_renderings_are_those_of_transformers() -> None:
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
     ],
 )
-def test_an_error_of_a_template_is_told(template: str, message: str) -> None:
+def test_an_error_of_a_template_is_told(template, message):
     with pytest.raises(ValueError, match=message):
         rendered(template)
-
-
-def test_training_and_generation_say_what_a_template_refuses(tmp_path: Path) -> None:
-    tokenizer = make_tokenizer(template="{{ raise_exception('no chat') }}")
-    rows = write_jsonl(tmp_path / "rows.jsonl", {"messages": TURNS[1:3]})
-    with pytest.raises(DataError, match=r"line 1: .* refuses turns of .*: no chat"):
-        load_examples(rows, tokenizer, seq_len=50)
-    with pytest.raises(DataError, match=r"refuses the prompt: no chat"):
-        _prompt_ids(tokenizer, TURNS[1:2])

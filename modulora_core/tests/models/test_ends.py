@@ -9,12 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.errors import AdapterError, CheckpointError, OptionError, RequestError
+from modulora_core.errors import CheckpointError, OptionError, RequestError
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
-from modulora_core.layers import LoRALinear, QuantLinear, TiedHead
-from modulora_core.lora.adapting import add_lora
-from modulora_core.lora.settings import LoRASettings
+from modulora_core.layers import QuantLinear, TiedHead
 from modulora_core.models.ends import find_ends
 from modulora_core.models.sites import find_sites
 from modulora_core.packed_parameters import PackedTable
@@ -104,37 +102,10 @@ def test_the_table_of_a_tied_model_is_stored_once(end, toy, tmp_path):
     assert model.to(torch.bfloat16).lm_head(x).dtype == torch.bfloat16
 
 
-def test_lookups_follow_the_dtype_of_the_model(toy, tmp_path):
-    folder = packed("llama", tmp_path, embeddings=TOY)
-    embed = load_model(folder, dtype="bfloat16", device="cpu").get_input_embeddings()
-    half = embed(IDS)
-    assert half.dtype == torch.bfloat16
-    assert embed.weight.scale.dtype == torch.float32, "packed tensors keep their own"
-    assert torch.equal(embed.float()(IDS).bfloat16(), half)
-    with pytest.raises(IndexError, match="expected 0 to 95, got 3 to 96"):
-        embed(torch.tensor([3, 96]))
-
-
-def test_adapters_take_an_untied_head_that_is_named_alone(toy, tmp_path):
-    models = [
-        load_model(packed(family, tmp_path / family, head=TOY, embeddings=TOY), device="cpu")
-        for family in ("llama", "llama-tied")
-    ]
-    head = LoRASettings(rank=2, targets="lm_head")
-    assert len(add_lora(models[0], LoRASettings(rank=2))) == 14
-    assert type(models[0].lm_head) is QuantLinear
-    assert add_lora(models[0], head, name="other") == ["lm_head"]
-    assert isinstance(models[0].lm_head, LoRALinear)
-    with pytest.raises(AdapterError, match="lm_head is the embedding's table"):
-        add_lora(models[1], head)
-
-
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
         ("llama-tied", {"head": TOY, "embeddings": Choice("verbatim")}, "one choice, got toy"),
-        ("llama", {"head": Choice("nobody")}, "nobody"),
-        ("llama", {"embeddings": Choice("toy", {"levels": 1000})}, "levels"),
     ],
 )
 def test_a_bad_request_for_an_end_is_refused_before_work(family, options, message, toy, tmp_path):

@@ -1,11 +1,6 @@
 """A broken folder is refused before any work, and the message names the file and the fault."""
 
-from __future__ import annotations
-
 import json
-import struct
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,22 +18,22 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     return save_tiny_model("llama", tmp_path)
 
 
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
+def sharded(tmp_path):
     return save_tiny_model("llama", tmp_path, max_shard_size="20KB")
 
 
-def edit_weights(folder: Path, changes: dict[str, torch.Tensor | None]) -> None:
+def edit_weights(folder, changes):
     """Replace tensors, or drop those that are None."""
     tensors = {**load_file(folder / FILE), **changes}
     save_file({n: t for n, t in tensors.items() if t is not None}, folder / FILE, {"format": "pt"})
 
 
-def refused(folder: Path, error: type[Exception], message: str) -> None:
+def refused(folder, error, message):
     with pytest.raises(error, match=message):
         open_dense(str(folder)).check_whole()
 
@@ -47,7 +42,6 @@ def refused(folder: Path, error: type[Exception], message: str) -> None:
     ("files", "message"),
     [
         ([], r"no weights; expected model\.safetensors or .*got no weight files"),
-        (["other.safetensors"], r"got other\.safetensors"),
         (
             ["model.pt", "pytorch_model.bin"],
             r"got model\.pt, .*\.bin\. These are pickles.*save_pre",
@@ -55,9 +49,7 @@ def refused(folder: Path, error: type[Exception], message: str) -> None:
         (["adapter_config.json"], "holds an adapter: give its base model"),
     ],
 )
-def test_a_folder_without_safetensors_is_refused(
-    files: list[str], message: str, folder: Path
-) -> None:
+def test_a_folder_without_safetensors_is_refused(files, message, folder):
     (folder / FILE).unlink()
     for name in files:
         (folder / name).write_bytes(b"not even a pickle: nothing must read it")
@@ -65,7 +57,7 @@ def test_a_folder_without_safetensors_is_refused(
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
-def test_a_broken_config_is_refused(text: str, folder: Path) -> None:
+def test_a_broken_config_is_refused(text, folder):
     (folder / "config.json").write_text(text)
     refused(folder, ModelError, r"config\.json: (Invalid JSON: |expected an object, got)")
 
@@ -73,39 +65,30 @@ def test_a_broken_config_is_refused(text: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"model_type": "nonesuch"},
-            r"config\.json: transformers can't use this config: .*nonesuch",
-        ),
-        ({"num_hidden_layers": "x"}, "can't use this config: .*expected int, got str"),
         ({"model_type": "vit"}, "'vit': transformers can't build a causal language model"),
         (
             {"model_type": "nonesuch", "auto_map": {"AutoConfig": "evil.Config"}},
             "needs code of its own, which is never run",
         ),
         ({"quantization_config": {"quant_method": "exotic"}}, "quantized with exotic, which"),
-        ({"compression_config": {"bits": 8}}, "quantized with an unnamed method, which"),
         (
             {"quantization_config": {"quant_method": "modulora"}},
             "quantized with modulora.*finetune",
         ),
-        ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "quantized with awq"),
     ],
 )
-def test_a_config_that_cannot_be_quantized_is_refused(
-    changes: dict[str, Any], message: str, folder: Path
-) -> None:
+def test_a_config_that_cannot_be_quantized_is_refused(changes, message, folder):
     (folder / "evil.py").write_text("raise SystemExit('ran')\nclass Config: ...\n")
     edit_config(folder, **changes)
     refused(folder, ModelError, message)
 
 
-def test_a_known_model_type_needs_no_code_of_the_folder(folder: Path) -> None:
+def test_a_known_model_type_needs_no_code_of_the_folder(folder):
     edit_config(folder, auto_map={"AutoConfig": "evil.Config"}, quantization_config=None)
     open_dense(str(folder)).check_whole()
 
 
-def test_a_missing_shard_is_named(sharded: Path) -> None:
+def test_a_missing_shard_is_named(sharded):
     shard = sorted(sharded.glob("model-*.safetensors"))[1]
     shard.unlink()
     refused(sharded, CheckpointError, f"got none named {shard.name}")
@@ -118,21 +101,17 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
     ("text", "message"),
     [
         ("{", "Invalid JSON: "),
-        ("{}", "weight_map: Field required, got {}"),
-        ('{"weight_map": [1]}', "weight_map: expected"),
-        ('{"weight_map": {}}', "weight_map: .*at least 1 item"),
         ('{"weight_map": {"w": 3}}', "weight_map: w: expected"),
         ('{"weight_map": {"w": "../w.safetensors"}}', "weight_map: w: .*match pattern.*, got"),
         ('{"weight_map": {"w": "/etc/w.safetensors"}}', "weight_map: w: .*match pattern"),
-        ('{"weight_map": {"w": "w.bin"}}', "weight_map: w: .*match pattern.*, got 'w.bin'"),
     ],
 )
-def test_a_broken_index_is_refused(text: str, message: str, sharded: Path) -> None:
+def test_a_broken_index_is_refused(text, message, sharded):
     (sharded / INDEX).write_text(text)
     refused(sharded, CheckpointError, rf"index\.json: {message}")
 
 
-def test_a_tensor_of_the_index_that_its_shard_lacks_is_named(sharded: Path) -> None:
+def test_a_tensor_of_the_index_that_its_shard_lacks_is_named(sharded):
     index = json.loads((sharded / INDEX).read_text())
     index["weight_map"]["model.layers.9.norm"] = next(iter(index["weight_map"].values()))
     (sharded / INDEX).write_text(json.dumps(index))
@@ -140,32 +119,9 @@ def test_a_tensor_of_the_index_that_its_shard_lacks_is_named(sharded: Path) -> N
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -5000, -1])
-def test_a_truncated_file_is_refused(keep: int, folder: Path) -> None:
+def test_a_truncated_file_is_refused(keep, folder):
     (folder / FILE).write_bytes((folder / FILE).read_bytes()[:keep])
     refused(folder, CheckpointError, rf"{FILE}: truncated or damaged: expected .*, got \d+ bytes")
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"{broken",
-        b"\xff\xfe{}",
-        [1, 2],
-        {"w": "F32"},
-        {"w": {"dtype": "F32", "shape": [2]}},
-        {"w": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}},
-        {"w": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}},
-        {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
-        {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
-        {"w": {"dtype": "Q4", "shape": [2], "data_offsets": [0, 8]}},
-        {"v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
-         "w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}},
-    ],
-)  # fmt: skip
-def test_a_broken_header_is_refused(header: Any, folder: Path) -> None:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    (folder / FILE).write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
-    refused(folder, CheckpointError, f"{FILE}: truncated or damaged: expected a whole")
 
 
 @pytest.mark.parametrize(
@@ -189,17 +145,13 @@ def test_a_broken_header_is_refused(header: Any, folder: Path) -> None:
         ),
     ],
 )
-def test_weights_that_do_not_fit_the_config_are_named(
-    architecture: str, changes: dict[str, torch.Tensor | None], message: str, tmp_path: Path
-) -> None:
+def test_weights_that_do_not_fit_the_config_are_named(architecture, changes, message, tmp_path):
     save_tiny_model(architecture, tmp_path)
     edit_weights(tmp_path, changes)
     refused(tmp_path, CheckpointError, message)
 
 
-def test_weights_of_another_architecture_are_refused_with_an_example(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_weights_of_another_architecture_are_refused_with_an_example(folder, tmp_path):
     save_tiny_model("gpt2", tmp_path / "other")
     (tmp_path / "other" / FILE).replace(folder / FILE)
     refused(folder, CheckpointError, r"21 of 21 .* have no place in it, such as transformer\.")
@@ -207,7 +159,7 @@ def test_weights_of_another_architecture_are_refused_with_an_example(
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
-def test_a_tensor_with_nan_or_inf_is_named(bad: float, dtype: torch.dtype, folder: Path) -> None:
+def test_a_tensor_with_nan_or_inf_is_named(bad, dtype, folder):
     values = torch.ones(48, 32)
     values[0, 0] = torch.finfo(dtype).max
     edit_weights(folder, {UP: values.to(dtype)})
@@ -220,18 +172,9 @@ def test_a_tensor_with_nan_or_inf_is_named(bad: float, dtype: torch.dtype, folde
         open_dense(str(folder)).checked_digest()
 
 
-def test_every_dtype_and_shape_is_read_bit_for_bit(tmp_path: Path) -> None:
+def test_every_dtype_and_shape_is_read_bit_for_bit(tmp_path):
     raw = torch.arange(64, dtype=torch.uint8)
-    names = (
-        "float64",
-        "float16",
-        "bfloat16",
-        "float8_e4m3fn",
-        "float8_e5m2",
-        "int64",
-        "int8",
-        "uint16",
-    )
+    names = ("float64", "float16", "bfloat16", "float8_e4m3fn", "int64", "int8", "uint16")
     tensors = {name: raw.clone().view(getattr(torch, name)) for name in names}
     tensors |= {"bool": raw % 2 == 0, "scalar": torch.tensor(1.5), "empty": torch.empty(0, 3)}
     save_file(tensors, tmp_path / FILE)
@@ -243,7 +186,7 @@ def test_every_dtype_and_shape_is_read_bit_for_bit(tmp_path: Path) -> None:
         assert torch.equal(*as_bytes), name
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_refused(folder: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_refused(folder):
     source = open_dense(str(folder))
     (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="the file was changed"):

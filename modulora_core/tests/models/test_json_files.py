@@ -1,7 +1,5 @@
 """Files of strangers: one line of message, in time, for whatever they hold."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,11 @@ import torch
 
 from modulora_core.errors import AdapterError, ModelError
 from modulora_core.models.json_files import (
-    matches,
     read_json,
     read_yaml,
     repair_journal,
 )
-from modulora_core.models.system_errors import as_output_error, said_by_system, usable_path
+from modulora_core.models.system_errors import as_output_error, said_by_system
 
 DEEP = 100_000
 BROKEN = {
@@ -28,13 +25,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("text", BROKEN, ids=range(len(BROKEN)))
-def test_broken_json_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+def test_broken_json_is_refused_in_one_line(text, tmp_path):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(AdapterError, match=rf"x\.json: .*{BROKEN[text]}"):
         read_json(tmp_path / "x.json", dict[str, Any], error=AdapterError)
 
 
-def test_a_large_or_unreadable_file_is_refused(tmp_path: Path) -> None:
+def test_a_large_or_unreadable_file_is_refused(tmp_path):
     (tmp_path / "long").write_bytes(b'"' + b"x" * 2**25 + b'"')
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")  # opening it would wait
@@ -54,16 +51,13 @@ def test_a_large_or_unreadable_file_is_refused(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("[" * 5000, "maximum recursion depth"),
-        ("a: " + "9" * 5000, "limit"),
-        ("a: 2020-13-45", "month"),
         ("a: !!python/object:os.system x", "expected YAML, got: could not determine a constructor"),
         ("a: [", "expected YAML, got: while parsing"),
         ("a: \xff", "utf-8"),
-        ("# " + "x" * 70_000, "at most 64 KiB"),
     ],
-    ids=["deep", "digits", "date", "object", "cut", "bytes", "long"],
+    ids=["deep", "object", "cut", "bytes"],
 )
-def test_broken_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+def test_broken_yaml_is_refused_in_one_line(text, message, tmp_path):
     (tmp_path / "x.yaml").write_text(text, "latin-1")
     with pytest.raises(ModelError, match=rf"x\.yaml: .*{message}") as found:
         read_yaml(tmp_path / "x.yaml", ModelError)
@@ -73,7 +67,7 @@ def test_broken_yaml_is_refused_in_one_line(text: str, message: str, tmp_path: P
 @pytest.mark.parametrize(
     "broken", [b'["c", {"x": "1"}]', b'["c", {"x": 1}]\n', b"\0\0\n", b'["c"]\n', b"5\n"], ids=str
 )
-def test_a_journal_ends_at_its_first_broken_line(broken: bytes, tmp_path: Path) -> None:
+def test_a_journal_ends_at_its_first_broken_line(broken, tmp_path):
     whole = b'["a", {"x": "1"}]\n["b", {}]\n'
     (tmp_path / "x").write_bytes(whole + broken + (whole if broken.endswith(b"\n") else b""))
     assert repair_journal(tmp_path / "x", dict[str, str]) == {"a": {"x": "1"}, "b": {}}
@@ -82,13 +76,7 @@ def test_a_journal_ends_at_its_first_broken_line(broken: bytes, tmp_path: Path) 
     assert not (tmp_path / "missing").exists()
 
 
-@pytest.mark.parametrize("path", ["x" * 300, "a\0b", "~nobody-of-this-name/x"])
-def test_a_path_that_the_system_cannot_take_is_refused(path: str) -> None:
-    with pytest.raises(ModelError, match=r"model .*: expected a usable path"):
-        usable_path(path, "model", ModelError)
-
-
-def test_a_full_disk_says_what_to_do() -> None:
+def test_a_full_disk_says_what_to_do():
     with pytest.raises(OSError, match="No space") as found, Path("/dev/full").open("w") as full:
         full.write("x" * 10**6)
     error = as_output_error(found.value, Path("OUT"))
@@ -104,10 +92,3 @@ def test_a_full_disk_says_what_to_do() -> None:
     assert as_output_error(FileNotFoundError(2, "No such file", "x"), Path("OUT")) is None
     assert said_by_system(FileNotFoundError(2, "No such file", "x")) == "x: No such file"
     assert said_by_system(OSError("a library's own words")) is None
-
-
-def test_a_pattern_that_is_none_is_refused_in_one_line() -> None:
-    assert matches(r"model\.layers\.(0|1)\..*_proj", "model.layers.1.q_proj")
-    assert not matches("layers", "model.layers")
-    with pytest.raises(ValueError, match="expected a regular expression, got '\\('"):
-        matches("(", "model.layers.0.self_attn.q_proj")

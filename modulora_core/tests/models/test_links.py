@@ -57,13 +57,6 @@ def test_a_link_to_a_file_elsewhere_is_refused(name, kind, folder, secret, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "vocab.bpe"])
-def test_other_data_too(name, folder, secret):
-    link(folder / name, secret)
-    with pytest.raises(ModelError, match=f"{name}: expected a file of this folder"):
-        locate(str(folder))
-
-
 def test_links_inside_and_to_weights_are_followed(folder, tmp_path):
     (folder / "model.safetensors").rename(tmp_path / "weights")
     link(folder / "model.safetensors", tmp_path / "weights")

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 
 from modulora_core.errors import AdapterError
 from modulora_core.tests.tiny_tokenizer import write_jsonl
-from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import AdapterTrainer
-
-Configure = Callable[..., FinetuneConfig]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_held_out_loss_is_on_examples_that_no_step_read(
-    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: bool
-) -> None:
+    configure, tmp_path, monkeypatch, packing
+):
     rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
     data = str(write_jsonl(tmp_path / "rows.jsonl", *rows))
     config = configure(data=data, steps=10, baseline=True, packing=packing, save_every=5)
     read: list[tuple[bool, str]] = []
     forward = AdapterTrainer.compute_loss, AdapterTrainer.prediction_step
 
-    def noted(number: int) -> Any:
-        def step(self: Any, model: Any, inputs: Any, *more: Any, **options: Any) -> Any:
+    def noted(number):
+        def step(self, model, inputs, *more, **options):
             read.extend((number == 0, str(row.tolist())) for row in inputs["input_ids"])
             return forward[number](self, model, inputs, *more, **options)
 
@@ -48,8 +41,8 @@ def test_the_held_out_loss_is_on_examples_that_no_step_read(
     assert result.held_out.after < result.held_out.before
     assert RunLog.read(tmp_path / "out").held_out == result.held_out
 
-    def stop(step: object) -> None:
-        if step.step == 7:  # type: ignore[attr-defined]
+    def stop(step):
+        if step.step == 7:
             raise KeyboardInterrupt
 
     again = config.model_copy(update={"out": str(tmp_path / "again")})
@@ -62,13 +55,11 @@ def test_the_held_out_loss_is_on_examples_that_no_step_read(
     assert (without.losses, without.held_out) == (result.losses, None)
 
 
-def test_the_log_of_a_resumed_run_has_all_steps_and_one_first_evaluation(
-    configure: Configure, text: Path, tmp_path: Path
-) -> None:
+def test_the_log_of_a_resumed_run_has_all_steps_and_one_first_evaluation(configure, text, tmp_path):
     config = configure(steps=4, save_every=2, eval_data=str(text), baseline=True)
 
-    def stop(step: object) -> None:
-        if step.step == 3:  # type: ignore[attr-defined]
+    def stop(step):
+        if step.step == 3:
             raise KeyboardInterrupt
 
     evaluations: list[int] = []
@@ -82,7 +73,7 @@ def test_the_log_of_a_resumed_run_has_all_steps_and_one_first_evaluation(
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [0, 4]
 
 
-def test_a_folder_without_a_log_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_folder_without_a_log_is_refused_by_name(tmp_path):
     expected = "expected the folder of a finished run of finetune, got"
     with pytest.raises(AdapterError, match=rf"{expected} a folder without log\.json"):
         RunLog.read(tmp_path)

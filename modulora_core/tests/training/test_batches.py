@@ -1,8 +1,6 @@
 """Batches of examples of similar length: every example once, and little padding."""
 
-import os
 import random
-import signal
 from array import array
 
 import pytest
@@ -17,7 +15,6 @@ from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training.batches import SimilarLengths, check_joined
 from modulora_core.training.chunked_loss import token_losses
 from modulora_core.training.finetune import finetune
-from modulora_core.training.interruption import Interrupted
 
 
 def chat_lengths(count):
@@ -80,22 +77,6 @@ def test_evaluation_batches_have_similar_lengths_and_the_same_loss(
     lengths = sorted((length for batch in evaluated for length in batch), reverse=True)
     assert evaluated == [lengths[:2], lengths[2:4], lengths[4:]]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-
-
-def test_a_resumed_run_goes_on_with_the_same_batches(configure, tmp_path):
-    rows = ({"prompt": "Is it?", "completion": " no" * (1 + i % 7)} for i in range(9))
-    answers = write_jsonl(tmp_path / "answers.jsonl", *rows)
-    common = {"data": str(answers), "steps": 8, "save_every": 2, "batch_size": 2, "grad_accum": 1}
-    whole = finetune(configure(**common))
-
-    def interrupt(step):
-        if step.step == 6:  # of the second epoch
-            os.kill(os.getpid(), signal.SIGINT)
-
-    config = configure(**{**common, "out": str(tmp_path / "cut")})
-    with pytest.raises(Interrupted):
-        finetune(config, on_step=interrupt)
-    assert finetune(config, resume=True).losses == whole.losses
 
 
 @pytest.mark.parametrize("architecture", ["llama-tied", "gpt2", "gemma3_text"])

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, TrainerCallback
 
 from modulora_core.data import load_examples
 from modulora_core.errors import (
     AdapterError,
-    DataError,
     MissingExtraError,
     ModelError,
-    ModuLoRAError,
     OptionError,
     OutputError,
     WorkError,
@@ -35,13 +30,9 @@ from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.installed_formats import file_format
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
-from modulora_core.training import readout
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
-from modulora_core.training.losses import loss_in_words
 from modulora_core.training.trainer import TrainingStep
-
-Configure = Callable[..., FinetuneConfig]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,18 +47,18 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def answers(tmp_path: Path) -> Path:
+def answers(tmp_path):
     """Prompts and completions of different lengths."""
     rows = ({"prompt": prompt, "completion": answer} for prompt, answer in ANSWERS.items())
-    return write_jsonl(tmp_path / "answers.jsonl", *rows)  # type: ignore[no-any-return]
+    return write_jsonl(tmp_path / "answers.jsonl", *rows)
 
 
-def mean_loss(model: nn.Module, packed: Path, source: Path, seq_len: int = 32) -> float:
+def mean_loss(model, packed, source, seq_len=32):
     """Mean over the trained tokens, one example at a time, by torch alone."""
     examples = load_examples(source, AutoTokenizer.from_pretrained(packed), seq_len=seq_len)
     total, count = 0.0, 0
     with torch.no_grad():
-        for example in examples:  # type: ignore[attr-defined]
+        for example in examples:
             logits = model.eval()(torch.tensor([example["input_ids"]])).logits[0, :-1]
             labels = torch.tensor(example["labels"][1:])
             total += float(cross_entropy(logits, labels, ignore_index=-100, reduction="sum"))
@@ -79,9 +70,7 @@ def mean_loss(model: nn.Module, packed: Path, source: Path, seq_len: int = 32) -
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}], ids=["float32", "bfloat16"])
-def test_a_run_learns_and_leaves_a_finished_adapter(
-    configure: Configure, text: Path, tunable: Path, tmp_path: Path, options: dict[str, str]
-) -> None:
+def test_a_run_learns_and_leaves_a_finished_adapter(configure, text, tunable, tmp_path, options):
     packed = {file.name: file.read_bytes() for file in tunable.iterdir()}
     before = mean_loss(load_model(tunable), tunable, text)
     result = finetune(configure(steps=12, eval_data=str(text), baseline=True, **options))
@@ -104,9 +93,8 @@ def test_a_run_learns_and_leaves_a_finished_adapter(
 
 @pytest.mark.parametrize(("batch_size", "grad_accum"), [(5, 1), (2, 3), (1, 5)])
 def test_losses_are_means_over_tokens_for_any_batches(
-    configure: Configure, answers: Path, tunable: Path, tmp_path: Path, batch_size: int,
-    grad_accum: int,
-) -> None:  # fmt: skip
+    configure, answers, tunable, tmp_path, batch_size, grad_accum
+):
     """A step takes all data, so its first loss is the base's; a new adapter changes nothing."""
     evaluations: list[tuple[int, float]] = []
     steps: list[TrainingStep] = []
@@ -130,7 +118,7 @@ def test_losses_are_means_over_tokens_for_any_batches(
     assert result.tokens_per_second * result.seconds == pytest.approx(2 * tokens)
 
 
-def test_the_written_config_repeats_the_run(configure: Configure, tmp_path: Path) -> None:
+def test_the_written_config_repeats_the_run(configure, tmp_path):
     first = finetune(configure())
     file = tmp_path / "out" / "finetune.yaml"
     again = finetune(FinetuneConfig.build({"out": str(tmp_path / "again")}, file=file))
@@ -140,31 +128,14 @@ def test_the_written_config_repeats_the_run(configure: Configure, tmp_path: Path
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "after_warmup"),
-    [
-        ("cosine", lambda share: 0.5 * (1 + math.cos(math.pi * share))),
-        ("linear", lambda share: 1 - share),
-        ("constant", lambda share: 1.0),
-    ],
-)
-def test_the_learning_rate_warms_up_and_follows_its_schedule(
-    configure: Configure, scheduler: str, after_warmup: Callable[[float], float]
-) -> None:
-    steps: list[TrainingStep] = []
-    finetune(configure(steps=8, warmup=0.25, scheduler=scheduler, lr=1e-3), on_step=steps.append)
-    shares = [0, 0.5, *(after_warmup(i / 6) for i in range(6))]
-    assert [step.learning_rate for step in steps] == pytest.approx([1e-3 * s for s in shares])
-
-
-def test_a_run_of_one_step_trains(configure: Configure, tmp_path: Path) -> None:
+def test_a_run_of_one_step_trains(configure, tmp_path):
     """The first step of a warm-up has a rate of 0, so the default warm-up must round down to 0."""
     finetune(configure(steps=1))
     deltas = read_adapter(tmp_path / "out").deltas
     assert any(delta.B.abs().max() > 0 for delta in deltas.values())
 
 
-def test_options_that_save_memory_change_no_loss(configure: Configure, tmp_path: Path) -> None:
+def test_options_that_save_memory_change_no_loss(configure, tmp_path):
     expected = finetune(configure(dropout=0.3)).losses
     for name, options in {
         "without": {"gradient_checkpointing": False},
@@ -174,20 +145,7 @@ def test_options_that_save_memory_change_no_loss(configure: Configure, tmp_path:
         assert finetune(config).losses == expected, name
 
 
-def test_training_and_evaluation_need_no_whole_logits(
-    configure: Configure, text: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise AssertionError("whole logits")
-
-    monkeypatch.setattr(readout, "WHOLE", fail)  # the head of whole logits
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", fail)  # the usual loss has it
-    assert finetune(configure(steps=1, eval_data=str(text))).eval_loss is not None
-
-
-def test_an_adapter_can_be_continued(
-    configure: Configure, tunable: Path, answers: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_can_be_continued(configure, tunable, answers, tmp_path):
     settings = LoRASettings(rank=3, alpha=5, targets=("q_proj", "v_proj"))
     start = trained(load_model(tunable), settings)
     save_adapter(start, tmp_path / "start")
@@ -203,22 +161,10 @@ def test_an_adapter_can_be_continued(
         assert not torch.equal(delta.B, before[path].B)
 
 
-def test_the_model_card_describes_the_run(configure: Configure, text: Path, tmp_path: Path) -> None:
-    result = finetune(configure(eval_data=str(text)))
-    card = (tmp_path / "out" / "README.md").read_text()
-    for part in ("library_name: peft", "for dense", "quantized with toy", "| lr | 0.01 |",
-                 loss_in_words(result.losses).capitalize(), f"{result.eval_loss:.4f}",
-                 "modulora chat MODEL --adapter"):  # fmt: skip
-        assert part in card
-    assert "base_model:" not in card, "the Hub would link a local name to somebody's repository"
-
-
 # channel scales
 
 
-def test_scales_train_without_weight_decay_and_can_be_continued(
-    configure: Configure, tmp_path: Path
-) -> None:
+def test_scales_train_without_weight_decay_and_can_be_continued(configure, tmp_path):
     options = {"train_scales": True, "steps": 8, "grad_accum": 1, "save_every": 4}
     result = finetune(configure(**options))
     assert result.losses[-1] < result.losses[0]
@@ -245,16 +191,7 @@ def test_scales_train_without_weight_decay_and_can_be_continued(
 # warnings
 
 
-@pytest.mark.parametrize(("warmup", "takes"), [(2, None), (3, 3), (0.9, 3)])
-def test_a_warmup_as_long_as_the_run_is_one_warning(
-    configure: Configure, caplog: pytest.LogCaptureFixture, warmup: float, takes: int | None
-) -> None:
-    finetune(configure(steps=3, warmup=warmup, seq_len=96))  # 1,152 tokens, which are enough
-    expected = f"warmup {warmup:g}: it takes {takes} of the run's 3 steps, so the learning rate"
-    assert [message[: len(expected)] for message in caplog.messages] == [expected] * bool(takes)
-
-
-def test_a_short_epoch_suggests_more_steps(configure, tmp_path, caplog: pytest.LogCaptureFixture):
+def test_a_short_epoch_suggests_more_steps(configure, tmp_path, caplog):
     chats = ({"prompt": "a", "completion": " b" * 100} for _ in range(12))
     data = str(write_jsonl(tmp_path / "chats.jsonl", *chats))
     common = {"data": data, "batch_size": 2, "grad_accum": 2, "seq_len": 128}
@@ -268,9 +205,7 @@ def test_a_short_epoch_suggests_more_steps(configure, tmp_path, caplog: pytest.L
     assert caplog.messages == []
 
 
-def test_a_run_that_diverged_warns_and_still_finishes(
-    configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_that_diverged_warns_and_still_finishes(configure, tmp_path, caplog):
     (tmp_path / "easy.txt").write_text("the cat and " * 400)
     easy: dict[str, Any] = {"data": str(tmp_path / "easy.txt"), "grad_accum": 1}
     # random weights are worse than a uniform guess
@@ -292,27 +227,19 @@ def test_a_run_that_diverged_warns_and_still_finishes(
     ("options", "error", "message"),
     [
         ({"model": "{dense}"}, ModelError, "quantize it first: modulora quantize"),
-        ({"model": "./nothing"}, ModelError, "no such file or folder"),
-        ({"out": "{packed}"}, OutputError, "expected it new or empty, found"),
         ({"seq_len": 129}, OptionError, "seq_len 129: expected at most 128, the context of"),
-        ({"rank": 100_000}, OptionError, "rank 100000: expected at most 32"),
         ({"targets": "q_porj"}, AdapterError, "did you mean 'q_proj'"),
         ({"targets": "lm_head"}, AdapterError, "and lm_head is none"),
-        ({"adapter": "{packed}"}, AdapterError, "expected adapter_config.json in it, found none"),
         ({"eval_every": 2}, OptionError, "eval_every is 2: expected eval_data, got none"),
-        ({"data": "nowhere.jsonl"}, DataError, "nowhere.jsonl: expected a file"),
-        ({"eval_data": "nowhere.jsonl"}, DataError, "nowhere.jsonl: expected a file"),
         ({"optim": "adamw_torhc"}, OptionError, "no such optimizer; expected adamw_torch"),
         ({"trainer": {"adam_beta1": 5.0}}, OptionError, "trainer: Invalid beta parameter"),
-        ({"trainer": {"optim_args": "x"}}, OptionError, "trainer optim_args: expected KEY=VALUE"),
         ({"optim": "galore_adamw"}, MissingExtraError, "galore_torch"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_a_bad_request_is_refused_and_nothing_is_written(
-    configure: Configure, tunable: Path, tmp_path: Path, options: dict[str, Any],
-    error: type[ModuLoRAError], message: str,
-) -> None:  # fmt: skip
+    configure, tunable, tmp_path, options, error, message
+):
     places = {"packed": tunable, "dense": tunable.parent / "dense"}
     options = {k: v.format(**places) if isinstance(v, str) else v for k, v in options.items()}
     before = set(tmp_path.rglob("*"))
@@ -323,12 +250,12 @@ def test_a_bad_request_is_refused_and_nothing_is_written(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can do these")
 @pytest.mark.parametrize("option", [{"dtype": "float16"}, {"offload_activations": True}])
-def test_options_for_a_gpu_are_refused_on_a_cpu(configure: Configure, option: Any) -> None:
+def test_options_for_a_gpu_are_refused_on_a_cpu(configure, option):
     with pytest.raises(OptionError, match=f"^{next(iter(option))}.*: expected a GPU"):
         finetune(configure(**option))
 
 
-def test_a_finished_adapter_is_never_overwritten(configure: Configure) -> None:
+def test_a_finished_adapter_is_never_overwritten(configure):
     finetune(configure(steps=1))
     with pytest.raises(OutputError, match="it holds a finished adapter; choose another name or"):
         finetune(configure(steps=1))
@@ -336,9 +263,7 @@ def test_a_finished_adapter_is_never_overwritten(configure: Configure) -> None:
         finetune(configure(steps=1, lr=0.5), resume=True)
 
 
-def test_a_finished_run_says_so_when_it_is_resumed(
-    configure: Configure, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_finished_run_says_so_when_it_is_resumed(configure, caplog):
     first = finetune(configure(steps=1))
     before = {path: path.read_bytes() for path in Path(first.out).rglob("*") if path.is_file()}
     with caplog.at_level("INFO", logger="modulora_core"):
@@ -349,16 +274,16 @@ def test_a_finished_run_says_so_when_it_is_resumed(
 
 
 class _Stop(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args, state, control, **_):
         control.should_training_stop = True
 
 
-def test_a_run_that_wrote_its_file_is_finished_too(configure: Configure, tmp_path: Path) -> None:
+def test_a_run_that_wrote_its_file_is_finished_too(configure, tmp_path):
     """The file exists then, which is refused before any other run."""
     from modulora_toy.single import SingleWriter
 
     model, lora = tmp_path / "model.single", tmp_path / "lora.single"
-    writer = SingleWriter(file_format(model).spec)  # type: ignore[union-attr]
+    writer = SingleWriter(file_format(model).spec)
     config = configure(steps=1, lora_file=str(lora))
     writer.merge(config.model, model, progress=False)
     config = config.model_copy(update={"model": str(model)})
@@ -375,18 +300,14 @@ def test_a_run_that_wrote_its_file_is_finished_too(configure: Configure, tmp_pat
         finetune(config.model_copy(update={"out": str(tmp_path / "other")}))
 
 
-def test_a_folder_that_is_removed_during_the_run_is_an_error_at_its_end(
-    configure: Configure,
-) -> None:
+def test_a_folder_that_is_removed_during_the_run_is_an_error_at_its_end(configure):
     config = configure(steps=2)
     with pytest.raises(OutputError, match=r"somebody removed it, .* it has the adapter again"):
         finetune(config, on_step=lambda _: shutil.rmtree(config.out, ignore_errors=True))
     assert (Path(config.out) / "adapter_config.json").is_file()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_without_an_adapter(
-    configure: Configure, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_no_number_ends_the_run_without_an_adapter(configure, tmp_path):
     with pytest.raises(WorkError, match=r"step \d: the loss is (nan|inf); lower the learning rate"):
         finetune(configure(lr=1e30, max_grad_norm=0, warmup=0))
     assert not (tmp_path / "out" / "adapter_config.json").exists()

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from modulora_core.training.losses import loss_in_words, worsening
+from modulora_core.training.losses import worsening
 
 VOCABULARY = 49152
 UNIFORM = math.log(VOCABULARY)
@@ -18,27 +18,13 @@ def noisy(*means):
 
 
 @pytest.mark.parametrize(
-    ("losses", "summary"),
-    [
-        ([2.5], "loss 2.5000"),
-        ([1.762, 2.5, 2.9, 3.5831], "loss 2.6863 (mean of 4 steps)"),
-        ([3.0] * 5 + [2.0] * 5, "loss 3.0000 → 2.0000 (means of the first and last 5 steps)"),
-        ([3.0] * 100 + [2.0] * 100, "loss 3.0000 → 2.0000 (means of the first and last 20 steps)"),
-    ],
-)
-def test_a_summary_has_means(losses, summary):
-    assert loss_in_words(losses) == summary
-
-
-@pytest.mark.parametrize(
     ("losses", "eval_loss"),
     [
         ([4.3282, UNIFORM - 1e-3], None),
         (noisy(*[3.0] * 5, *[UNIFORM] * 30), None),
         ([4.3282, 5.0, 6.0], 11.2),
-        ([UNIFORM, 40.0], None),
     ],
-    ids=["few steps", "many steps", "evaluation data", "random weights"],
+    ids=["few steps", "many steps", "evaluation data"],
 )
 def test_a_model_that_only_guesses_is_worse(losses, eval_loss):
     worse = worsening(losses, eval_loss, VOCABULARY)
@@ -55,14 +41,12 @@ def test_a_loss_that_rose_by_more_than_batches_differ_is_worse():
 @pytest.mark.parametrize(
     "losses",
     [
-        [UNIFORM],
         [1.762, 2.5, 2.9, 3.5831],
-        noisy(*[2.5] * 10),
         noisy(*[2.5] * 200),
         [UNIFORM + 0.01 * i for i in range(9)],
         [2.5] * 5 + [2.51] * 5,
     ],
-    ids=["one step", "harder batches", "noise", "long noise", "random weights", "no noise"],
+    ids=["harder batches", "noise", "random weights", "no noise"],
 )
 def test_noise_is_not_worse(losses):
     assert worsening(losses, None, VOCABULARY) == ""

@@ -78,27 +78,3 @@ def test_trainer_loads_the_best_model_at_the_end(tunable, tmp_path):
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     assert torch.equal(logits(trainer.model), spoil.best)
-
-
-@pytest.mark.slow
-def test_trl_resumes_too(tunable, tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    from transformers import AutoTokenizer
-
-    rows = datasets.Dataset.from_list(
-        [{"text": f"The with statement {i} wraps."} for i in range(16)]
-    )
-
-    def trainer(seed):
-        return trl.SFTTrainer(
-            model=adapted(tunable, seed), train_dataset=rows,
-            args=trl.SFTConfig(**arguments(tmp_path), max_length=32),
-            processing_class=AutoTokenizer.from_pretrained(tunable),
-        )  # fmt: skip
-
-    whole, resumed = trainer(0), trainer(7)
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert losses(resumed)[-2:] == losses(whole)[-2:]
-    assert torch.equal(logits(resumed.model), logits(whole.model))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,20 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from modulora_core.errors import MissingExtraError, OptionError
+from modulora_core.errors import MissingExtraError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
-from modulora_core.hf.peft_format import read_adapter
-from modulora_core.quantization.quantize import quantize
-from modulora_core.registry import Choice
 from modulora_core.tests.processes import finetuned, run_in_processes
 from modulora_core.tests.tiny_tokenizer import write_jsonl
-from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.run_log import RunLog
 from modulora_core.training.trainer import TrainingStep
-
-Configure = Callable[..., FinetuneConfig]
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -38,14 +30,14 @@ PAIRS = [("Who?", " me", " nobody else"), ("What?", " it", " something"), ("When
 
 
 @pytest.fixture
-def preferences(tmp_path: Path) -> str:
+def preferences(tmp_path):
     rows = ({"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS)
     return str(write_jsonl(tmp_path / "preferences.jsonl", *rows))
 
 
 @pytest.fixture
-def dpo(configure: Configure, preferences: str) -> Configure:
-    def made(**options: Any) -> FinetuneConfig:
+def dpo(configure, preferences):
+    def made(**options):
         defaults: dict[str, Any] = {"method": "dpo", "data": preferences, "lr": 1e-2, "warmup": 0,
                                     "grad_accum": 1}  # fmt: skip
         return configure(**{**defaults, **options})
@@ -53,7 +45,7 @@ def dpo(configure: Configure, preferences: str) -> Configure:
     return made
 
 
-def log_probability(model: nn.Module, tokenizer: Any, prompt: str, answer: str) -> Tensor:
+def log_probability(model, tokenizer, prompt, answer):
     """Σ log p of the answer and the EOS after it, by torch alone."""
     start, ids = (tokenizer(text).input_ids for text in (prompt, prompt + answer))
     ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
@@ -63,7 +55,7 @@ def log_probability(model: nn.Module, tokenizer: Any, prompt: str, answer: str) 
     return found
 
 
-def dpo_loss(model: nn.Module, reference: nn.Module, packed: Path, beta: float) -> float:
+def dpo_loss(model, reference, packed, beta):
     """The mean of -log σ(β (Δ chosen - Δ rejected)) over all pairs."""
     tokenizer = AutoTokenizer.from_pretrained(packed)
     losses = []
@@ -78,9 +70,7 @@ def dpo_loss(model: nn.Module, reference: nn.Module, packed: Path, beta: float) 
 
 
 @pytest.mark.slow
-def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
-    dpo: Configure, preferences: str, tunable: Path, tmp_path: Path
-) -> None:
+def test_the_loss_begins_at_log_2_and_ends_at_its_definition(dpo, preferences, tunable, tmp_path):
     pytest.importorskip("trl", reason="pip install trl")
     steps: list[TrainingStep] = []
     config = dpo(
@@ -105,27 +95,7 @@ def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_gives_the_adapter_of_an_uninterrupted_one(
-    dpo: Configure, tmp_path: Path
-) -> None:
-    pytest.importorskip("trl", reason="pip install trl")
-
-    def stop(step: TrainingStep) -> None:
-        if step.step == 3:
-            raise KeyboardInterrupt
-
-    finetune(dpo(steps=4, save_every=2, out=str(tmp_path / "whole")))
-    with pytest.raises(KeyboardInterrupt):
-        finetune(dpo(steps=4, save_every=2), on_step=stop)
-    finetune(FinetuneConfig.build({}, file=tmp_path / "out" / "finetune.yaml"), resume=True)
-    one, other = (read_adapter(tmp_path / name).deltas for name in ("whole", "out"))
-    assert all(torch.equal(one[path].B, delta.B) for path, delta in other.items())
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(
-    dpo: Configure, preferences: str, tmp_path: Path
-) -> None:
+def test_two_processes_give_the_losses_of_one(dpo, preferences, tmp_path):
     pytest.importorskip("trl", reason="pip install trl")
     config = dpo(steps=2, batch_size=2, eval_data=preferences)
     expected = finetuned(**config.model_dump(exclude_none=True))
@@ -136,52 +106,11 @@ def test_two_processes_give_the_losses_of_one(
         assert found == pytest.approx(expected, rel=1e-4)
 
 
-def _finetuned(options: dict[str, Any]) -> list[float]:
+def _finetuned(options):
     return finetuned(**options)
 
 
-def test_each_message_has_its_own_fields_alone(tmp_path: Path) -> None:
-    """A table would add ``name`` to all, and refuse a field of two types."""
-    pytest.importorskip("trl", reason="pip install trl")
-    from modulora_core.training.preference import _dataset
-
-    rows = [
-        {"prompt": [{"role": "user", "content": "Who?", **more}],
-         "chosen": [{"role": "assistant", "content": "me"}],
-         "rejected": [{"role": "assistant", "content": "nobody"}]}
-        for more in ({"name": "Ada"}, {}, {"name": 3})
-    ]  # fmt: skip
-    assert list(_dataset(rows, tmp_path)) == rows
-    strings = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in PAIRS]
-    assert list(_dataset(strings, tmp_path)) == strings
-
-
-@pytest.mark.slow
-def test_a_packed_head_trains_without_an_adapter_of_its_own(
-    dpo: Configure, tunable: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("trl", reason="pip install trl")
-    quantize(str(tunable.parent / "dense"), tmp_path / "packed", "toy", head=Choice("toy"))
-    model = str(tmp_path / "packed")
-    assert finetune(dpo(model=model, batch_size=2)).losses[0] == pytest.approx(math.log(2))
-    with pytest.raises(OptionError, match="expected an output head without an adapter"):
-        finetune(dpo(model=model, out=str(tmp_path / "other"), targets=["lm_head", "q_proj"]))
-    assert not (tmp_path / "other").exists()
-
-
-def test_dpo_has_defaults_of_its_own(dpo: Configure) -> None:
-    fields = {"model": "m", "out": "o", "data": "d", "method": "dpo"}
-    config = FinetuneConfig.build(fields)
-    assert (config.lr, config.dropout) == (5e-5, 0)
-    assert FinetuneConfig.build({**fields, "lr": 1e-3, "dropout": 0.2}).dropout == 0.2
-    assert FinetuneConfig.build({**fields, "method": "sft"}).lr == 1e-3
-    with pytest.raises(OptionError, match="expected method sft beside them, got dpo"):
-        FinetuneConfig.build({**fields, "format": "chat"})
-
-
-def test_without_trl_it_is_refused(
-    dpo: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_trl_it_is_refused(dpo, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(MissingExtraError, match=r"trl, .* pip install 'modulora-core\[pref"):
         finetune(dpo())

@@ -14,7 +14,7 @@ from modulora_core.cli import main
 from modulora_core.cli.failures import report_failure
 from modulora_core.cli.terminal import Terminal
 from modulora_core.data.sources import pydoc_text
-from modulora_core.errors import OptionError, OutputError, RequestError
+from modulora_core.errors import OptionError, OutputError
 from modulora_core.models.installed_formats import file_format
 from modulora_core.tests.processes import finetuned, run_in_processes, trained_by_hand
 from modulora_core.training.arguments import total_steps
@@ -160,18 +160,7 @@ def _overtaken(options):
     finetune(FinetuneConfig.build(options), on_step=lambda _: lora.touch())
 
 
-def test_one_process_is_no_distributed_run():
-    assert (distributed.world_size(), distributed.rank(), distributed.is_first()) == (1, 0, True)
-    with pytest.raises(RequestError, match="mine"), distributed.together():
-        raise RequestError("mine")
-
-
 @pytest.mark.parametrize(("processes", "steps"), [(1, 8), (2, 4), (3, 3), (8, 1)])
 def test_an_epoch_has_fewer_steps_in_more_processes(processes, steps):
     config = FinetuneConfig(model="m", out="o", data=("d",), epochs=1, batch_size=2, grad_accum=1)
     assert total_steps(config, 15, processes) == steps
-
-
-def test_a_model_is_not_split_in_one_process(options, tmp_path):
-    with pytest.raises(OptionError, match="shard: expected several processes, got one"):
-        finetuned(**options, out=str(tmp_path / "out"), shard=True)

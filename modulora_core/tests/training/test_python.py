@@ -1,14 +1,7 @@
 """Finetuning from a Python program: records, dtypes, progress bars, and types."""
 
-import io
-import re
-import subprocess
-import sys
-from typing import Any
-
 import pytest
 
-import modulora_core
 from modulora_core import evaluate, finetune
 from modulora_core.errors import OptionError
 
@@ -45,69 +38,4 @@ def test_records_are_evaluated(tunable, tmp_path):
 # bars
 
 
-class Screen(io.StringIO):
-    """A terminal."""
-
-    def isatty(self):
-        return True
-
-
-def terminal(monkeypatch):
-    """Put a terminal in the place of stderr. Not a fixture: pytest's capture comes after those."""
-    screen = Screen()
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    return screen
-
-
-def test_functions_draw_a_bar_on_a_terminal(monkeypatch, tunable, configure):
-    screen = terminal(monkeypatch)
-    finetune(configure(steps=2))
-    assert re.search(r"loss [\d.]+, [\d,]+ tok/s, peak", screen.getvalue())
-    assert "2/2" in screen.getvalue()
-    screen.truncate(0)
-    evaluate(str(tunable), [{"text": "The with statement. " * 9}], seq_len=16)
-    assert "evaluating" in screen.getvalue()
-
-
-def test_they_draw_none_on_request_or_without_a_terminal(monkeypatch, tunable, configure, tmp_path):
-    screen, calls = terminal(monkeypatch), list[Any]()
-    text = [{"text": "The with statement. " * 9}]
-    finetune(configure(steps=1), progress=False)
-    finetune(
-        configure(steps=1, out=str(tmp_path / "other")), progress=lambda *call: calls.append(call)
-    )
-    assert calls[-1][1:] == (1, 1)
-    evaluate(str(tunable), text, seq_len=16, progress=False)
-    evaluate(str(tunable), text, seq_len=16, progress=lambda *call: calls.append(call))
-    assert calls[-1][0] == "evaluating"
-    assert screen.getvalue() == ""
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    evaluate(str(tunable), text, seq_len=16)
-    assert sys.stderr.getvalue() == ""
-
-
 # types
-
-
-@pytest.mark.slow
-def test_a_type_checker_knows_every_public_name(tmp_path):
-    pytest.importorskip("mypy", reason="pip install mypy")
-    names = modulora_core.__all__
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import modulora_core\n"
-        + "".join(f"reveal_type(modulora_core.{name})\n" for name in names)
-        + "config = modulora_core.FinetuneConfig(model='m', out='o', data=['a.txt'])\n"
-        + "reveal_type(modulora_core.finetune(config).losses)\n"
-    )
-    settings = tmp_path / "mypy.ini"  # to read torch and transformers would take a minute
-    settings.write_text("[mypy]\n[mypy-torch.*,transformers.*]\nfollow_imports = skip\n")
-    words = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(settings), str(program)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    shown = re.findall(r'Revealed type is "(.*)"', done.stdout)
-    assert len(shown) == len(names) + 1, done.stdout
-    assert not {name for name, kind in zip(names, shown, strict=False) if kind == "Any"}
-    assert "list[float]" in shown[-1].replace("builtins.", "")
-    assert done.returncode == 0, done.stdout

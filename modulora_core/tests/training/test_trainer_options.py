@@ -1,7 +1,5 @@
 """Fields of TrainingArguments, experiment trackers, callbacks, and the logs of a run."""
 
-import json
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -9,7 +7,6 @@ from transformers import TrainerCallback, TrainingArguments
 
 from modulora_core.errors import MissingExtraError, OptionError
 from modulora_core.training import trainer_options as options
-from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.trainer import TrainingStep
 from modulora_core.training.trainer_options import check_reporters, trainer_options
@@ -47,9 +44,12 @@ def test_they_reach_the_trainer_and_a_callback_sees_the_logs(configure):
     assert seen.arguments.lr_scheduler_type == "polynomial"
     last = steps[-1]
     for name, value in {
-        "loss": last.loss, "learning_rate": last.learning_rate, "grad_norm": last.grad_norm,
-        "tokens_per_second": last.tokens_per_second, "memory_bytes": last.memory_bytes,
-    }.items():  # fmt: skip
+        "loss": last.loss,
+        "learning_rate": last.learning_rate,
+        "grad_norm": last.grad_norm,
+        "tokens_per_second": last.tokens_per_second,
+        "memory_bytes": last.memory_bytes,
+    }.items():
         assert seen.logs[name] == value
         assert value > 0
     assert last.memory_bytes > 10e6
@@ -61,23 +61,12 @@ WRONG = {
     "adam_beta3=1": "did you mean adam_beta2 or adam_beta1?",
     "learning_rate=1": "expected --lr instead",
     "logging_steps=2": "the run depends on its own value; leave it out",
-    "neftune_noise_alpha=nan": "trainer neftune_noise_alpha: expected a finite number, got nan",
     "dataloader_num_workers=-1": "trainer dataloader_num_workers: expected 0 or more, got -1",
-    "adam_beta1=high": "trainer adam_beta1: expected a valid number.*, got 'high'",
     "lr_scheduler_type=poly": "poly is not a valid SchedulerType",
-    "lr_scheduler_kwargs=[": r"trainer lr_scheduler_kwargs: expected a JSON object .*, got '\['",
     'lr_scheduler_kwargs={"unknown": 1}': "trainer lr_scheduler_type .*: expected values that it",
-    "lr_scheduler_type=cosine_with_min_lr": "trainer lr_scheduler_type .*: expected values that it",
     "log_level=foo": "trainer log_level: expected one of .*debug.*, got 'foo'",
     "optim_args=foo": r"trainer optim_args: expected KEY=VALUE,\.\.\., got 'foo'",
-    "log_level_replica=foo": "trainer log_level_replica: expected one of .*debug.*, got 'foo'",
-    "neftune_noise_alpha=-1": "trainer neftune_noise_alpha: expected 0 or more, got -1",
     "torch_compile_mode=foo": "trainer torch_compile_mode: Unrecognized mode=foo",
-    "accelerator_config=[": "trainer",
-    "deepspeed=nowhere.json": "the run depends on its own value; leave it out",
-    "debug=foo": "trainer",
-    "hub_strategy=foo": "trainer",
-    "dataloader_prefetch_factor=2": "trainer.*prefetch_factor",
     "dataloader_persistent_workers=true": "trainer dataloader_persistent_workers: expected values",
 }
 
@@ -91,23 +80,6 @@ def test_a_wrong_field_is_refused_and_nothing_is_written(configure, tmp_path, wo
     assert set(tmp_path.rglob("*")) == before
 
 
-def test_a_library_that_is_not_installed_is_refused_and_nothing_is_written(configure, tmp_path):
-    if find_spec("liger_kernel"):
-        pytest.skip("it is installed")
-    with pytest.raises(MissingExtraError, match="pip install liger-kernel"):
-        finetune(configure(trainer=["use_liger_kernel=true"]))
-    assert not (tmp_path / "out").exists()
-
-
-def test_every_field_that_we_own_exists():
-    """If this fails: transformers or TRL renamed a field, and the message of it is lost."""
-    known = set(TrainingArguments.__dataclass_fields__)
-    preferences = {"max_length", "activation_offloading", "precompute_ref_log_probs",
-                   "model_init_kwargs", "sync_ref_model"}  # fmt: skip
-    renamed = {"warmup_ratio"}
-    assert {*options._OWNED, *options._FIXED} - known <= preferences | renamed
-
-
 def test_trackers_are_those_of_transformers(configure, monkeypatch, tmp_path):
     with pytest.raises(OptionError, match="no such tracker; expected tensorboard"):
         finetune(configure(report_to="tensorbord"))
@@ -116,20 +88,3 @@ def test_trackers_are_those_of_transformers(configure, monkeypatch, tmp_path):
         finetune(configure(report_to="mlflow,wandb"))
     check_reporters(("mlflow",))
     assert not (tmp_path / "out").exists()
-
-
-def test_tensorboard_gets_the_logs(configure, tmp_path):
-    pytest.importorskip("tensorboardX", reason="pip install tensorboardX")
-    finetune(configure(steps=2, report_to="tensorboard"))
-    (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
-    assert b"train/tokens_per_second" in events.read_bytes()
-
-
-def test_the_config_keeps_them(configure, tmp_path):
-    config = configure(trainer={"adam_beta1": 0.8}, report_to=["wandb"])
-    (tmp_path / "run.yaml").write_text(config.to_yaml())
-    assert FinetuneConfig.build({}, file=tmp_path / "run.yaml") == config
-    assert json.loads(config.model_dump_json())["trainer"] == {"adam_beta1": 0.8}
-    assert config.differences(configure(trainer={"adam_beta1": 0.9}, baseline=False)) == [
-        "trainer {'adam_beta1': 0.9} → {'adam_beta1': 0.8}"
-    ]

@@ -95,8 +95,8 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(request_, tmp_path
     assert 'data-head="perplexity"' in text  # a narrow page has each row as a list
 
 
-def test_few_segments_make_no_claim() -> None:
-    def text(segments: int) -> str:
+def test_few_segments_make_no_claim():
+    def text(segments):
         request = Request(model="m", train="t", held_out="h", quantizers=("q",), prompts=0)
         losses = [[3 + 0.1 * i for i in range(segments)], [2.9 + 0.1 * i for i in range(segments)]]
         made = [Measured(each, 0.0, 1, []) for each in losses]

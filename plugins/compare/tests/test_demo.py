@@ -1,31 +1,20 @@
 """The demo: its commands, and what it makes of their results."""
 
-from __future__ import annotations
-
-import re
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 from modulora_compare.cli import demo
 
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 
-SHOWN = re.compile(r"about (\d+) (s|minutes) left")
-
-Run = Callable[..., tuple[int, dict[str, Any], str]]
-
 
 @pytest.mark.parametrize("packed_file", [False, True])
 def test_the_demo_finetunes_the_packed_model_and_the_file(
-    run: Run, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed_file: bool
-) -> None:
+    run, toy, tmp_path, monkeypatch, packed_file
+):
     opened = object.__new__(PackedCheckpoint) if packed_file else None
     monkeypatch.setattr("modulora_core.checkpoints.opening.open_model", lambda model: opened)
     steps = []
 
-    def step(*words: object) -> dict[str, Any]:
+    def step(*words):
         steps.append([str(word) for word in words])
         return {
             "bytes": 10, "source_bytes": 40, "bits_per_weight": 8.0, "perplexity": 9.0, "text": "a",
@@ -51,30 +40,3 @@ def test_the_demo_finetunes_the_packed_model_and_the_file(
     (tmp_path / "out" / "mine").touch()
     code, found, _ = run(*words)
     assert (code, found["error"]["kind"]) == (2, "OutputError")
-
-
-def test_each_step_is_named_and_the_time_left_never_rises(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On a machine that becomes busier with each step."""
-    monkeypatch.setattr(demo, "embedding_quantizer", lambda: None)
-    clock, steps = [0.0], []
-
-    def step(*words: object) -> dict[str, Any]:
-        steps.append(words)
-        clock[0] += 20 * len(steps) ** 2
-        return {}
-
-    monkeypatch.setattr(demo, "_step", step)
-    monkeypatch.setattr(demo, "perf_counter", lambda: clock[0])
-    commands = demo._commands("a.gguf", Path("out"), "toy", packed=True, steps=3, segments=2)
-    demo._run_all(commands)
-    shown = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    assert len(shown) == len(commands) == len(steps)
-    assert shown[0] == "step 1 of 13: reading what the file holds"
-    assert shown[1] == "step 2 of 13: perplexity of the file"
-    assert shown[3].startswith("step 4 of 13: finetuning the file (about ")
-    assert shown[4].startswith("step 5 of 13: perplexity of the file with its adapter (about ")
-    left = [int(n) * (60 if unit == "minutes" else 1) for n, unit in SHOWN.findall("".join(shown))]
-    assert len(left) == len(shown) - 2
-    assert left == sorted(left, reverse=True)

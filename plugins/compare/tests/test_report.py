@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from modulora_compare import ReportCallback
-from modulora_compare.report.curves import Curve, curves
 from modulora_compare.report.page import LONGEST
-from modulora_compare.report.samples import _split, answers, question
+from modulora_compare.report.samples import answers, question
 from transformers import Trainer, TrainingArguments
 
 from modulora_core.checkpoints.opening import open_packed
@@ -21,15 +18,9 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models.sampling import Sampling, continuations
-from modulora_core.progress import no_progress
 from modulora_core.tests.adapted_models import trained
-from modulora_core.tests.cli.conftest import TEMPLATE
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
-from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
-
-Configure = Callable[..., FinetuneConfig]
-Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,21 +28,19 @@ OUTSIDE = re.compile(r"<script|<link|<img|@import|url\(|https?://|\son\w+=", re.
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Path:
+def data(tmp_path):
     rows = [{"prompt": f"say <b>{word}</b>", "completion": f" {word}"} for word in "abcdefg"]
-    return write_jsonl(tmp_path / "data.jsonl", *rows)  # type: ignore[no-any-return]
+    return write_jsonl(tmp_path / "data.jsonl", *rows)
 
 
-def written(run: Run, *words: object) -> str:
+def written(run, *words):
     """The page that `modulora report` writes."""
     code, found, _ = run("report", *words)
     assert code == 0, found
     return Path(found["page"]).read_text("utf-8")
 
 
-def test_a_page_needs_nothing_else(
-    run: Run, configure: Configure, data: Path, tmp_path: Path
-) -> None:
+def test_a_page_needs_nothing_else(run, configure, data, tmp_path):
     out = tmp_path / "out"
     result = finetune(configure(data=str(data), eval_data=str(data), seq_len=96, baseline=True))
     page = written(run, out)
@@ -69,9 +58,7 @@ def test_a_page_needs_nothing_else(
     assert (out / "report.html").is_file()
 
 
-def test_the_page_says_on_which_examples_the_loss_is(
-    run: Run, configure: Configure, data: Path, tmp_path: Path
-) -> None:
+def test_the_page_says_on_which_examples_the_loss_is(run, configure, data, tmp_path):
     rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
     many = write_jsonl(tmp_path / "rows.jsonl", *rows)
     held_out = finetune(configure(data=str(many), steps=10, baseline=True)).held_out
@@ -84,15 +71,7 @@ def test_the_page_says_on_which_examples_the_loss_is(
     assert "No loss was measured on held-out data." in written(run, whole)
 
 
-def test_a_page_needs_the_log_of_a_finished_run(run: Run, tmp_path: Path) -> None:
-    code, found, _ = run("report", tmp_path)
-    assert code == 2
-    assert "expected the folder of a finished run" in found["error"]["message"]
-
-
-def test_samples_need_data_that_the_config_names(
-    run: Run, configure: Configure, tmp_path: Path
-) -> None:
+def test_samples_need_data_that_the_config_names(run, configure, tmp_path):
     config = configure(steps=1, data=None)
     finetune(config, data=[{"text": "The with statement. " * 9}])
     code, found, _ = run("report", tmp_path / "out", "--samples")
@@ -101,9 +80,7 @@ def test_samples_need_data_that_the_config_names(
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-def test_a_callback_writes_the_page_of_any_trainer(
-    tunable: Path, text: Path, tmp_path: Path
-) -> None:
+def test_a_callback_writes_the_page_of_any_trainer(tunable, text, tmp_path):
     model: Any = load_model(tunable)
     add_lora(model, LoRASettings(rank=2))
     ids = open_packed(tunable).tokenizer()(text.read_text())["input_ids"]
@@ -124,7 +101,7 @@ def test_a_callback_writes_the_page_of_any_trainer(
     assert "modulora chat" not in page
 
 
-def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, text: Path) -> None:
+def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable, text):
     base: Any = load_model(tunable)
     adapted: Any = trained(load_model(tunable))
     tokenizer = open_packed(tunable).tokenizer()
@@ -137,7 +114,7 @@ def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, 
     assert calls[-1][1] <= calls[-1][2] == 2 * LONGEST
     greedy = Sampling(LONGEST)
 
-    def words(ids: list[int]) -> str:
+    def words(ids):
         return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
     for number, sample in enumerate(samples):
@@ -147,17 +124,6 @@ def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable: Path, 
             (alone,) = continuations(model, tokenizer, [ids[:32]], greedy)
             assert answer == words(alone)
     assert any(sample.before != sample.after for sample in samples)
-
-
-def test_infinite_logits_are_named_in_the_place_of_an_answer(tunable: Path, text: Path) -> None:
-    model: Any = trained(load_model(tunable))
-    tokenizer = open_packed(tunable).tokenizer()
-    examples = load_examples(text, tokenizer, seq_len=64)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.fill_(torch.inf)
-    (sample, *_) = answers(model, tokenizer, examples, no_progress)
-    assert "infinite" in sample.before
-    assert "infinite" in sample.after
 
 
 CHATML = "<s>system\nBe brief.</s>\n<s>user\nWhat is\nit?</s>\n<s>assistant\n"
@@ -172,44 +138,4 @@ def test_the_prompt_of_a_chat_is_shown_without_the_words_of_its_template(text):
     assert question(tokenizer.encode(f"<s>{plain}"), tokenizer) == plain
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-def test_the_answer_to_a_preference_is_the_chosen_one(template: str | None) -> None:
-    tokenizer: Any = make_tokenizer(template=template)
-    said: Any = ("say", "yes")
-    if template is not None:
-        roles = zip(("user", "assistant"), said, strict=True)
-        said = [[{"role": role, "content": content}] for role, content in roles]
-    prompt, answer = _split({"prompt": said[0], "chosen": said[1], "rejected": said[1]}, tokenizer)
-    asked = "<user>say<assistant>" if template else "say"
-    assert tokenizer.decode(prompt, skip_special_tokens=True) == asked
-    assert tokenizer.decode(answer) == "yes"
-
-
 # curves
-
-
-def test_a_curve_places_its_points_between_round_ticks() -> None:
-    svg = Curve("Loss", {"": [(1, 0.9), (2, 3.9), (3, 2.0)]}).svg
-    assert re.findall(r">([\d.]+)</text>", svg) == ["0", "1", "2", "3", "4", "1", "3"]
-    xs, ys = zip(*re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg), strict=True)
-    assert [float(x) for x in xs] == sorted(float(x) for x in xs)
-    assert float(ys[1]) < float(ys[2]) < float(ys[0]), "a larger value is higher"
-
-
-@pytest.mark.parametrize("values", [[0.0, 0.0], [5.0, 5.0], [1e-9, 1e-9], [-1.0, -1.0], [2.0]])
-def test_level_and_single_values_have_a_curve(values: list[float]) -> None:
-    svg = Curve("", {"": [(step, value) for step, value in enumerate(values)]}).svg
-    assert "nan" not in svg
-    assert svg.count("<circle") == len(values)
-
-
-def test_a_long_run_has_few_points_and_nan_has_none() -> None:
-    history = [{"step": step, "loss": float(step)} for step in range(10_000)]
-    (curve,) = curves([*history, {"step": 10_000, "loss": float("nan")}])
-    (line,) = re.findall(r'points="([^"]+)"', curve.svg)
-    assert len(line.split()) <= 300
-
-
-def test_a_run_on_preferences_has_the_curve_of_its_margins() -> None:
-    history = [{"step": 1, "loss": 0.7, "rewards/margins": 0.1}, {"step": 2, "loss": 0.6}]
-    assert [curve.title for curve in curves(history)] == ["Loss", "Reward margin"]

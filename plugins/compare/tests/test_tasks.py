@@ -1,10 +1,6 @@
 """Tasks of lm-evaluation-harness run on packed models, with local files and without the Hub."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +10,7 @@ from transformers import AutoTokenizer
 
 from modulora_core import load_model, save_adapter
 from modulora_core.cli import main
-from modulora_core.errors import DataError, OptionError
+from modulora_core.errors import DataError
 from modulora_core.tests.adapted_models import trained
 
 pytest.importorskip("lm_eval")
@@ -25,7 +21,7 @@ CHOICES = [" even", " odd, for it has a rest"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     files = {"test": str(tmp_path / "rows.jsonl")}
     task = {"task": "parity", "output_type": "multiple_choice", "test_split": "test",
@@ -36,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def accuracy(model: Any, tokenizer: Any) -> float:
+def accuracy(model, tokenizer):
     correct = 0
     for row in ROWS:
         scores = []
@@ -50,7 +46,7 @@ def accuracy(model: Any, tokenizer: Any) -> float:
     return correct / len(ROWS)
 
 
-def test_the_accuracy_of_a_local_task(tunable: Path, folder: Path) -> None:
+def test_the_accuracy_of_a_local_task(tunable, folder):
     model = trained(load_model(tunable, device="cpu")).eval()
     tokenizer = AutoTokenizer.from_pretrained(tunable)
     save_adapter(model, folder / "adapter")
@@ -66,24 +62,10 @@ def test_the_accuracy_of_a_local_task(tunable: Path, folder: Path) -> None:
         evaluate_tasks((model, tokenizer), [file], limit=1)
 
 
-def test_the_command(tunable: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tunable, folder, capsys):
     words = ["tasks", str(tunable), "parity", "--include-path", str(folder)]
     assert main(["--json", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tasks"]["parity"].keys() == {"metrics", "examples", "num_fewshot"}
     assert found["tasks"]["parity"]["metrics"].keys() == {"acc", "acc_stderr"}
     assert {"seconds", "peak_memory_bytes"} < found.keys()
-
-
-def test_wrong_requests_are_refused(tunable: Path, folder: Path) -> None:
-    with pytest.raises(OptionError, match=r"task helaswag: expected a name.*near: hellaswag"):
-        evaluate_tasks(str(tunable), ["helaswag"])
-    with pytest.raises(OptionError, match=r"task gone\.yaml: no such file"):
-        evaluate_tasks(str(tunable), ["gone.yaml"])
-    (folder / "rows.jsonl").unlink()
-    with pytest.raises(DataError, match=r"task .*parity\.yaml: lm-evaluation-harness cannot load"):
-        evaluate_tasks(str(tunable), [str(folder / "parity.yaml")])
-    with pytest.raises(OptionError, match="limit: expected at least 1, got 0"):
-        evaluate_tasks(str(tunable), ["hellaswag"], limit=0)
-    with pytest.raises(OptionError, match="include_path: expected a folder"):
-        evaluate_tasks(str(tunable), ["hellaswag"], include_path=folder / "none")

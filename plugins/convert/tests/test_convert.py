@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
-from modulora_core.errors import DiskSpaceError, ModelError, OptionError, OutputError, ShapeError
+from modulora_core.errors import ModelError, OptionError, ShapeError
 from modulora_core.hf.load_model import load_model
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
@@ -27,37 +25,35 @@ pytestmark = pytest.mark.usefixtures("toy")
 IDS = torch.arange(3, 27).view(2, 12)
 
 
-def logits(folder: Path) -> torch.Tensor:
+def logits(folder):
     with torch.no_grad():
         found: torch.Tensor = load_model(folder, dtype="float32", device="cpu")(IDS).logits
     return found
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder):
     return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one, other):
     ours, theirs = tensors(one), tensors(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def config_of(folder: Path) -> Any:
+def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
 @pytest.fixture
-def theirs(tmp_path: Path) -> Path:
+def theirs(tmp_path):
     save_crude(tmp_path / "theirs", chosen=lambda name: name.endswith("proj") or name == "lm_head")
     (tmp_path / "theirs" / "tokenizer.json").write_text("{}")
     (tmp_path / "theirs" / "generation_config.json").write_text('{"max_new_tokens": 7}')
     return tmp_path / "theirs"
 
 
-def test_there_and_back_gives_the_same_model_and_the_same_tensors(
-    theirs: Path, tmp_path: Path
-) -> None:
+def test_there_and_back_gives_the_same_model_and_the_same_tensors(theirs, tmp_path):
     seen: list[tuple[str, int, int]] = []
     result = convert(
         str(theirs), tmp_path / "ours", "modulora", max_shard_bytes=10_000,
@@ -79,9 +75,7 @@ def test_there_and_back_gives_the_same_model_and_the_same_tensors(
     assert torch.equal(logits(tmp_path / "back"), logits(theirs))
 
 
-def test_a_format_that_is_only_read_is_converted_to_ours_and_refused_as_a_target(
-    tmp_path: Path,
-) -> None:
+def test_a_format_that_is_only_read_is_converted_to_ours_and_refused_as_a_target(tmp_path):
     save_crude(tmp_path / "theirs", config_file=None)
     convert(str(tmp_path / "theirs"), tmp_path / "ours", "modulora")
     assert torch.equal(logits(tmp_path / "ours"), logits(tmp_path / "theirs"))
@@ -93,7 +87,7 @@ def test_a_format_that_is_only_read_is_converted_to_ours_and_refused_as_a_target
     assert not (tmp_path / "back").exists()
 
 
-def test_ours_to_foreign_writes_its_config_in_every_file_of_it(tmp_path: Path) -> None:
+def test_ours_to_foreign_writes_its_config_in_every_file_of_it(tmp_path):
     save_tiny_model("llama", tmp_path / "dense")
     options = {"levels": 50}
     quantize(str(tmp_path / "dense"), tmp_path / "ours", "toy", options, exclude=["*.down_proj"])
@@ -107,13 +101,13 @@ def test_ours_to_foreign_writes_its_config_in_every_file_of_it(tmp_path: Path) -
     assert torch.equal(logits(tmp_path / "theirs"), logits(tmp_path / "ours"))
 
 
-def refused(source: Path, tmp_path: Path, to: str, error: type[Exception], match: str) -> None:
+def refused(source, tmp_path, to, error, match):
     with pytest.raises(error, match=match):
         convert(str(source), tmp_path / "out", to)
     assert not list(tmp_path.glob("out*")), "nothing was written"
 
 
-def test_a_wrong_format_is_refused(theirs: Path, tmp_path: Path) -> None:
+def test_a_wrong_format_is_refused(theirs, tmp_path):
     refused(theirs, tmp_path, "nonsense", OptionError, "expected one of modulora, .*crude")
     save_tiny_model("llama", tmp_path / "dense")
     refused(tmp_path / "dense", tmp_path, "crude", ModelError, "quantize it first")
@@ -131,9 +125,8 @@ def test_a_wrong_format_is_refused(theirs: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_weight_that_the_format_cannot_hold_is_refused_by_name(
-    architecture: str, quantizer: str, end: Choice | None, error: type[Exception], match: str,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    architecture, quantizer, end, error, match, tmp_path
+):
     if architecture == "odd":
         sizes = {
             "hidden_size": 32,
@@ -149,18 +142,7 @@ def test_a_weight_that_the_format_cannot_hold_is_refused_by_name(
     refused(tmp_path / "ours", tmp_path, "crude", error, match)
 
 
-def test_an_output_without_room_is_refused_before_writing(
-    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(OutputError, match="expected it new or empty"):
-        convert(str(theirs), theirs, "modulora")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
-    refused(theirs, tmp_path, "modulora", DiskSpaceError, "1 MiB are free")
-
-
-def test_the_command_writes_and_describes_the_formats(
-    theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_and_describes_the_formats(theirs, tmp_path, capsys):
     out = str(tmp_path / "out")
     words = ["convert", str(theirs), out, "--to", "modulora", "--max-shard-size", "20kB", "--json"]
     assert main(words) == 0

@@ -86,25 +86,6 @@ def test_tiles_have_the_bits_of_gguf(kind, generator):
     assert usable.float().mean() > 0.8
 
 
-def test_nvfp4_has_the_bits_of_compressed_tensors(generator):
-    pytest.importorskip("compressed_tensors")
-    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
-    from compressed_tensors.quantization import QuantizationArgs
-    from compressed_tensors.quantization.lifecycle.forward import dequantize
-
-    packed = any_bytes("nvfp4", 8, 64, generator)
-    codes, scales, g = packed.tensors.values()
-    args = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
-    theirs = dequantize(
-        unpack_fp4_from_uint8(codes, 8, 64),
-        scales.view(torch.float8_e4m3fn).to(torch.bfloat16),
-        args=args,
-        global_scale=g,
-        dtype=torch.bfloat16,
-    )
-    assert torch.equal(tile(packed, torch.bfloat16), theirs)
-
-
 def test_elements_are_rounded_to_nearest_and_halves_to_even_fractions():
     levels = torch.tensor(reference.LEVELS[:8])
     midpoints = (levels[1:] + levels[:-1]) / 2

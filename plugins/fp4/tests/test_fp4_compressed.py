@@ -1,10 +1,7 @@
 """NVFP4 and MXFP4 folders of compressed-tensors are read to the last bit, and written."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +36,7 @@ formats = pytest.mark.parametrize(
 
 
 @formats
-def test_weights_are_those_of_transformers_and_come_back(name, weights, tmp_path: Path) -> None:
+def test_weights_are_those_of_transformers_and_come_back(name, weights, tmp_path):
     folder = tmp_path / "theirs"
     save_compressed(folder, name, torch.bfloat16, **weights)
     checkpoint, theirs = open_packed(folder), load_dequantized(folder)
@@ -63,7 +60,7 @@ def test_weights_are_those_of_transformers_and_come_back(name, weights, tmp_path
     assert all(torch.equal(before[n].float(), after[n].float()) for n in before)
 
 
-def to_modelopt(folder: Path) -> None:
+def to_modelopt(folder):
     """Rename the tensors of an NVFP4 folder, and store the reciprocal of each global scale."""
     stored = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
@@ -80,7 +77,7 @@ def to_modelopt(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_experts_that_are_layers_in_the_files_become_stacks(tmp_path: Path) -> None:
+def test_experts_that_are_layers_in_the_files_become_stacks(tmp_path):
     """Gate and up keep a global scale each."""
     folder, experts = tmp_path / "moe", "model.layers.0.mlp.experts"
     save_compressed(folder, "nvfp4-pack-quantized", architecture="qwen3_moe", **NVFP4)
@@ -100,7 +97,7 @@ def test_experts_that_are_layers_in_the_files_become_stacks(tmp_path: Path) -> N
             torch.testing.assert_close(rows, W, rtol=1e-6, atol=0)
 
 
-def test_conv1d_which_transformers_would_fill_with_noise_is_refused(tmp_path: Path) -> None:
+def test_conv1d_which_transformers_would_fill_with_noise_is_refused(tmp_path):
     save_tiny_model("gpt2", tmp_path / "dense")
     quantize(str(tmp_path / "dense"), tmp_path / "packed", "fp4", {"type": "mxfp4"})
     with pytest.raises(ModelError, match=r"c_attn\.weight: a Conv1D layer, which the format mxfp4"):
@@ -110,7 +107,7 @@ def test_conv1d_which_transformers_would_fill_with_noise_is_refused(tmp_path: Pa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @formats
-def test_a_model_of_ours_is_read_by_transformers(name, weights, dtype, tmp_path: Path) -> None:
+def test_a_model_of_ours_is_read_by_transformers(name, weights, dtype, tmp_path):
     """Whatever the dtype of the model was, such as float32 of a GGUF file."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -134,7 +131,7 @@ def test_a_model_of_ours_is_read_by_transformers(name, weights, dtype, tmp_path:
 
 
 @pytest.mark.parametrize("own_file", [False, True], ids=["config.json", "hf_quant_config.json"])
-def test_a_folder_of_modelopt_holds_the_same_model(own_file: bool, tmp_path: Path) -> None:
+def test_a_folder_of_modelopt_holds_the_same_model(own_file, tmp_path):
     save_compressed(tmp_path / "theirs", "nvfp4-pack-quantized", torch.bfloat16, **NVFP4)
     expected = logits(load_model(tmp_path / "theirs", dtype="float32"))
     folder = tmp_path / "modelopt"
@@ -156,7 +153,7 @@ def test_a_folder_of_modelopt_holds_the_same_model(own_file: bool, tmp_path: Pat
         open_packed(folder)
 
 
-def test_damaged_folders_are_refused(tmp_path: Path) -> None:
+def test_damaged_folders_are_refused(tmp_path):
     save_compressed(tmp_path, "nvfp4-pack-quantized", torch.bfloat16, **NVFP4)
     whole = {n: t.clone() for n, t in load_file(tmp_path / "model.safetensors").items()}
     packed, scale, g = (f"{DOWN}.weight_{part}" for part in ("packed", "scale", "global_scale"))
@@ -188,6 +185,6 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_changed_folder_is_refused_or_runs(tmp_path: Path) -> None:
+def test_a_changed_folder_is_refused_or_runs(tmp_path):
     save_compressed(tmp_path, "nvfp4-pack-quantized", torch.bfloat16, **NVFP4)
     refused_or_runs(tmp_path)

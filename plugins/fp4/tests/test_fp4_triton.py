@@ -40,15 +40,3 @@ def test_tiles_are_read_8_and_written_16_bytes_at_a_time(kind, target):
     # of 4096 weights, which are 2048 bytes, each of 128 threads has 16 bytes; AMD's 256 have 8
     assert code.loads[64] == (1 if target == "gfx942" else 2), "the codes"
     assert code.loads[8] <= 2, "no scale for each weight"
-
-
-@KINDS
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize(("rows", "transpose"), [(1, False), (16, False), (32, True)], ids=str)
-def test_products_keep_everything_in_registers(rows, transpose, target, kind):
-    x = torch.empty(rows, SHAPE[0 if transpose else 1], dtype=torch.bfloat16)
-    code = ahead_of_time.compile_launch(lambda: gpu.product(x, empty(kind), transpose), target)
-    assert code.registers <= 128
-    if rows > 1:
-        units = ("mma.sync", "wgmma", "v_mfma")
-        assert any(unit in code.text for unit in units), "a product that isn't on tensor cores"

@@ -1,7 +1,5 @@
 """Tiny models, and adapters that change their logits."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -10,8 +8,6 @@ from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
-
-Adapted = Callable[..., torch.nn.Module]
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,5 @@
 """Tiles have the bits of the gguf package for every type, and five types are packed as there."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -137,14 +135,3 @@ def test_requests_are_refused():
     for value in (torch.nan, torch.inf, 1e6, 1e-7):
         with pytest.raises(WeightError, match="expected finite weights with a largest magnitude"):
             GGUF().pack(torch.full((2, 32), value))
-
-
-def test_a_type_without_kernels_says_so_once(caplog):
-    cpu._say.cache_clear()
-    blocks = np.zeros((2, 2 * reference.block_of("IQ2_S")[1]), dtype=np.uint8)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            GGUF().dequantize_tile(packed_of(blocks, "IQ2_S"), (0, 2), torch.float32)
-    assert [record.message for record in caplog.records] == [
-        "gguf: type IQ2_S has no kernel yet: plain torch decodes it, some times slower"
-    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ SPECIAL = {"MXFP4": (0, 0xFF), "NVFP4": (2, 0x7F)}
 
 
 @pytest.mark.parametrize("kind", reference.DEQUANTIZE)
-def test_the_check_agrees_with_the_gguf_package(kind: str) -> None:
+def test_the_check_agrees_with_the_gguf_package(kind):
     generator = np.random.default_rng(0)
     nbytes, seen = reference.block_of(kind)[1], set()
     for _ in range(200):
@@ -52,7 +51,7 @@ def test_the_check_agrees_with_the_gguf_package(kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def damaged(tmp_path_factory):
     root = tmp_path_factory.mktemp("damaged")
     save_tiny_model("llama", root / "dense")
     quantize(str(root / "dense"), root / "packed", "gguf", {"type": "Q8_0"},
@@ -69,7 +68,7 @@ NAMED = r"model\.layers\.1\.self_attn\.q_proj\.weight: expected finite scales"
 
 
 @pytest.fixture(scope="module")
-def damaged_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def damaged_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "tiny.gguf"
     write_tiny_gguf("llama", path, kind="Q8_0")
     (found,) = [t for t in GGUFReader(path, "r+").tensors if t.name == "blk.1.attn_q.weight"]
@@ -79,9 +78,7 @@ def damaged_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("way", ["load", "merge", "convert"])
 @pytest.mark.parametrize("model", ["damaged", "damaged_file"])
-def test_it_is_refused_by_name(
-    model: str, way: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_it_is_refused_by_name(model, way, request, tmp_path):
     source = request.getfixturevalue(model)
     if (model, way) == ("damaged", "convert"):
         pytest.skip("no folder's format holds these blocks")
@@ -95,15 +92,13 @@ def test_it_is_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_mapped_checks_at_the_first_touch(damaged: Path) -> None:
+def test_mapped_checks_at_the_first_touch(damaged):
     model = load_model(damaged, device="cpu", mapped=True)
     with pytest.raises(CheckpointError, match=NAMED):
         model(torch.tensor([[1, 2, 3]]))
 
 
-def test_info_verifies_a_file(
-    damaged_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_info_verifies_a_file(damaged_file, tmp_path, capsys):
     assert main(["info", str(damaged_file)]) == 0
     assert main(["info", str(damaged_file), "--verify"]) == 2
     assert re.search(NAMED, capsys.readouterr().err)

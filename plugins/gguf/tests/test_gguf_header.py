@@ -1,11 +1,7 @@
 """The header of a GGUF file: as the gguf package reads it, and damage is refused in one line."""
 
-from __future__ import annotations
-
 import shutil
 import struct
-from collections.abc import Callable
-from pathlib import Path
 
 import gguf
 import pytest
@@ -18,7 +14,7 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.models import open_dense
 
 
-def test_fields_and_places_are_those_of_the_gguf_package(tmp_path: Path) -> None:
+def test_fields_and_places_are_those_of_the_gguf_package(tmp_path):
     path = write_tiny_gguf("lfm2", tmp_path / "tiny.gguf", "Q8_0")
     header, reader = read_header(path), gguf.GGUFReader(path)
     ours = {name: field.value for name, field in header.fields.items()}
@@ -43,7 +39,7 @@ def test_fields_and_places_are_those_of_the_gguf_package(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "qwen3moe", "lfm2"])
-def test_the_config_is_that_of_transformers(architecture: str, tmp_path: Path) -> None:
+def test_the_config_is_that_of_transformers(architecture, tmp_path):
     """We read it without the vocabulary, which takes transformers seconds."""
     from transformers import AutoConfig
 
@@ -53,17 +49,20 @@ def test_the_config_is_that_of_transformers(architecture: str, tmp_path: Path) -
     assert {**ours, "_name_or_path": ""} == {**config, "_name_or_path": ""}
 
 
-def string(text: str) -> bytes:
+def string(text):
     return struct.pack("<Q", len(text)) + text.encode()
+
+
+LLAMA = string("general.architecture") + struct.pack("<I", 8) + string("llama")
 
 
 def file_of(
     *,
-    fields: bytes = string("general.architecture") + struct.pack("<I", 8) + string("llama"),
-    count: int = 1,
-    tensors: tuple[tuple[str, tuple[int, ...], int, int], ...] = (("a", (32, 2), 8, 0),),
-    values: int = 68,
-) -> bytes:
+    fields=LLAMA,
+    count=1,
+    tensors=(("a", (32, 2), 8, 0),),
+    values=68,
+):
     """A GGUF file; each tensor is its name, its dims as in the file, its type and its offset."""
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), count) + fields
     for name, dims, kind, offset in tensors:
@@ -72,7 +71,7 @@ def file_of(
     return header + bytes(-len(header) % 32 + values)
 
 
-def changed(start: int, new: bytes) -> Callable[[bytes], bytes]:
+def changed(start, new):
     return lambda data: data[:start] + new + data[start + len(new) :]
 
 
@@ -86,44 +85,26 @@ DAMAGED = {
     "truncated": (file_of(values=67), "a: expected 68 bytes from"),
     "cut off in the header": (file_of()[:80], "bytes at"),
     "many tensors": (changed(8, b"\xff" * 7)(file_of()), "tensors: .* more than the file holds"),
-    "many fields": (changed(16, b"\xff" * 7)(file_of()), "fields: .* more than the file holds"),
     "long name": (changed(24, b"\xff" * 7)(file_of()), "bytes at"),
     "not UTF-8": (changed(32, b"\xff")(file_of()), "expected UTF-8"),
-    "unknown kind": (file_of(fields=string("x") + struct.pack("<I", 99)), "type of GGUF, got 99"),
     "a field twice": (file_of(fields=2 * BYTE, count=2), "twice"),
-    "nested": (file_of(fields=ARRAY + struct.pack("<IQ", 9, 1)), "array of numbers or strings"),
     "long array": (file_of(fields=ARRAY + struct.pack("<IQ", 4, 2**60)), "x: .* more than"),
-    "long strings": (file_of(fields=ARRAY + struct.pack("<IQ", 8, 2**60)), "x: .* more than"),
     "alignment": (
         file_of(fields=string("general.alignment") + struct.pack("<II", 4, 24)),
         "general.alignment: expected a power of two, got 24",
     ),
-    "alignment is text": (
-        file_of(fields=string("general.alignment") + struct.pack("<I", 8) + string("32")),
-        "general.alignment: expected a power of two, got '32'",
-    ),
     "no architecture": (
         file_of(fields=BYTE),
         "general.architecture: expected a string in the metadata, got none",
-    ),
-    "architecture is a number": (
-        file_of(fields=string("general.architecture") + struct.pack("<II", 4, 1)),
-        "general.architecture: expected a string in the metadata, got a value of type 4",
     ),
     "unknown type": (
         file_of(tensors=(("a", (32, 2), 77, 0),)),
         r"a: tensor type 77, which the installed gguf package [\d.]+ doesn't know; take the file",
     ),
     "no dims": (file_of(tensors=(("a", (), 8, 0),)), "expected 1 to 4 dims, got 0"),
-    "many dims": (file_of(tensors=(("a", (32,) * 5, 8, 0),)), "expected 1 to 4 dims, got 5"),
     "no rows": (file_of(tensors=(("a", (32, 0), 8, 0),)), r"the shape \[0, 32\]"),
     "half a block": (file_of(tensors=(("a", (48, 2), 8, 0),)), "rows of blocks of 32 weights"),
-    "dims overflow": (
-        file_of(tensors=(("a", (2**33, 2**33, 2**33), 8, 0),)),
-        r"a: expected 6734\d{26} bytes",
-    ),
     "misaligned": (file_of(tensors=(("a", (32, 1), 8, 8),)), "expected a multiple of 32, got 8"),
-    "far away": (file_of(tensors=(("a", (32, 2), 8, 2**63),)), "in a file of"),
     "one name": (
         file_of(tensors=(("a", (32, 1), 8, 0), ("a", (32, 1), 8, 64)), values=128),
         "two tensors have one name",
@@ -132,7 +113,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
-def test_damage_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
+def test_damage_is_refused_in_one_sentence(case, tmp_path):
     data, message = DAMAGED[case]
     path = tmp_path / "damaged.gguf"
     path.write_bytes(data)
@@ -142,10 +123,9 @@ def test_damage_is_refused_in_one_sentence(case: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
+def test_files_that_hold_no_model_are_refused(tmp_path):
     path = tmp_path / "other.gguf"
-    architecture = string("general.architecture") + struct.pack("<I", 8) + string("llama")
-    adapter = architecture + string("general.type") + struct.pack("<I", 8) + string("adapter")
+    adapter = LLAMA + string("general.type") + struct.pack("<I", 8) + string("adapter")
     path.write_bytes(file_of(fields=adapter, count=2))
     with pytest.raises(ModelError, match="expected a model in this GGUF file, got type adapter"):
         read_model_header(path)
@@ -157,7 +137,7 @@ def test_files_that_hold_no_model_are_refused(tmp_path: Path) -> None:
         read_model_header(path)
 
 
-def test_a_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:
+def test_a_split_model_is_read_from_its_first_part(tmp_path):
     whole = read_header(write_tiny_gguf("llama", tmp_path / "whole.gguf"))
     first = write_tiny_gguf("llama", tmp_path / "tiny.gguf", split=9)
     found, second = read_header(first), tmp_path / "tiny-00002-of-00004.gguf"
@@ -182,19 +162,7 @@ def test_a_split_model_is_read_from_its_first_part(tmp_path: Path) -> None:
         read_header(first)
 
 
-def test_the_width_of_experts_is_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transformers takes its class's default, so that it can't load such a file."""
-    fields, top, layer = ARCHITECTURES["qwen3moe"]
-    shapes = {name: tuple(48 if n == 768 else n for n in shape) for name, shape in layer.items()}
-    fields = {**fields, "expert_feed_forward_length": 48}
-    monkeypatch.setitem(ARCHITECTURES, "qwen3moe", (fields, top, shapes))
-    source = open_dense(str(write_tiny_gguf("qwen3moe", tmp_path / "tiny.gguf", "F16")))
-    source.check_whole()
-    assert not source.unplaced
-    assert source.config.moe_intermediate_size == 48
-
-
-def test_biases_of_a_llama_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_biases_of_a_llama_are_read(tmp_path, monkeypatch):
     """Transformers leaves them out without a word."""
     fields, top, layer = ARCHITECTURES["llama"]
     rows = {name: layer[f"attn_{name}.weight"][0] for name in ("q", "k", "v", "output")}
@@ -217,9 +185,7 @@ def test_biases_of_a_llama_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("rope.freq_base", float("nan"), "rope.freq_base: expected a finite number, got nan"),
     ],
 )
-def test_metadata_that_makes_no_model_is_refused(
-    name: str, value: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metadata_that_makes_no_model_is_refused(name, value, message, tmp_path, monkeypatch):
     fields, top, layer = ARCHITECTURES["llama"]
     monkeypatch.setitem(ARCHITECTURES, "llama", ({**fields, name: value}, top, layer))
     path = write_tiny_gguf("llama", tmp_path / "tiny.gguf", "Q8_0")

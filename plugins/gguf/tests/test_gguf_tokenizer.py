@@ -1,7 +1,6 @@
 """Tokenizers of GGUF files: the file's tokens and no others, split and joined as llama.cpp does."""
 
 import json
-import logging
 from pathlib import Path
 
 import gguf
@@ -117,16 +116,6 @@ def test_chats_are_trained_with_the_ids_of_their_text(imitated):
     assert ids == [*prompt, *trained]
 
 
-def test_phi_3_strips_the_space_behind_special_tokens(tmp_path):
-    like = IMITATIONS["phi-3-by-its-name"]
-    path = write_vocabulary(tmp_path / "v.gguf", like)
-    tokenizer = load_tokenizer(read_header(path))
-    ids = tokenizer("<|user|>\nHi<|end|>\n<|assistant|>\n").input_ids
-    assert ids == tokenizer("<|user|>Hi<|end|><|assistant|>").input_ids
-    kept = tokenizer("<|endoftext|> x").input_ids
-    assert kept != tokenizer("<|endoftext|>x").input_ids
-
-
 @pytest.mark.parametrize(
     ("name", "text", "pieces"),
     [
@@ -142,16 +131,6 @@ def test_phi_3_strips_the_space_behind_special_tokens(tmp_path):
 def test_text_is_split_as_the_name_says(name, text, pieces):
     found = pre_tokenizer(Path("a.gguf"), name).pre_tokenize_str(text)
     assert [piece for piece, _ in found] == pieces
-
-
-def test_an_unknown_name_is_warned_about(caplog):
-    with caplog.at_level(logging.WARNING):
-        pre_tokenizer(Path("unknown.gguf"), "new-2027")
-        pre_tokenizer(Path("old.gguf"), "")
-    assert (
-        "unknown.gguf: expected a known name in tokenizer.ggml.pre, got 'new-2027'" in caplog.text
-    )
-    assert "old.gguf: expected a known name in tokenizer.ggml.pre, got none" in caplog.text
 
 
 def test_llama_3_has_whole_words_and_a_first_token(tmp_path):

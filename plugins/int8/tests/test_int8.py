@@ -8,8 +8,6 @@ from modulora_conformance.fixtures import without_kernels
 from modulora_int8 import reference
 from modulora_int8.quantizer import INT8, Options
 
-from modulora_core.errors import WeightError
-
 SHAPES = [(1, 1), (3, 7), (17, 129), (33, 200), (0, 8), (8, 0)]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 OPTIONS = [Options(group_size=g) for g in (None, 2, 48, 64, 1000)]
@@ -67,17 +65,3 @@ def test_rounding_to_fp16_has_the_bits_of_the_reference_for_any_values(values):
     codes, scales = reference.quantize(W)
     assert torch.equal(packed.tensors["codes"], codes)
     assert torch.equal(packed.tensors["scales"], scales)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
-@pytest.mark.parametrize("at", [0, 64])  # in a whole group and in the short last one
-@pytest.mark.parametrize("options", [Options(), Options(group_size=48)], ids=str)
-@compiled
-def test_weights_that_cannot_be_represented_are_refused(bad, at, options, compiled, monkeypatch):
-    """3e38 is finite, but its product with a code is not."""
-    if not compiled:
-        without_kernels(monkeypatch)
-    w = torch.ones(2, 65)
-    w[1, at] = bad
-    with pytest.raises(WeightError, match=r"int8: expected finite weights .* shape \[2, 65\]"):
-        INT8(options).pack(w)

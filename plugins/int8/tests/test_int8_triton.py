@@ -45,33 +45,3 @@ def test_a_product_of_one_row_reads_16_bytes_at_a_time(target):
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[128] >= 1
     assert code.loads[8] == code.loads[16] == 0
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize(
-    ("rows", "dtype", "transpose"),
-    [(1, torch.float32, True), (16, torch.bfloat16, False), (32, torch.float16, True)],
-    ids=["1-transposed", "16", "32-transposed"],
-)
-def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
-    x = torch.empty(rows, SHAPE[0 if transpose else 1], dtype=dtype)
-    code = ahead_of_time.compile_launch(lambda: gpu.product(x, empty(), transpose), target)
-    assert code.registers <= 144, (
-        "three programs on a processor, where x's 32 rows and their sums are held too"
-    )
-    assert code.loads[128] >= 1
-    if rows > 1:
-        units = ("mma.sync", "wgmma", "v_mfma")
-        assert any(unit in code.text for unit in units), (
-            "a product of 16 bits that isn't on tensor cores"
-        )
-
-
-@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
-def test_groups_that_are_no_power_of_two_compile_too(target):
-    """The interpreter accepts more of Python than the compiler."""
-    packed = empty(group_size=24)
-    ahead_of_time.compile_launch(
-        lambda: gpu.product(torch.empty(1, SHAPE[1]), packed, False), target
-    )
-    ahead_of_time.compile_launch(lambda: gpu.tile(packed, (1, 20), torch.float32), target)

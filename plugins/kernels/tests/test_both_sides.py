@@ -52,16 +52,6 @@ def test_without_correlations_rows_are_rounded_apart():
         assert torch.equal(rounded(W, H_O), W.round())
 
 
-def test_the_error_in_the_loss_is_smaller():
-    W = torch.randn(M, N, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    H_O = moment(M, 2)
-
-    def error(W_hat):
-        return float(((W - W_hat).T @ H_O @ (W - W_hat)).trace())
-
-    assert error(rounded(W, H_O)) < 0.9 * error(W.round())
-
-
 def test_a_moment_of_negative_directions_is_refused():
     H_O = torch.eye(M, dtype=torch.float64)
     H_O[0, 1] = H_O[1, 0] = 1e6

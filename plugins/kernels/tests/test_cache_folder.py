@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -19,13 +17,13 @@ def twice(x):
 
 
 @pytest.fixture
-def twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+def twice(tmp_path, monkeypatch):
     """Import a module with a kernel anew, and run the kernel."""
     pytest.importorskip("numba")
     (tmp_path / "doubling.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
 
-    def run() -> float:
+    def run():
         sys.modules.pop("doubling", None)
         result: float = importlib.import_module("doubling").twice(21.0)
         return result
@@ -33,7 +31,7 @@ def twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], float
     return run
 
 
-def test_a_kernel_is_stored_beside_its_module(twice: Callable[[], float], tmp_path: Path) -> None:
+def test_a_kernel_is_stored_beside_its_module(twice, tmp_path):
     assert twice() == 42
     assert [*tmp_path.rglob("*.nbi")]
     stored = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb?")}
@@ -41,9 +39,7 @@ def test_a_kernel_is_stored_beside_its_module(twice: Callable[[], float], tmp_pa
     assert stored == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.nb?")}
 
 
-def test_a_kernel_runs_where_no_folder_can_be_written(
-    twice: Callable[[], float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_kernel_runs_where_no_folder_can_be_written(twice, monkeypatch, tmp_path):
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
     assert twice() == 42

@@ -15,7 +15,6 @@ import torch
 numba = pytest.importorskip("numba")
 
 KERNELS = """
-import numpy as np
 from numba import prange
 from modulora_kernels import jit
 
@@ -35,13 +34,6 @@ def double_often(x, out, running):
     for _ in range(1000):
         _twice(x, out)
     running[0] = 0
-
-def call(x, out):
-    for r in range(len(out)):
-        _twice(x[r], out[r])
-
-def make(x, out):
-    out[:] = np.empty(out.size, out.dtype)
 """
 
 CPU = torch.device("cpu")
@@ -124,28 +116,6 @@ def test_compiled_kernels_are_cached_for_the_next_process(cpu, folder):
     """
     done = python(DOUBLE + hits, folder)
     assert done.returncode == 0, done.stderr
-
-
-def test_an_error_in_a_plugins_module_is_not_taken_for_a_missing_numba(folder):
-    (folder / "outsiders_mistake.py").write_text("import no_such_module", encoding="utf-8")
-    importlib.invalidate_caches()
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        kernels.load("outsiders_mistake", CPU)
-
-
-def test_a_kernel_that_borrows_counts_no_references_and_makes_no_array(cpu):
-    """If this fails: numba has another name now for the option that ``jit`` sets."""
-    import numpy as np
-
-    x, out = np.arange(4.0).reshape(2, 2), np.zeros((2, 2))
-    for borrows in (False, True):
-        kernel = kernels.jit(borrows=borrows)(cpu.call)
-        kernel(x, out)
-        (code,) = kernel.inspect_llvm().values()
-        assert ("NRT_incref" in code) == (not borrows)
-    assert out.tolist() == [[0, 2], [4, 6]]
-    with pytest.raises(numba.core.errors.NumbaError):
-        kernels.jit(borrows=True)(cpu.make)(x, out)
 
 
 def test_the_first_launch_leaves_torchs_threads_and_teams_as_they_were(folder):

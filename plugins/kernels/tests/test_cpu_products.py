@@ -1,21 +1,15 @@
 """Tiles and products of an outsider's decoder against float64."""
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from modulora_core import dense_products
 from modulora_core.packed import PackedWeight
 
 pytest.importorskip("numba")
 
-from modulora_kernels.cpu import CPUKernels, choices
-from modulora_kernels.cpu.choices import dtype_of_few
+from modulora_kernels.cpu import choices
 
 SHAPES = [(1, 1), (5, 3), (17, 130), (300, 513), (33, 2100), (2100, 40)]
 """(out, in): no multiple of a block, and more of both than is decoded at once."""
@@ -104,33 +98,6 @@ def test_products_are_those_of_the_decoded_weight(module, way, shape, n):
     check(module, way, shape, n)
 
 
-def test_a_kernel_for_one_row_multiplies_one_row_of_a_weight_that_it_takes(module):
-    asked = []
-
-    def one_row(_weight, _threads, x, y):
-        asked.append(x.shape)
-        y[:] = 7
-
-    operands = module.operands
-    kernels = CPUKernels(module.decode, operands, lambda w: one_row if len(w[0]) == 6 else None)
-    weight, _ = packed(6, 20)
-
-    def taken(x, transpose=False):
-        asked.clear()
-        y = kernels.product(x, weight, transpose)
-        assert y is None or y.dtype is x.dtype
-        return asked == [(1, 20)]
-
-    row = torch.randn(20, requires_grad=True)
-    for x in (row.detach(), row, row.view(1, 1, 20), row.half(), torch.randn(20, 2)[:, 0]):
-        assert taken(x)
-    assert not taken(torch.randn(2, 20))
-    assert not taken(torch.randn(6), transpose=True)
-    asked.clear()
-    assert kernels.product(row, packed(5, 20)[0]) is not None
-    assert not asked
-
-
 @pytest.mark.parametrize(
     "x",
     [torch.ones(65, 6), torch.ones(2, 6).double(), torch.ones(2, 5), torch.ones(0, 6),
@@ -139,49 +106,3 @@ def test_a_kernel_for_one_row_multiplies_one_row_of_a_weight_that_it_takes(modul
 )  # fmt: skip
 def test_other_inputs_are_left_to_tiles(module, x):
     assert module.product(x, packed(4, 6)[0], False) is None
-
-
-@pytest.mark.parametrize(
-    ("processor", "rows", "dtype", "expected"),
-    [("plain", 64, FP32, FP32), ("plain", 65, FP32, None), ("plain", 64, BF16, FP32),
-     ("bf16", 7, BF16, FP32), ("bf16", 8, BF16, BF16), ("bf16", 24, BF16, BF16),
-     ("bf16", 8, torch.float16, FP32), ("bf16", 64, FP32, FP32), ("bf16", 25, BF16, None),
-     ("amx", 64, FP32, FP32), ("amx", 65, FP32, None),
-     ("amx", 24, BF16, FP32), ("amx", 25, BF16, None), ("amx", 64, torch.float16, FP32)],
-)  # fmt: skip
-def test_few_rows_are_products_in_a_dtype_of_the_processor(
-    monkeypatch, processor, rows, dtype, expected
-):
-    has_units = processor in ("bf16", "amx")
-    monkeypatch.setattr(dense_products, "has_bfloat16_units", lambda: has_units)
-    monkeypatch.setattr(dense_products, "has_bfloat16_tile_units", lambda: processor == "amx")
-    assert dtype_of_few(rows, dtype) is expected
-
-
-def in_another_process(folder):
-    code = """
-import torch, outsiders_rows as m
-from modulora_core.packed import PackedWeight
-tensors = {"codes": torch.ones(4, 4, dtype=torch.int8), "scales": torch.ones(4)}
-tile = m.tile(PackedWeight("outsider", 1, (4, 4), tensors), (0, 4), torch.float32)
-loops = m.kernels._fill[torch.float32]
-print(int(tile.sum()), sum(loops.stats.cache_hits.values()))
-"""
-    path = os.pathsep.join([str(folder), str(Path(__file__).parents[3])])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
-    return done.stdout.strip()
-
-
-@pytest.mark.slow
-def test_compiled_code_is_cached_and_follows_changes_of_the_whole_package(tmp_path):
-    """A change of the kernel's own file is one of its package too."""
-    file, beside = tmp_path / "outsiders_rows.py", tmp_path / "outsiders_factor.py"
-    decoder = DECODER.replace("* scales[row + r]", "* scales[row + r] * factor()")
-    file.write_text("from outsiders_factor import factor\n" + decoder, encoding="utf-8")
-    factor = "from modulora_kernels import jit\n\n@jit()\ndef factor():\n    return {}\n"
-    for value, expected in ((1, "16 0"), (1, "16 1"), (3, "48 0")):
-        beside.write_text(factor.format(value), encoding="utf-8")
-        assert in_another_process(tmp_path) == expected

@@ -100,22 +100,3 @@ def test_triton_is_imported_when_kernels_are_and_its_absence_is_said_once(run):
     """)
     assert told.startswith("1 triton")
     assert "pip install triton" in told
-
-
-def test_a_recorded_call_runs_nothing_and_keeps_what_would_have_run(run):
-    run(
-        CODES
-        + """
-from modulora_kernels.triton.launching import recorded
-import mine
-out = torch.full((19, 45), torch.nan)
-with recorded() as calls:
-    write_tile(mine.decode, (codes,), out, (0, 19), (19, 45), 8)
-    multiply(mine.decode, (codes,), torch.ones(1, 45), (19, 45), 8)
-assert out.isnan().all()
-tile, product = calls
-assert tile.arguments[0] == (codes,) and tile.arguments[1] is out
-assert tile.constants["DECODE"] is mine.decode and product.constants["OPTIONS"] == 8
-assert tile.constants["CHUNK"] == dict(tile.config.constants)["CHUNK"]
-"""
-    )

@@ -1,8 +1,6 @@
 """Tensors become arrays, tiles are filled, malformed weights are refused, memory is reused."""
 
-import importlib
 import os
-import platform
 import subprocess
 import sys
 
@@ -14,7 +12,6 @@ from modulora_kernels.launching import array_of
 from modulora_core.errors import CheckpointError
 from modulora_core.packed import PackedWeight, TensorLayout
 
-np = pytest.importorskip("numpy")
 pytest.importorskip("numba")
 
 
@@ -101,75 +98,6 @@ def test_an_unaligned_tensor_is_copied_and_its_copy_is_not_cached():
         assert array.flags.aligned
         assert array.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
     assert make.times == 2
-
-
-ON_STACK = """
-import numpy as np
-from numba import prange
-from modulora_kernels.cpu import jit, on_stack
-
-bytes_, numbers, others = (on_stack(n, of) for n, of in (
-    (100, np.uint8), (1000, np.float32), (1000, np.float32)))
-
-@jit(borrows=True)
-def sums_of_three(k):
-    few, a, b = bytes_(), numbers(), others()
-    few[:], a[:], b[:] = k, k, 2 * k
-    return few[99] + a.sum() + b.sum()
-
-@jit(parallel=True)
-def all_sums(out):
-    for k in prange(out.size):
-        out[k] = sums_of_three(k % 100)
-
-@jit()
-def places(out):
-    for k in range(len(out)):
-        a, b = numbers(), others()
-        out[k, 0], out[k, 1] = a.ctypes.data, b.ctypes.data
-"""
-
-
-def test_memory_on_the_stack_is_a_threads_own(tmp_path, monkeypatch):
-    (tmp_path / "kernels_on_stack.py").write_text(ON_STACK, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    module, out = importlib.import_module("kernels_on_stack"), np.zeros(5000)
-    module.all_sums(out)
-    k = np.arange(5000) % 100
-    assert (out == k + 1000 * k + 2000 * k).all()
-    places = np.zeros((5, 2), np.int64)
-    module.places(places)
-    assert (places == places[0]).all(), "another place in each turn of a loop"
-    first, second = places[0].tolist()
-    assert first % 64 == second % 64 == 0
-    assert abs(first - second) >= 4000
-
-
-TILES = """
-import resource
-import torch
-import modulora_kernels as kernels
-
-def step():
-    activations = torch.ones(3 * 2**20), torch.ones(3 * 2**20)
-    fill = lambda start, stop, out: out.fill_(1)
-    tile = kernels.filled_tile(fill, (0, 2048), 2048, torch.float32)
-
-kernels.launch(lambda out: None, torch.empty(1))
-for _ in range(10):  # until every size has its place
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap of glibc")
-def test_the_memory_of_a_tile_is_reused_by_the_next():
-    """If this fails: each tile is faulted in anew, 4096 pages of it."""
-    done = subprocess.run([sys.executable, "-c", TILES], capture_output=True, text=True)
-    assert int(done.stdout) < 4096, done.stderr
 
 
 def test_an_array_lets_its_tensor_free_the_memory():

@@ -103,21 +103,3 @@ def test_wrong_kernels_are_named_once_and_replaced(tmp_path, monkeypatch, fault,
     x = torch.ones(1, 12)
     assert torch.allclose(quantizer.matmul(x, packed), x @ W.t(), rtol=1e-5)
     assert torch.equal(quantizer.dequantize_tile(packed, (2, 5), torch.float32), W[2:5])
-
-
-def test_a_quantizer_without_kernels_has_nothing_to_compare(tmp_path, monkeypatch):
-    quantizer = stored(tmp_path, monkeypatch, "2", SOUND)
-    with compiled.plain_torch():
-        assert list(compare(quantizer, quantizer.pack(W), torch.float32)) == []
-
-
-def test_an_exception_without_kernels_is_not_blamed_on_them(recwarn):
-    class Broken(Stored):
-        kernels = "modulora_kernels"  # it has neither module
-
-        def reference_tile(self, packed, rows):
-            raise ArithmeticError("no such rows")
-
-    with pytest.raises(ArithmeticError, match="no such rows"):
-        Broken().check_kernels(Broken().pack(W), torch.float32)
-    assert not recwarn

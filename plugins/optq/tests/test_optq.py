@@ -78,11 +78,3 @@ def test_a_permutation_that_changes_after_a_product_is_read_again(permuted):
     columns[42] = columns[43]
     with pytest.raises(CheckpointError, match="expected a permutation of its 100 columns"):
         optq.matmul(x, permuted)
-
-
-def test_a_weight_made_in_inference_mode_is_multiplied(random_solution):
-    with torch.inference_mode():
-        packed = from_solution(random_solution((8, 100), Options(), True), Options())
-    x = torch.randn(2, 100)
-    tile = OPTQ().dequantize_tile(packed, (0, 8), x.dtype)
-    torch.testing.assert_close(OPTQ().matmul(x, packed), x @ tile.t())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from modulora_conformance.fixtures import without_kernels
 from modulora_optq import packing
 from modulora_optq.options import Options
-from modulora_optq.quantizer import OPTQ, from_solution, to_solution
+from modulora_optq.quantizer import OPTQ, from_solution
 
 pytest.importorskip("numba")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -59,15 +59,6 @@ def test_unpacking_gives_the_codes_that_were_packed(bits, rows, n):
     assert torch.equal(packing.unpack(packed, bits, n), codes)
 
 
-def test_a_row_of_three_bits_has_two_planes():
-    codes = torch.tensor(
-        [[0b101, 0b010, 0b111, 0b000, 0b011, 0b100, 0b110, 0b001, 0b111]], dtype=torch.uint8
-    )
-    low = [0b10_00_01, 0b01_11_10, 0b11_00_11]  # parts (01 10 11), (00 11 00), (10 01 11)
-    high = [0b1_1_0_1_1, 0b0_1_0_0]  # parts (1 0), (1 0), (0 1), (1 0), (1)
-    assert packing.pack(codes, 3).tolist() == [low + high]
-
-
 @pytest.fixture(params=ODD, ids=str)
 def odd(request, random_solution):
     """Quantizer, packed weight, Ŵ."""
@@ -87,24 +78,6 @@ def test_tiles_have_the_bits_of_the_definition(odd, compiled, monkeypatch):
         for dtype in DTYPES:
             tile = quantizer.dequantize_tile(packed, (start, stop), dtype)
             assert torch.equal(tile, W[start:stop].to(dtype)), (start, dtype)
-
-
-@settings(max_examples=60, deadline=None)
-@given(some_options, st.integers(1, 20), st.integers(1, 400), st.booleans(), st.data())
-def test_any_rows_of_any_weight_have_the_bits_of_the_definition(
-    random_solution, options, out_features, in_features, permuted, data
-):
-    start = data.draw(st.integers(0, out_features))
-    stop = data.draw(st.integers(start, out_features))
-    solution = random_solution((out_features, in_features), options, permuted)
-    packed, W = from_solution(solution, options), by_definition(solution, options)
-    for dtype in DTYPES:
-        tile = OPTQ(options).dequantize_tile(packed, (start, stop), dtype)
-        assert torch.equal(tile, W[start:stop].to(dtype))
-    again = to_solution(packed)
-    for field in ("codes", "scales", "zeros", "permutation"):
-        expected = getattr(solution, field)
-        assert expected is getattr(again, field) or torch.equal(getattr(again, field), expected)
 
 
 @settings(max_examples=60, deadline=None)

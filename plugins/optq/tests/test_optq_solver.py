@@ -106,24 +106,6 @@ def assert_first_difference_is_a_tie(row, problem, ours, theirs, options):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("choice", [{"bits": 3}, {"bits": 3, **DYNAMIC}], ids=str)
-def test_the_bytes_are_the_same_for_any_number_of_threads(choice):
-    W, H = layer(48, 400, torch.float32)
-    before = torch.get_num_threads()
-    try:
-        solutions = []
-        for threads in (1, 2, 1):
-            torch.set_num_threads(threads)
-            solutions.append(solver.solve(W, H, Options(**choice)))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    for other in solutions[1:]:
-        assert torch.equal(solutions[0].codes, other.codes)
-        assert torch.equal(solutions[0].scales, other.scales)
-        assert torch.equal(solutions[0].zeros, other.zeros)
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-6, 1e6, 1e300])
 @pytest.mark.parametrize("range_search", [False, True])
 def test_kernels_choose_the_references_grids_at_any_scale(scale, range_search):
@@ -159,16 +141,6 @@ def test_a_sweep_makes_no_row_worse_and_most_better(choice, path):
     for before, after in pairwise(found):
         assert bool((after <= before * (1 + 1e-9)).all())
     assert int((found[1] < 0.999 * found[0]).sum()) > len(W) / 2
-
-
-def test_compiled_sweeps_give_the_codes_of_plain_torch(monkeypatch):
-    pytest.importorskip("numba")
-    W, H = layer(20, 330, torch.float64)
-    compiled = solver.solve(W, H, Options(bits=2, sweeps=3))
-    without_kernels(monkeypatch)
-    plain = solver.solve(W, H, Options(bits=2, sweeps=3))
-    assert torch.equal(compiled.codes, plain.codes)
-    assert torch.equal(compiled.scales, plain.scales)
 
 
 @pytest.mark.parametrize("sweeps", [0, 2])

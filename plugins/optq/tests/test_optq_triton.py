@@ -51,29 +51,3 @@ def test_a_product_of_one_row_reads_16_bytes_at_a_time(bits, target):
     code = ahead_of_time.compile_launch(lambda: gpu.product(x, empty(bits), False), target)
     assert code.registers <= 128, "four programs on a processor, a quarter of its threads"
     assert code.loads[128] >= len(packing.PLANES[bits])
-
-
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-@pytest.mark.parametrize(
-    ("rows", "dtype", "transpose"),
-    [(1, torch.float32, True), (16, torch.float16, False), (16, torch.float16, True),
-     (32, torch.float32, False)],
-    ids=["1-transposed", "16", "16-transposed", "32-fp32"],
-)  # fmt: skip
-def test_other_products_keep_everything_in_registers(rows, dtype, transpose, target):
-    packed = empty(3)  # the most to hold: two planes
-    x = torch.empty(rows, SHAPE[0] if transpose else SHAPE[1], dtype=dtype)
-    code = ahead_of_time.compile_launch(lambda: gpu.product(x, packed, transpose), target)
-    assert code.registers <= 128
-    # of 64 rows by 32 bytes AMD's 256 lanes have 8 bytes each
-    narrower = 64 if target == "gfx942" and dtype == torch.float32 else 128
-    assert code.loads[128] + code.loads[narrower] >= 2
-
-
-@pytest.mark.parametrize("bits", [3, 4])
-def test_a_symmetric_weight_reads_no_zeros(bits):
-    packed = empty(bits, symmetric=True)
-    x = torch.empty(1, SHAPE[1])
-    code = ahead_of_time.compile_launch(lambda: gpu.product(x, packed, False), "sm_90")
-    assert code.loads[8] == 0
-    assert code.loads[16] > 0  # scales

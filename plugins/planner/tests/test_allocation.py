@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import random
 
 import pytest
 from hypothesis import given, settings
@@ -40,34 +39,6 @@ def test_an_allocation_fits_and_the_best_lies_between_its_bound_and_its_error(la
     errors = [[offer.error for offer in offers] for offers in layers]
     largest_step = max(max(each) - min(each) for each in errors)
     assert found.error - found.bound <= largest_step + rounding
-
-
-def real_problem(seed):
-    """210 layers of three shapes, six widths, and errors that fall by four for each bit."""
-    numbers = random.Random(seed)
-    layers = []
-    for i in range(210):
-        weights = (110_592, 331_776, 884_736)[i % 3]
-        scale = weights * math.exp(numbers.gauss(-12, 2))
-        layers.append(
-            [
-                Offer(int(weights * bits / 8), scale * 4**-bits * math.exp(numbers.gauss(0, 0.3)))
-                for bits in (2.05, 2.3, 3.05, 3.3, 4.05, 4.5)
-            ]
-        )
-    return layers
-
-
-@pytest.mark.parametrize("bits", [2.2, 3.05, 4.0])
-def test_at_real_sizes_the_error_is_within_a_percent_of_the_bound(bits):
-    layers = real_problem(1)
-    budget = int(sum(offers[0].nbytes for offers in layers) / 2.05 * bits)
-    found = allocate(layers, budget)
-    assert found.error <= found.bound * 1.01
-    assert budget - found.nbytes < 110_592  # less than the smallest step is left
-    for choice in range(6):  # any uniform choice is beaten at its own size
-        nbytes, error = total(layers, (choice,) * len(layers))
-        assert allocate(layers, nbytes).error <= error
 
 
 def test_ties_and_offers_inside_of_the_hull():

@@ -3,23 +3,11 @@
 import shutil
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from modulora_planner import fitting, memory
-from modulora_planner.fitting import CLOSE, largest, plan, plan_all
+from modulora_planner.fitting import CLOSE, plan
 from modulora_planner.memory import ITEMS
-from modulora_planner.model import PlannedModel, open_planned
-from modulora_planner.request import SAMPLES, SEQ_LEN, PlanRequest, finetuning
 from transformers import LlamaConfig
 
-from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.errors import OptionError
-from modulora_core.hf.load_model import load_model
-from modulora_core.packed_parameters import PackedParameter
-from modulora_core.quantization.quantize import quantize
-from modulora_core.registry import Choice
-from modulora_core.tests.crude_folders import save_crude
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
@@ -57,13 +45,6 @@ def test_items_add_up_and_dense_weights_are_the_models(llama):
         assert set(job.items) <= set(ITEMS)
 
 
-def test_packing_is_planned_with_the_memory_that_the_spec_promises(llama):
-    job = planned(llama).quantizing
-    assert job is not None
-    units = 8.0 - 1  # the default, without the copy of a weight that is fp32 already
-    assert job.items["workspace"] == units * 4 * HIDDEN * INTERMEDIATE
-
-
 def test_a_checkpoint_has_the_plan_of_its_model(pack, tmp_path):
     dense, packed = pack("llama-tied", "toy")
     shutil.copy(packed / "config.json", tmp_path)  # without its weights
@@ -71,51 +52,6 @@ def test_a_checkpoint_has_the_plan_of_its_model(pack, tmp_path):
     assert (after.training, after.decoding) == (before.training, before.decoding)
     assert (after.quantizing, after.quantizer) == (None, "toy")
     assert after.packed_bytes == open_packed(str(packed)).record.nbytes
-
-
-def test_packed_ends_are_planned_as_they_are_packed(pack, tmp_path):
-    dense, _ = pack("llama", "toy")
-    ends = {"head": Choice("toy"), "embeddings": Choice("verbatim")}
-    quantize(str(dense), tmp_path / "out", "toy", **ends)
-    before, after = planned(dense, seq_len=64, **ends), planned(tmp_path / "out", None, seq_len=64)
-    assert (after.training, after.decoding) == (before.training, before.decoding)
-    assert after.packed_bytes == before.packed_bytes > planned(dense, seq_len=64).packed_bytes
-    assert "embeddings_and_head" not in after.training.items
-
-
-def test_loaded_weights_are_the_planned_ones(pack):
-    _, folder = pack("gemma3_text", "toy")
-    model = load_model(folder, dtype="bfloat16", device="cpu")
-    packed = [m.packed.tensors.values() for m in model.modules() if isinstance(m, PackedParameter)]
-    tensors = [*model.parameters(), *(tensor for weight in packed for tensor in weight)]
-    stored = {t.data_ptr(): t.numel() * t.element_size() for t in tensors}
-    run = {"dtype": "bfloat16", "seq_len": 64}
-    request = PlanRequest(model=str(folder), config=finetuning(run))
-    _, found = open_planned(request)
-    assert isinstance(found, PlannedModel)
-    assert sum(memory.loaded(found, request).values()) == sum(stored.values())
-
-
-@pytest.mark.slow
-def test_each_setting_changes_its_item(llama):
-    def items(**options):
-        return dict(planned(llama, **{"grad_accum": 4, **options}).training.items)
-
-    before = items()
-    assert before["gradients"] == before["adapter"] == before["optimizer"] / 2
-    assert items(rank=16)["adapter"] == 2 * before["adapter"]
-    assert items(targets="q_proj")["adapter"] < before["adapter"] / 4
-    assert items(dtype="bfloat16")["embeddings_and_head"] == before["embeddings_and_head"] / 2
-    assert items(padded=True)["activations"] > before["activations"], "attention has a mask"
-    assert "optimizer" not in items(steps=1, grad_accum=1, **SAVED), "before the first step ends"
-    saved = items(grad_accum=1, **SAVED)
-    assert saved["activations"] > 2 * before["activations"]
-    assert saved.get("gradients", 0) < before["gradients"], "with all activations there are none"
-    products = 2 * 256 * BLOCKS * (3 * HIDDEN + 2 * KEYS + 2 * INTERMEDIATE)
-    kept = items(keep_products=True)["activations"] - before["activations"]
-    assert kept == pytest.approx(4 * products, rel=0.15)
-    on_gpu = items(device="cuda", offload_activations=True, **SAVED)
-    assert on_gpu.get("activations", 0) < items(device="cuda", **SAVED)["activations"] / 4
 
 
 @pytest.mark.parametrize(
@@ -143,64 +79,11 @@ def test_a_mapped_model_has_one_block_in_memory(llama):
         assert rest[0] == rest[1]
 
 
-def test_a_foreign_checkpoint_is_not_mapped(tmp_path):
-    save_crude(tmp_path / "foreign")
-    request = PlanRequest(model=str(tmp_path / "foreign"), config=finetuning({"mapped": True}))
-    for ask in (fitting.plan_request, plan_all):
-        with pytest.raises(OptionError, match="expected a checkpoint of modulora's own format"):
-            ask(request)
-
-
 def test_a_budget_finds_the_longest_sequence_and_the_largest_batch(llama):
     found = planned(llama, **SAVED, budget=planned(llama, **SAVED).training.nbytes)
     assert (found.fits, found.changes, found.largest_batch_size) == (True, (), 2)
     assert found.longest_seq_len is not None
     assert 256 <= found.longest_seq_len <= 256 * (1 + CLOSE) + 1
-
-
-@pytest.mark.slow
-def test_without_room_it_lists_settings_that_save_memory(llama):
-    before = planned(llama, **SAVED)
-    found = planned(llama, **SAVED, budget=before.training.nbytes - 2**25)
-    assert (found.fits, found.largest_batch_size) == (False, 1)
-    changes = {change.change: change for change in found.changes}
-    assert "-q toy" not in changes, "it saves nothing"
-    after = {"--gradient-checkpointing": {}, "--mapped": {**SAVED, "mapped": True}}
-    for words, options in after.items():
-        change, real = changes[words], planned(llama, **options).training.nbytes
-        assert (change.nbytes, change.saves) == (real, before.training.nbytes - real)
-        assert change.fits == (real <= before.training.nbytes - 2**25)
-    [both] = [word for word in changes if "--quantize-head" in word and "embeddings" in word]
-    choice = Choice.parse(both.split()[1])
-    packed = planned(llama, **SAVED, head=choice, embeddings=choice)
-    assert changes[both].nbytes == pytest.approx(packed.training.nbytes, rel=0.02)
-
-
-@given(st.integers(1, 1000), st.integers(0, 10**6), st.integers(0, 10**7), st.integers(1, 5000))
-@settings(deadline=None)
-def test_a_search_comes_within_2_percent(slope, constant, budget, start):
-    def nbytes(n):
-        return constant + slope * n + n * n // 5000
-
-    found = largest(nbytes, budget, start, range(1, 5001))
-    fits = max((n for n in range(1, 5001) if nbytes(n) <= budget), default=0)
-    assert fits * (1 - CLOSE) - 1 <= found <= fits
-
-
-def test_the_calibration_has_the_defaults_of_quantize():
-    config = CalibrationConfig("pydoc")
-    assert (config.max_samples, config.seq_len) == (SAMPLES, SEQ_LEN)
-
-
-def test_sequences_fit_the_context(tmp_path):
-    LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        vocab_size=64, max_position_embeddings=128,
-    ).save_pretrained(tmp_path)  # fmt: skip
-    found, expected = (plan(str(tmp_path), "toy", **each) for each in ({}, {"seq_len": 128}))
-    assert found.training.items == expected.training.items
-    with pytest.raises(OptionError, match="seq_len 129: expected at most 128, the context of /"):
-        plan(str(tmp_path), "toy", seq_len=129)
 
 
 @pytest.mark.parametrize(("device", "width"), [("cpu", 4), ("cuda", 2)])

@@ -5,7 +5,6 @@ from modulora_planner.fitting import plan
 from modulora_planner.processes import DIVIDED
 from transformers import LlamaConfig
 
-from modulora_core.errors import OptionError
 from modulora_core.tests import width_quantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
@@ -43,29 +42,3 @@ def test_ddp_copies_and_fsdp2_divides(llama):
     parts = {name: round(items[name] / 4) if name in DIVIDED else items[name] for name in items}
     assert found == parts
     assert split.decoding == one.decoding
-
-
-def test_calibration_divides_the_samples(llama):
-    def quantizing(processes):
-        found = plan(
-            str(llama), "heeding", processes=processes, calibration_samples=64,
-            calibration_seq_len=128, seq_len=32,
-        )  # fmt: skip
-        assert found.quantizing is not None
-        return found.quantizing.items["calibration"]
-
-    states = 4 * 64 * 128 * HIDDEN
-    assert quantizing(1) - quantizing(4) == pytest.approx(states * 3 / 4, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"shard": True}, "shard: expected several processes, got one"),
-        ({"processes": 0}, "processes: expected at least 1, got 0"),
-        ({"processes": 2, "shard": True, "mapped": True}, "mapped: expected no shard"),
-    ],
-)
-def test_settings_that_exclude_each_other_are_refused(llama, options, message):
-    with pytest.raises(OptionError, match=message):
-        plan(str(llama), "toy", **options)

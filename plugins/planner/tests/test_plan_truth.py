@@ -1,8 +1,7 @@
 """Plans beside real runs, each in a process of its own on one thread.
 
 A plan is within 8 % of the resident set at its peak, and of torch's tensors. If only the peaks
-differ, a library takes more or less than memory.RUNTIME says. If the work of a training step
-differs, see test_rehearsal.py.
+differ, a library takes more or less than memory.RUNTIME says.
 """
 
 import json

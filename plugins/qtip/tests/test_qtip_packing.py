@@ -2,16 +2,10 @@
 
 import itertools
 
-import pytest
 import torch
 from modulora_kernels.incoherence import proxy_error
 from modulora_qtip import packing, reference
-from modulora_qtip.quantizer import QTIP
 from modulora_qtip.reference import Options
-
-from modulora_core.quantization.quality import choice_of
-from modulora_core.registry import Choice
-from modulora_core.spec import Calibration
 
 SMALL = {"states": 10}
 
@@ -26,27 +20,6 @@ def test_the_fast_solver_is_as_good_as_the_reference(layer):
         options = Options(sweeps=sweeps, **SMALL)
         exact, fast = (error(m.solve(W, H, options), W, H, options) for m in (reference, packing))
         assert fast < 1.1 * exact
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({}, (14, 2)),
-        ({"states": 10, "sweeps": 0}, (10, 0)),
-        ({"bits": 8}, (14, 2)),
-        ({"layout": "exl3"}, (16, 2)),  # 14 states don't fit it
-    ],
-)
-def test_the_best_quality_takes_what_the_own_options_allow(given, expected):
-    options = choice_of(Choice("qtip", given), "best").create().options
-    assert (options.states, options.sweeps) == expected
-
-
-def test_progress_rises_to_the_end_with_each_block(layer):
-    W, H = layer(32, 40)
-    shares = []
-    QTIP(Options(sweeps=1, **SMALL)).pack(W, Calibration(H, 10, progress=shares.append))
-    assert shares == [block / 6 for block in range(1, 7)]  # three blocks of 16 columns, twice
 
 
 def test_feedback_sweeps_states_and_bits_each_lower_the_proxy_error(layer):

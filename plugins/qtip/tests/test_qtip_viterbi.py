@@ -46,17 +46,6 @@ def test_walks_are_as_good_as_the_references(bits, states, generator):
     assert ratio < 1.03, "the overlap is decided near the seam"
 
 
-def test_the_number_of_threads_changes_no_bit(generator):
-    w = torch.randn(80, 16, generator=generator) * 148
-    options, before = Options(), torch.get_num_threads()
-    found = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found.append(packing.quantize(w, options)[0])
-    torch.set_num_threads(before)
-    assert torch.equal(*found)
-
-
 def test_viterbi_finds_the_best_of_all_walks(generator):
     """Brute force over all walks of three weights with six bits of state."""
     L, k, n = 6, 2, 3

@@ -121,14 +121,6 @@ def test_rotation_is_the_product_with_the_dense_matrix(n, generator):
             assert ((got - expected).abs() <= 1e-5 * size).all()
 
 
-def test_blocks_are_rotated_apart(generator):
-    x, scale = torch.randn(2, 256, generator=generator), torch.randn(256, generator=generator)
-    s, M = scale.half().double(), rotation.matrix(256, 128)
-    for after, expected in ((False, (x * s) @ M), (True, (x.double() @ M) * s)):
-        got = rotation.rotate(x, scale.half(), after=after, block=128)
-        assert torch.allclose(got.double(), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("bits", BITS)
 def test_products_of_a_window_are_products_with_its_rows(bits, random_solution, generator):
     options = Options(bits=bits)

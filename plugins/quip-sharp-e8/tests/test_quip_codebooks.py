@@ -6,15 +6,6 @@ import pytest
 import torch
 from modulora_quip_sharp_e8 import codebooks
 
-CODES = torch.arange(1 << 16)
-PARITY = torch.tensor([code.bit_count() & 1 for code in range(256)])[CODES & 255]
-
-
-@pytest.fixture(scope="module")
-def half_integers():
-    """The points of E8P12 without their shift."""
-    return codebooks.e8p_points(CODES) - torch.where(PARITY == 0, 0.25, -0.25)[:, None]
-
 
 def test_absolute_vectors_are_a_whole_ball_and_29_of_norm_12():
     vectors = codebooks.absolute_vectors()
@@ -30,28 +21,6 @@ def test_absolute_vectors_are_a_whole_ball_and_29_of_norm_12():
     # "123" is the first of the list, "237" the last
     assert long[0].tolist() == [1.5, 0.5, 0.5, 0.5, 1.5, 1.5, 1.5, 1.5]
     assert long[-1].tolist() == [1.5, 1.5, 0.5, 0.5, 1.5, 1.5, 1.5, 0.5]
-
-
-def test_e8p_has_65536_distinct_points_half_of_them_in_each_coset():
-    assert len(codebooks.e8p().unique(dim=0)) == 1 << 16
-    for shift, parity in ((0.25, 0), (-0.25, 1)):
-        doubled = 2 * (codebooks.e8p() - shift)
-        half_integers_of_even_sum = (doubled % 2 == 1).all(-1) & (doubled.sum(-1) % 4 == 0)
-        assert torch.equal(half_integers_of_even_sum, parity == PARITY)
-
-
-def test_two_more_signs_lead_to_a_point_of_the_same_coset_and_one_does_not(half_integers):
-    def numbers(vectors):  # half-integers from −5/2 to 5/2 as digits 0 to 5
-        return (vectors + 2.5).long() @ 6 ** torch.arange(8)
-
-    for coset in (half_integers[PARITY == 0], half_integers[PARITY == 1]):
-        inside = torch.zeros(6**8, dtype=torch.bool).index_fill(0, numbers(coset), True)
-        for i, j in itertools.combinations(range(8), 2):
-            flipped = coset.clone()
-            flipped[:, [i, j]] *= -1
-            assert inside[numbers(flipped)].all()
-            flipped[:, i] *= -1
-            assert not inside[numbers(flipped)].any()
 
 
 @pytest.mark.parametrize(

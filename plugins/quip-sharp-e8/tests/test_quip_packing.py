@@ -54,12 +54,3 @@ def test_kernels_and_plain_torch_leave_the_error_of_the_reference(bits, layer, m
     assert error(packing.solve(W, H, options), W, H, bits) == pytest.approx(truth, rel=4e-3)
     without_kernels(monkeypatch)
     assert error(packing.solve(W, H, options), W, H, bits) == pytest.approx(truth, rel=4e-3)
-
-
-@pytest.mark.parametrize("sweeps", [0, 2])
-def test_the_number_of_threads_changes_no_bit(sweeps, layer, one_thread):
-    W, H = layer(70, 264)
-    options = Options(bits=3, sweeps=sweeps)
-    alone = packing.solve(W, H, options)
-    torch.set_num_threads(2)  # the fixture takes it back
-    assert same(alone, packing.solve(W, H, options))

@@ -55,13 +55,6 @@ def product(bits, rows, dtype, transpose, target):
     return code
 
 
-def rotation(n, target):
-    from modulora_kernels.rotation import gpu
-
-    x, vector = torch.empty(8, n), torch.empty(n, dtype=torch.float16)
-    return compiled(target, lambda: gpu.turned(x, False, vector, vector))
-
-
 @TARGETS
 def test_tiles_are_written_16_bytes_at_a_time(target):
     code = tile(2, torch.bfloat16, target)
@@ -79,23 +72,9 @@ def test_a_product_of_one_row_reads_the_codes_of_32_weights_at_a_time(target):
         assert code.loads[128] >= 1, "x"
 
 
-@TARGETS
-def test_a_rotation_in_two_kernels_reads_and_writes_16_bytes_at_a_time(target):
-    for code in rotation(11008, target):
-        assert set(code.stores) == {128}
-        assert 128 in code.loads
-
-
 @pytest.mark.parametrize("transpose", [False, True])
 def test_products_of_more_rows_multiply_on_tensor_cores(transpose):
     code = product(2, 16, torch.bfloat16, transpose, "sm_86")
     assert "mma.sync" in code.text
     assert code.registers <= 128
     assert product(2, 1, torch.float32, True, "sm_86").registers <= 128
-
-
-@pytest.mark.parametrize("n", [4096, 13696])
-def test_rotations_multiply_bf16_on_tensor_cores(n):
-    for code in rotation(n, "sm_86"):
-        assert "bf16.bf16.f32" in code.text
-        assert 128 in code.stores

@@ -2,28 +2,23 @@
 
 import json
 import shutil
-from array import array
 
 import numpy as np
 import pytest
 import torch
 from modulora_recover import predictions as module
-from modulora_recover.init_adapter import init_adapter
 from modulora_recover.predictions import Distilled, Predictions
 from modulora_recover.recover import recover
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modulora_core.calibration import CalibrationConfig
 from modulora_core.cli import main
 from modulora_core.data import load_examples
-from modulora_core.data.examples import DataReport, Examples
 from modulora_core.errors import OptionError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.models import open_dense
 from modulora_core.tests.processes import run_in_processes
-from modulora_core.tests.tiny_models import save_tiny_model
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,32 +103,6 @@ def test_rows_are_the_dense_models_own_predictions(dense, examples, tmp_path, mo
         np.testing.assert_allclose(rows["log_p"], log_p, rtol=1e-3)  # they are 16-bit floats
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["gpt2", "gemma3_text", "gpt_oss"],
-)
-def test_padding_changes_no_prediction_of_any_architecture(architecture, tmp_path):
-    folder = save_tiny_model(architecture, tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    drawn = torch.randint(3, 96, (3, 30), generator=torch.Generator().manual_seed(0)).tolist()
-    pairs = [
-        (array("i", ids[:n]), array("i", ids[:n]))
-        for ids, n in zip(drawn, (5, 30, 17), strict=True)
-    ]
-    report = DataReport(
-        format="tokens", records=3, examples=3, tokens=52, trained_tokens=49, blank=0
-    )
-    examples = Examples(pairs, report)
-    predictions = Predictions(open_dense(str(folder)), examples, 3, 0, tmp_path)
-    predictions.compute(torch.device("cpu"), lambda *_: None)
-    dataset = Distilled(predictions)
-    for number in range(3):
-        expected = trained_log_p(model, examples, number)
-        rows = dataset[number]["rows"]
-        tokens = torch.from_numpy(rows["token"].astype(np.int64))
-        np.testing.assert_allclose(rows["log_p"], expected.gather(1, tokens), rtol=1e-3, atol=1e-3)
-
-
 def test_a_killed_run_goes_on_from_its_whole_rows(dense, examples, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "CHUNK_TOKENS", 1)
     predictions = Predictions(open_dense(str(dense)), examples, 100, 0, tmp_path)
@@ -215,17 +184,6 @@ def test_a_resumed_run_has_the_same_losses(configure, tmp_path, stopped_at, monk
     assert resumed.losses == whole.losses
 
 
-def test_a_resumed_run_refuses_another_weight(configure):
-    def stop(step):
-        if step.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        recover(configure(save_every=2), on_step=stop)
-    with pytest.raises(OptionError, match=r"weight 1\.0 → 0\.9"):
-        recover(configure(save_every=2, weight=0.9), resume=True)
-
-
 def test_another_tokenizer_or_context_is_refused_before_work_starts(configure, dense, tmp_path):
     for name, change in (("vocab_size", 2), ("max_position_embeddings", -100)):
         other = tmp_path / name
@@ -258,13 +216,6 @@ def test_the_command_gives_a_start_that_finetune_continues(tunable, dense, text,
     assert run("recover", str(tunable), start, "--original", str(dense), "--resume")["steps"] == 0
     trained = run("finetune", str(tunable), str(tmp_path / "out"), "--adapter", start)
     assert len(trained["losses"]) == 2
-
-
-def test_a_recovery_begins_with_another_start(configure, tunable, dense, tmp_path):
-    init_adapter(tunable, tmp_path / "start", dense=dense, calibration=CalibrationConfig(
-        "pydoc[:2%]", samples=8, seq_len=32))  # fmt: skip
-    losses = recover(configure(adapter=str(tmp_path / "start"), dropout=0)).losses
-    assert losses[0] < 0.9 * recover(configure(out=str(tmp_path / "zero"), dropout=0)).losses[0]
 
 
 @pytest.mark.slow

@@ -15,9 +15,8 @@ from modulora_core.errors import OptionError, OutputError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.peft_format import read_adapter
-from modulora_core.lora.adapted import packed_layers
 from modulora_core.lora.settings import LoRASettings
-from modulora_core.quantization.quantize import Assignment, quantize
+from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.tiny_models import tiny_config
 from modulora_core.training.config import FinetuneConfig
@@ -95,15 +94,6 @@ def test_it_brings_the_model_nearer_and_finetune_continues_it(
          "adapter": str(tmp_path / "start"), "seq_len": 32, "baseline": False, "dropout": 0}
     )  # fmt: skip
     finetune(config)
-
-
-def test_a_mix_of_quantizers_is_corrected(dense, toy, tmp_path):
-    mixed = tmp_path / "mixed"
-    quantize(str(dense), mixed, Assignment(default="toy:levels=7", layers={"*.mlp.*": "verbatim"}))
-    layers = packed_layers(load_model(mixed)).values()
-    assert len({layer.weight.quantizer.spec.name for layer in layers}) == 2
-    result = init_adapter(mixed, tmp_path / "start", dense=dense, calibration=TEXT)
-    assert result.corrected == result.layers == len(layers)
 
 
 def test_the_command_gives_the_same_bytes(dense, tunable, tmp_path, capsys):

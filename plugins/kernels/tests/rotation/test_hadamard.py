@@ -2,14 +2,10 @@
 
 import hashlib
 
-import numpy as np
 import pytest
 import torch
 from modulora_kernels.rotation.hadamard import (
-    construction,
-    decompose,
     hadamard,
-    jacobsthal,
 )
 
 from modulora_core.errors import ShapeError
@@ -34,40 +30,7 @@ def test_a_matrix_never_changes_because_checkpoints_depend_on_it(order):
     assert hashlib.sha256(hadamard(order).numpy().tobytes()).hexdigest()[:16] == DIGESTS[order]
 
 
-@pytest.mark.parametrize(("order", "expected"), [
-    (64, "Sylvester"), (28, "Paley I"), (244, "Paley I"), (36, "Paley II"), (100, "Paley II"),
-    (92, "Goethals-Seidel"), (184, "doubling"), (188, None), (668, None), (6, None), (0, None),
-    (-4, None),
-])  # fmt: skip
-def test_each_order_has_its_construction(order, expected):
-    assert construction(order) == expected
-
-
-@pytest.mark.parametrize(("n", "K"), [
-    (1, 1), (4096, 1), (11008, 172), (13824, 108), (6656, 52), (17920, 140), (5120, 20),
-    (32000, 500), (29568, 924), (18944, 148), (17408, 68), (47 * 16, 752), (3, None), (6, None),
-    (47 * 8, None), (8191, None), (13696, None),
-])  # fmt: skip
-def test_dimensions_of_models_decompose(n, K):
-    assert decompose(n) == K
-
-
 @pytest.mark.parametrize("order", [0, 3, 188])
 def test_an_order_out_of_reach_is_refused(order):
     with pytest.raises(ShapeError, match=f"order {order}: expected"):
         hadamard(order)
-
-
-@pytest.mark.parametrize("q", [3, 13, 103])
-def test_the_jacobsthal_matrix_of_a_prime_has_legendre_symbols(q):
-    symbol = {0: 0, 1: 1, q - 1: -1}
-    expected = [[symbol[pow(i - j, (q - 1) // 2, q)] for j in range(q)] for i in range(q)]
-    assert jacobsthal(q).tolist() == expected
-
-
-@pytest.mark.parametrize("q", [9, 27, 49, 125, 343])
-def test_the_jacobsthal_matrix_of_a_prime_power_has_the_products_that_paley_needs(q):
-    Q = jacobsthal(q).astype(np.int64)
-    assert (q * np.eye(q) - 1 == Q @ Q.T).all()
-    assert (Q.sum(axis=0) == 0).all()
-    assert ((Q.T if q % 4 == 1 else -Q.T) == Q).all()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,12 +11,10 @@ from modulora_convert.convert import convert
 from modulora_optq.formats.gptq import GPTQ
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, from_solution
-from modulora_optq.reference import Solution
 
 from modulora_core.errors import ModelError, ShapeError
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import StoredWeight
-from modulora_core.spec import PackedWeight
 from modulora_core.tests.other_tools import assert_used
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
@@ -36,9 +31,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_v2_to_ours_to_v1_and_back_gives_the_tensors_that_the_formats_say(
-    kind: dict[str, Any], gptq: ModuleType, tmp_path: Path
-) -> None:
+def test_v2_to_ours_to_v1_and_back_gives_the_tensors_that_the_formats_say(kind, gptq, tmp_path):
     gptq.save_gptq(tmp_path / "v2", version=2, **kind)
     gptq.save_gptq(tmp_path / "expected v1", version=1, **kind)
     convert(str(tmp_path / "v2"), tmp_path / "ours", "modulora")
@@ -50,9 +43,7 @@ def test_v2_to_ours_to_v1_and_back_gives_the_tensors_that_the_formats_say(
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_the_config_says_what_holds_for_all_and_what_for_some(
-    gptq: ModuleType, tmp_path: Path
-) -> None:
+def test_the_config_says_what_holds_for_all_and_what_for_some(gptq, tmp_path):
     gptq.save_gptq(tmp_path / "v2", **KINDS[-1])
     convert(str(tmp_path / "v2"), tmp_path / "v1", "gptq")
     written = json.loads((tmp_path / "v1" / "config.json").read_text())["quantization_config"]
@@ -73,19 +64,15 @@ def test_the_config_says_what_holds_for_all_and_what_for_some(
     }
 
 
-def stored_weight(
-    quantizer: Any, packed: PackedWeight, module: str = "model.layers.0.mlp.up_proj"
-) -> StoredWeight:
+def stored_weight(quantizer, packed, module="model.layers.0.mlp.up_proj"):
     return StoredWeight(module, quantizer, packed.layout, lambda part: packed.tensors[part])
 
 
-def writer(name: str) -> GPTQ:
+def writer(name):
     return GPTQ(installed_formats.specs()[name])
 
 
-def test_a_zero_of_0_is_refused_by_v1_and_kept_by_v2(
-    random_solution: Callable[..., Solution],
-) -> None:
+def test_a_zero_of_0_is_refused_by_v1_and_kept_by_v2(random_solution):
     options = Options(bits=4, group_size=16)
     solution = random_solution((32, 64), options)
     assert bool((solution.zeros == 0).any())
@@ -99,9 +86,7 @@ def test_a_zero_of_0_is_refused_by_v1_and_kept_by_v2(
     ((32, 16), 2, True), ((32, 16), 3, False), ((32, 32), 3, True), ((24, 32), 4, True),
     ((20, 32), 4, False), ((36, 36), 8, True),
 ])  # fmt: skip
-def test_a_shape_that_does_not_fill_words_is_refused(
-    shape: tuple[int, int], bits: int, fits: bool, random_solution: Callable[..., Solution]
-) -> None:
+def test_a_shape_that_does_not_fill_words_is_refused(shape, bits, fits, random_solution):
     options = Options.model_validate({"bits": bits, "group_size": 16, "symmetric": True})
     weight = stored_weight(OPTQ(options), from_solution(random_solution(shape, options), options))
     if fits:
@@ -117,7 +102,7 @@ def test_a_shape_that_does_not_fill_words_is_refused(
             writer("gptq").plan(weight)
 
 
-def test_a_folder_is_converted_merged_finetuned_and_asked(gptq: ModuleType, tmp_path: Path) -> None:
+def test_a_folder_is_converted_merged_finetuned_and_asked(gptq, tmp_path):
     gptq.save_gptq(tmp_path / "m", version=1, symmetric=True, permuted=True, vocab_size=640)
     make_tokenizer().save_pretrained(tmp_path / "m")
     assert_used(tmp_path / "m", tmp_path)

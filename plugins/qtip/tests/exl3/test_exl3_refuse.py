@@ -1,36 +1,26 @@
 """Damaged EXL3 folders are refused in one sentence, with exit code 2."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from exl3_folders import UP, alike, save_exl3
-from exl3_tensors import random_layer
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_core.hf.load_model import load_model
 from modulora_core.tests.fuzzing import refused_or_runs
-from modulora_core.tests.other_tools import logits
-
-Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exl3")
     save_exl3(folder, choice=alike(2, "mcg"), num_hidden_layers=1)
     return folder
 
 
-def changed(saved: Path, folder: Path, change: Callable[[Tensors], object]) -> Path:
+def changed(saved, folder, change):
     """A copy of the folder with changed tensors."""
     folder.mkdir()
     for file in saved.iterdir():
@@ -41,20 +31,18 @@ def changed(saved: Path, folder: Path, change: Callable[[Tensors], object]) -> P
     return folder
 
 
-def put(name: str, tensor: Tensor | None) -> Callable[[Tensors], object]:
+def put(name, tensor):
     """Put a tensor into the layer; None drops it."""
     key = f"{UP}.{name}"
     return lambda tensors: tensors.pop(key) if tensor is None else tensors.update({key: tensor})
 
 
-def walks(*shape: int) -> Tensor:
+def walks(*shape):
     return torch.zeros(shape, dtype=torch.int16)
 
 
 BAD = {
     "9 bits": (put("trellis", walks(8, 16, 144)), r"trellis: expected 16 K numbers .* from 1 to 8"),
-    "0 bits": (put("trellis", walks(8, 16, 0)), r"trellis: expected 16 K numbers .* from 1 to 8"),
-    "parts of a bit": (put("trellis", walks(8, 16, 36)), r"trellis: expected 16 K numbers"),
     "half a bit": (
         put("trellis", walks(8, 16, 40)),
         rf"{UP}: expected whole bits, got 2\.5: ExLlamaV3 1\.6 writes halves",
@@ -64,23 +52,16 @@ BAD = {
         r"model\.embed_tokens: expected a linear layer, got an embedding table: ExLlamaV3 1\.6",
     ),
     "out": (put("trellis", walks(8, 17, 32)), "multiple of 128 as out_features, got 272"),
-    "in": (put("trellis", walks(7, 16, 32)), "multiple of 128 as in_features, got 112"),
-    "empty": (put("trellis", walks(0, 16, 32)), "multiple of 128 as in_features, got 0"),
     "another size": (put("trellis", walks(8, 24, 32)), r"svh: expected float16 \[384\] by trellis"),
-    "another dtype": (put("trellis", walks(8, 16, 32).float()), r"expected int16 \[in / 16"),
     "another rank": (put("trellis", walks(8, 512)), r"trellis: expected int16 \[in / 16"),
     "no trellis": (put("trellis", None), r"trellis: expected it beside mcg, suh, svh, got nothing"),
     "both codes": (put("mul1", torch.tensor(1).int()), r"expected mcg or mul1, .* got both"),
-    "no scales": (put("suh", None), r"suh: expected float16 \[128\] by trellis, got nothing"),
-    "short scales": (put("svh", torch.ones(255).half()), r"svh: expected float16 \[256\] by"),
     "whole scales": (put("suh", torch.ones(128).int()), r"suh: expected float16 \[128\] by"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_damaged_tensors_are_refused(
-    name: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damaged_tensors_are_refused(name, saved, tmp_path, capsys):
     change, message = BAD[name]
     folder = changed(saved, tmp_path / "m", change)
     with pytest.raises(CheckpointError, match=message):
@@ -88,7 +69,7 @@ def test_damaged_tensors_are_refused(
     assert_refused(["info", str(folder)], capsys)
 
 
-def assert_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def assert_refused(words, capsys):
     capsys.readouterr()
     assert main(words) == 2
     told = capsys.readouterr().err
@@ -96,7 +77,7 @@ def assert_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert "Traceback" not in told
 
 
-def configured(folder: Path, **values: object) -> Path:
+def configured(folder, **values):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= values
     (folder / "config.json").write_text(json.dumps(config))
@@ -104,7 +85,7 @@ def configured(folder: Path, **values: object) -> Path:
 
 
 @pytest.mark.parametrize(("key", "value"), [("codebook", "newcode2027"), ("format", "exl3_v2")])
-def test_an_unknown_code_or_format_is_refused(key, value, saved, tmp_path: Path):
+def test_an_unknown_code_or_format_is_refused(key, value, saved, tmp_path):
     folder = configured(changed(saved, tmp_path / "m", lambda _: None), **{key: value})
     with pytest.raises(ModelError, match=rf"EXL3 config: {key}: expected .*, got '{value}'"):
         open_packed(folder)
@@ -119,39 +100,7 @@ def test_a_lost_code_mark_is_refused(storage, saved, tmp_path):
         open_packed(folder)
 
 
-@pytest.mark.parametrize(("part", "value"), [("suh", "nan"), ("svh", "inf")])
-def test_scales_must_be_finite(
-    part: str, value: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def change(tensors: Tensors) -> None:
-        tensors[f"{UP}.{part}"][3] = float(value)
-
-    folder = changed(saved, tmp_path / "m", change)
-    with pytest.raises(CheckpointError, match=rf"{UP}\.{part}: expected finite values, got NaN"):
-        load_model(folder)
-    out = str(tmp_path / "out")
-    for words in (
-        ["generate", str(folder), "hello"], ["merge", str(folder), out],
-        ["convert", str(folder), out, "--to", "modulora"],
-    ):  # fmt: skip
-        assert_refused(words, capsys)
-        assert not (tmp_path / "out").exists()
-
-
-def test_scales_of_another_dtype_are_read_if_fp16_holds_them(saved: Path, tmp_path: Path) -> None:
-    def widen(tensors: Tensors) -> None:
-        for name in [name for name in tensors if name.endswith(("suh", "svh"))]:
-            tensors[name] = tensors[name].float()
-
-    expected = logits(load_model(saved, dtype="float32"))
-    found = logits(load_model(changed(saved, tmp_path / "wide", widen), dtype="float32"))
-    assert torch.equal(found, expected)
-    folder = changed(saved, tmp_path / "finer", put("suh", torch.full((128,), 1 / 3)))
-    with pytest.raises(CheckpointError, match=r"suh: expected numbers of fp16, got torch\.float32"):
-        load_model(folder)
-
-
-def test_sizes_that_padding_does_not_explain_are_refused(saved: Path, tmp_path: Path) -> None:
+def test_sizes_that_padding_does_not_explain_are_refused(saved, tmp_path):
     folder = changed(saved, tmp_path / "m", lambda _: None)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "intermediate_size": 128}))
@@ -159,20 +108,6 @@ def test_sizes_that_padding_does_not_explain_are_refused(saved: Path, tmp_path: 
         open_packed(folder)
 
 
-def test_experts_with_biases_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_exl3(tmp_path, "gpt_oss", alike(2, "mcg"))
-    file = tmp_path / "model.safetensors"
-    held = {name: t for name, t in load_file(file).items() if ".experts." not in name}
-    for part, tensor in random_layer((128, 128), 2, "mcg").items():
-        held[f"model.layers.0.mlp.experts.0.down_proj.{part}"] = tensor
-    save_file(held, file, {"format": "pt"})
-    with pytest.raises(ModelError, match=r"experts\.0\.down_proj is quantized there, and trans"):
-        open_packed(tmp_path)
-    assert_refused(["generate", str(tmp_path), "hello"], capsys)
-
-
 @pytest.mark.slow
-def test_a_changed_folder_is_refused_or_runs(saved: Path) -> None:
+def test_a_changed_folder_is_refused_or_runs(saved):
     refused_or_runs(saved)

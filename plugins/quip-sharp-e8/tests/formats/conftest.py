@@ -39,8 +39,6 @@ CODEBOOKS = {2: ("E8P12", 7, 1, 4), 3: ("E8P12RVQ3B", 18, 0, 8 / 3), 4: ("E8P12R
 
 IDS = torch.arange(3, 27).view(2, 12)
 
-Codes = list[list[int]]
-
 
 @pytest.fixture(scope="session")
 def relaxml():

@@ -82,16 +82,6 @@ IMITATIONS = {
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
         "<|start_header_id|>assistant<|end_header_id|>\n\n{}<|eot_id|>", architecture="qwen2",
     ),
-    "deepseek-llm": Imitation(
-        "gpt2", "deepseek-llm", _DEEPSEEK, (), *_DEEPSEEK, "User: {}\n\n",
-        "Assistant: {}<｜end▁of▁sentence｜>", (("add_bos_token", True),),
-    ),
-    "deepseek-coder": Imitation(
-        "gpt2", "deepseek-coder",
-        (*_DEEPSEEK, "<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"),
-        ("<|User|>", "<|Assistant|>", "<|EOT|>"), *_DEEPSEEK, "### Instruction:\n{}\n",
-        "### Response:\n{}\n<|EOT|>\n", (("add_bos_token", True),),
-    ),
     "r1-distill-qwen": Imitation(
         "gpt2", "deepseek-r1-qwen", _DEEPSEEK,
         ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜▁pad▁｜>"), *_DEEPSEEK,
@@ -102,10 +92,6 @@ IMITATIONS = {
         "gpt2", "smollm", ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<reponame>"), (),
         "<|im_start|>", "<|im_end|>", "<|im_start|>user\n{}<|im_end|>\n",
         "<|im_start|>assistant\n{}<|im_end|>\n", (("add_bos_token", False),),
-    ),
-    "mistral-nemo": Imitation(
-        "gpt2", "tekken", ("<unk>", "<s>", "</s>", *_MISTRAL), (), "<s>", "</s>",
-        "[INST]{}[/INST]", "{}</s>",
     ),
     "gpt-oss": Imitation(
         "gpt2", "gpt-4o",

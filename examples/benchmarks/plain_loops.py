@@ -1,6 +1,6 @@
 """Time the toolkit's operations on vectors beside the same loops in plain numba.
 
-    python plugins/kernels/tests/plain_loops.py
+    python examples/benchmarks/plain_loops.py
 
 Prints the time of the plain loop as a multiple of the vectors' time, in turns on one thread.
 """

@@ -1,8 +1,8 @@
 """Time the ways to multiply by a packed weight beside the dense product, in turns on one thread.
 
-    python plugins/kernels/tests/ways.py nf4 --rows 128 512 --shapes 4096x4096
-    python plugins/kernels/tests/ways.py nf4 --rows 64 --dtype bfloat16
-    python plugins/kernels/tests/ways.py nf4 optq:bits=3 --rows 1
+    python examples/benchmarks/ways.py nf4 --rows 128 512 --shapes 4096x4096
+    python examples/benchmarks/ways.py nf4 --rows 64 --dtype bfloat16
+    python examples/benchmarks/ways.py nf4 optq:bits=3 --rows 1
 
 Prints, for each shape, the best times of forward and transposed product together, in milliseconds
 of the processor. It counts CPU time, which load on the machine disturbs least. A copy of the weight
