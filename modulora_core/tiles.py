@@ -1,4 +1,4 @@
-"""The tiled product: a dense weight exists here alone, and only a tile of it at a time.
+"""Multiply by a packed weight of which one tile at a time is dense.
 
     forward      Y = X Ŵᵀ      for each tile of rows [a, b):   Y[:, a:b]  = X · Ŵ[a:b]ᵀ
     transposed   X = Y Ŵ       for each tile of rows [a, b):   X         += Y[:, a:b] · Ŵ[a:b]

@@ -110,7 +110,7 @@ class PackedCheckpoint:
         """Read all stored tensors into memory."""
         return {name: self.tensor(name) for name in self._store.tensors}
 
-    def mapped(self) -> MappedFiles | None:
+    def map_files(self) -> MappedFiles | None:
         """Map all stored tensors from their files; None if reading converts them."""
         store = self._store
         return MappedFiles(store, self.path) if isinstance(store, SafetensorsStore) else None

@@ -16,7 +16,7 @@ from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
 from modulora_core.progress import Bars
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.losses import loss_in_words
+from modulora_core.training.loss_trend import loss_in_words
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

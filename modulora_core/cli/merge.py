@@ -105,7 +105,7 @@ def _to_file(
     data: str,
     segments: int | None,
 ) -> dict[str, Any]:
-    from modulora_core.checkpoints.foreign.files import file_writer
+    from modulora_core.checkpoints.foreign.writers import file_writer
     from modulora_core.data import token_segments
     from modulora_core.inference.divergence import divergence
     from modulora_core.inference.opened import open_to_run

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modulora_core.data.files import Record
-from modulora_core.data.formats import FIELDS, Format, conversations, detect, texts, tokens
-from modulora_core.data.rendering import IGNORED, Encoded, Renderer, Rendering, check_ids, token_ids
+from modulora_core.data.formats import FIELDS, IGNORED, Format, conversations, detect, texts, tokens
+from modulora_core.data.rendering import Encoded, Renderer, Rendering, check_ids, token_ids
 from modulora_core.data.sources import Source, load_records, source_name
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError

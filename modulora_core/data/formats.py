@@ -33,6 +33,9 @@ from modulora_core.options import in_one_line
 Format = Literal["text", "instruct", "chat", "completion", "tokens"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
+IGNORED = -100
+"""The label of a token that isn't trained, as in torch's cross-entropy."""
+
 _SHAPES: tuple[tuple[Format, tuple[str, ...]], ...] = (
     ("text", ("text",)),
     ("instruct", ("instruction", "output")),
@@ -277,14 +280,14 @@ def tokens(record: Record) -> tuple[list[int], list[int]]:
         raise DataError(
             f"{record.place}: expected labels or {next(iter(masks))}, got both; leave one out"
         )
-    marked = [i if all(on) else -100 for i, *on in zip(ids, *masks.values(), strict=True)]
+    marked = [i if all(on) else IGNORED for i, *on in zip(ids, *masks.values(), strict=True)]
     labels = marked if read.labels is None else read.labels
     wrong = next((n for n, (i, label) in enumerate(zip(ids, labels, strict=True))
-                  if label not in (i, -100)), None)  # fmt: skip
+                  if label not in (i, IGNORED)), None)  # fmt: skip
     if wrong is not None:
         raise DataError(
-            f"{record.place}: labels: expected -100 or the token at the same place, since the "
-            f"model shifts them itself, got {labels[wrong]} at {wrong}, where the token is "
+            f"{record.place}: labels: expected {IGNORED} or the token at the same place, since "
+            f"the model shifts them itself, got {labels[wrong]} at {wrong}, where the token is "
             f"{ids[wrong]}"
         )
     kept = columns.get("attention_mask", [1] * len(ids))  # the rest is padding

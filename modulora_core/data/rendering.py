@@ -19,16 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modulora_core.data.formats import Conversation
+from modulora_core.data.formats import IGNORED, Conversation
 from modulora_core.data.messages import Message
 from modulora_core.errors import DataError
 from modulora_core.models.tokenizer import render
 
-IGNORED = -100
-"""The label of a token that isn't trained, as in torch's cross-entropy."""
-
 Encoded = tuple[list[int], list[int]]
-"""Token ids, and labels: the id if it is trained, else -100."""
+"""Token ids, and labels: the id if it is trained, else :data:`IGNORED`."""
 
 
 @dataclass(frozen=True, slots=True)

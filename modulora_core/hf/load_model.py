@@ -96,7 +96,7 @@ def load_model(
     checkpoint.check_whole()
     if mapped:
         check_mapped(checkpoint, device)
-    files = checkpoint.mapped()
+    files = checkpoint.map_files()
     loaded_as = resolved_dtype(dtype, device)
     with quiet():
         loaded = _from_pretrained(checkpoint, files, device, loaded_as, mapped)
@@ -139,7 +139,11 @@ def _from_pretrained(
     dtype: torch.dtype,
     mapped: bool,
 ) -> PreTrainedModel:
-    """Let transformers load our tensors, which are views of ``files`` or converted."""
+    """Let transformers load our tensors, which are views of ``files`` or converted.
+
+    By ``quant_method`` transformers finds the classes that ``hf_quantizer.py`` registers. It calls
+    ``ModuLoRAConfig.from_dict`` with the dictionary below, then ``ModuLoRAHfQuantizer``.
+    """
     config = checkpoint.transformers_config()
     # transformers wants a dictionary; no config.json can hold a record
     config.quantization_config = {

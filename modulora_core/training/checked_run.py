@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.checkpoints.foreign.files import base_file, file_writer
+from modulora_core.checkpoints.foreign.writers import base_file, file_writer
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.data.sources import Source, source_name

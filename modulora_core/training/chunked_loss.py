@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from modulora_core.data.rendering import IGNORED
+from modulora_core.data.formats import IGNORED
 from modulora_core.training.readout import WHOLE, Head, Readout, read_out
 
 CHUNK_BYTES_CPU = 32 * 2**20
@@ -104,7 +104,7 @@ def token_losses(
     Args:
         readout: of a forward; or whole logits, ``[batch, length, vocabulary]``. Row t predicts
             label t + 1.
-        labels: int64 ``[batch, length]``; -100 is ignored.
+        labels: int64 ``[batch, length]``; :data:`IGNORED` is none.
         chunk_bytes: as for :func:`chunked_loss`.
 
     Returns:
@@ -164,7 +164,7 @@ def _causal_lm_loss(
         goals = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     hidden, head = readout.hidden, readout.head
     readout.hidden = None
-    if readout.is_alone and hidden is None:  # the forward will run again
+    if readout.is_alone and hidden is None:  # read_out will repeat the forward, for whole logits
         return logits.new_zeros(())
     if hidden is None and row_loss is not cross_entropy:
         hidden, head = logits, WHOLE

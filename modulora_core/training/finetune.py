@@ -47,7 +47,7 @@ from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 from modulora_core.training.held_out import held_out
 from modulora_core.training.interruption import Interruption
-from modulora_core.training.losses import eval_loss_before, worsening
+from modulora_core.training.loss_trend import eval_loss_before, worsening
 from modulora_core.training.methods import Method, trainer_refused
 from modulora_core.training.outputs import Trained, write_outputs
 from modulora_core.training.resuming import CHECKPOINTS, record_examples

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.models.folders import SCALES_FILE
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.losses import loss_in_words
+from modulora_core.training.loss_trend import loss_in_words
 from modulora_core.version import VERSION
 
 _PLAIN = "The files are in PEFT's format. With the quantized model:"

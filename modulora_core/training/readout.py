@@ -68,9 +68,10 @@ class Readout:
     """Hidden states that a forward left, and the function that makes logits of rows of them.
 
     Attributes:
-        hidden: h, ``[..., hidden]``, or whole logits; None before there are any.
-        head: the function; it returns whole logits as they are.
-        is_alone: the forward computes the logits of one position alone.
+        hidden: h, ``[..., hidden]``, or whole logits where ``head`` is :data:`WHOLE`; None before
+            the forward has computed them, and after a loss has taken them.
+        head: makes logits of ``hidden``.
+        is_alone: whether the running forward computes logits of its last position only.
     """
 
     hidden: Tensor | None = None

@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data.examples import longest_first
-from modulora_core.data.rendering import IGNORED
+from modulora_core.data.formats import IGNORED
 from modulora_core.distributed import barrier, world_size
 from modulora_core.errors import WorkError
 from modulora_core.hf.load_adapter import restore_adapter
@@ -194,7 +194,7 @@ class AdapterRun(Trainer):
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now, tokens = time.perf_counter(), int(self.state.num_input_tokens_seen)
-        if "loss" in logs:
+        if "loss" in logs:  # after each step, since ``logging_steps`` is 1
             logs["tokens_per_second"] = (tokens - self._tokens) / (now - self._clock)
             logs["memory_bytes"] = self._memory.nbytes
         super().log(logs, start_time)

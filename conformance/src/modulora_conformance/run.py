@@ -1,6 +1,12 @@
 """Runs pytest over the kit, for ``modulora conformance NAME``.
 
-It uses the kit's own pytest settings, and ignores the settings of the current folder.
+It uses the kit's own pytest settings, and ignores the settings of the current folder. The way from
+a package to its certificate:
+
+    test_conformance.py     the checks of each level, for the quantizer that was named
+    pytest_plugin.py        pytest's options and fixtures of the kit
+    recorder.py             orders the checks, and records their outcomes in a ``Run``
+    results.py              ``Run``; its property ``sound`` decides about the certificate
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from modulora_gguf.tests.vocabularies import (
 )
 from transformers import AutoTokenizer, PretrainedConfig
 
-from modulora_core.data.formats import Conversation
-from modulora_core.data.rendering import IGNORED, Renderer
+from modulora_core.data.formats import IGNORED, Conversation
+from modulora_core.data.rendering import Renderer
 from modulora_core.errors import ModelError
 from modulora_core.models.stops import stop_ids
 from modulora_core.models.tokenizer import load_tokenizer as load_from_folder

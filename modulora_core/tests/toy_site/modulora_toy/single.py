@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from modulora_core.checkpoints.foreign.files import AdapterFile, FileWriter, MergedFile
+from modulora_core.checkpoints.foreign.writers import AdapterFile, FileWriter, MergedFile
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.record import PackedSite
 from modulora_core.checkpoints.written.outputs import new_file

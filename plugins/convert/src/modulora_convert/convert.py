@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modulora_core import registry
 from modulora_core.arguments import checked
-from modulora_core.checkpoints.foreign.files import AdapterWriter, writer_of
+from modulora_core.checkpoints.foreign.writers import AdapterWriter, writer_of
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modulora_core.checkpoints.foreign.files import FileWriter, file_writer
+from modulora_core.checkpoints.foreign.writers import FileWriter, file_writer
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.checkpoints.written.outputs import (

@@ -28,7 +28,7 @@ from modulora_core.calibration.calls import OuterModel
 from modulora_core.calibration.text import BATCH_TOKENS
 from modulora_core.data import Collator
 from modulora_core.data.examples import DataReport, Examples
-from modulora_core.data.rendering import IGNORED
+from modulora_core.data.formats import IGNORED
 from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.config import vocabulary_of

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modulora_core.checkpoints.foreign.files import AdapterWriter
+from modulora_core.checkpoints.foreign.writers import AdapterWriter
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
 from modulora_core.errors import AdapterError, OptionError

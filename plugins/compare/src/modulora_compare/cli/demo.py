@@ -238,7 +238,7 @@ def _text(found: Object, out: Path) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    from modulora_core.training.losses import loss_in_words
+    from modulora_core.training.loss_trend import loss_in_words
 
     headings = ("", "size", "bits/weight", "perplexity", "peak memory")
     stages = table(headings, map(_cells, found["stages"]), numbers=True)

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from modulora_compare.report.curves import curves
-from modulora_core.training.losses import eval_loss_before, loss_in_words
+from modulora_core.training.loss_trend import eval_loss_before, loss_in_words
 from modulora_core.training.run_log import HeldOut
 from modulora_core.version import VERSION
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCrite
 
 from modulora_compare.report.page import LONGEST, Sample
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.data.rendering import IGNORED
+from modulora_core.data.formats import IGNORED
 from modulora_core.errors import OptionError, WorkError
 from modulora_core.inference.opened import open_to_run
 from modulora_core.lora.adapted import without_adapter

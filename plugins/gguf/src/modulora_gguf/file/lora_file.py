@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modulora_core.checkpoints.foreign.files import AdapterFile
 from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
+from modulora_core.checkpoints.foreign.writers import AdapterFile
 from modulora_core.checkpoints.opening import open_model
 from modulora_core.checkpoints.written.outputs import new_file, write_file
 from modulora_core.errors import AdapterError, ModelError, OutputError
@@ -38,7 +38,7 @@ def write_lora_file(adapter: str, out: str | Path, *, model: str | None = None) 
 
     The file for Ollama beside it has the name of ``out`` with the suffix ``.Modelfile``. Arguments
     and errors are those of
-    :meth:`~modulora_core.checkpoints.foreign.files.FileWriter.write_adapter`.
+    :meth:`~modulora_core.checkpoints.foreign.writers.FileWriter.write_adapter`.
     """
     out = Path(out)
     check_modelfile(out)

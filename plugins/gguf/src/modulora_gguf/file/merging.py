@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modulora_core.checkpoints.foreign.files import AdapterFile, FileWriter, MergedFile, base_file
 from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
+from modulora_core.checkpoints.foreign.writers import AdapterFile, FileWriter, MergedFile, base_file
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
@@ -203,7 +203,7 @@ def _changes(
         in_file = places(source, name)
         if math.prod(shape) != sum(math.prod(place.shape) for place in in_file):
             raise ModelError(
-                f"{name}: expected a GGUF file of the same model, got {header.path.name}, where  "
+                f"{name}: expected a GGUF file of the same model, got {header.path.name}, where "
                 f"its shape isn't {list(shape)}"
             )
         for place in in_file:

@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_vllm.engine.layers import JoinedWeight, Range, Shard, stored_shape
-from modulora_vllm.engine.threads import plain_torch
+from modulora_vllm.engine.threads import torch_defaults
 
 ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
 """Activations of ``[gates, ups]``, the order in which our checkpoints have their rows."""
@@ -70,7 +70,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         self, parameter: str, rows: list[Range], columns: Range, dtype: torch.dtype
     ) -> nn.ModuleList:
         """The weight of each expert."""
-        with plain_torch():
+        with torch_defaults():
             quantizer = self.checkpoint.quantizer(self.checkpoint.record.site(parameter))
             weights = list(self.checkpoint.packed(parameter))
         found = []

@@ -35,7 +35,7 @@ from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.packed_parameters import PackedParameter
 from modulora_core.spec import PackedWeight, Quantizer
-from modulora_vllm.engine.threads import keep_threads, plain_torch
+from modulora_vllm.engine.threads import keep_threads, torch_defaults
 
 logger = init_logger("vllm.modulora")
 
@@ -149,7 +149,18 @@ class JoinedWeight(nn.Module):
         return table.quantizer.lookup(ids + self.first.rows[0], table.packed, dtype)
 
 
-class PackedLinearMethod(LinearMethodBase):
+class _PackedMethod(LinearMethodBase):
+    """The product with the weight that a subclass attaches."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        layer.weight.warm_up()
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = multiply(layer, x)
+        return y if bias is None else y + bias
+
+
+class PackedLinearMethod(_PackedMethod):
     """A linear layer of vLLM, of which at least one stored weight is packed.
 
     Args:
@@ -188,15 +199,8 @@ class PackedLinearMethod(LinearMethodBase):
         ]
         _attach(layer, shards, self.parameters[0])
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        layer.weight.warm_up()
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = multiply(layer, x)
-        return y if bias is None else y + bias
-
-
-class PackedTableMethod(LinearMethodBase):
+class PackedTableMethod(_PackedMethod):
     """An input embedding or an output head of vLLM with a packed weight."""
 
     def __init__(self, checkpoint: PackedCheckpoint, parameter: str) -> None:
@@ -214,13 +218,6 @@ class PackedTableMethod(LinearMethodBase):
         columns = (0, layer.input_size)
         shard = _read(self.checkpoint, self.parameter, rows, columns, layer.params_dtype)
         _attach(layer, [shard], self.parameter)
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        layer.weight.warm_up()
-
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = multiply(layer, x)
-        return y if bias is None else y + bias
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -258,7 +255,7 @@ def _read(
     checkpoint: PackedCheckpoint, parameter: str, rows: Range, columns: Range, dtype: torch.dtype
 ) -> Shard:
     """Read a matrix, packed or dense."""
-    with plain_torch():
+    with torch_defaults():
         if parameter not in checkpoint.record.weights:
             weight: PackedWeight | Tensor = checkpoint.tensor(parameter)
             quantizer = None

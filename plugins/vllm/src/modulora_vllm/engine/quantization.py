@@ -45,9 +45,9 @@ def open_checkpoint(model: str, revision: str | None) -> PackedCheckpoint:
             isn't installed.
     """
     from modulora_core.checkpoints.opening import open_packed
-    from modulora_vllm.engine.threads import plain_torch
+    from modulora_vllm.engine.threads import torch_defaults
 
-    with plain_torch():
+    with torch_defaults():
         checkpoint = open_packed(model, revision=revision)
         checkpoint.check_plugins()
         checkpoint.check_whole()

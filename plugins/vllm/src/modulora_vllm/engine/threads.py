@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @contextmanager
-def plain_torch() -> Iterator[None]:
+def torch_defaults() -> Iterator[None]:
     """A block with torch's own defaults, in which quantizers make and cache their tables.
 
     vLLM loads a model within a block of its device, with the model's dtype as torch's default.
@@ -34,7 +34,7 @@ def keep_threads(product: Callable[[Tensor], Tensor], x: Tensor) -> None:
     if x.device.type != "cpu":
         return
     before = torch.get_num_threads()
-    with plain_torch():
+    with torch_defaults():
         product(x)
     if torch.get_num_threads() != before:
         torch._C.set_num_threads(before)

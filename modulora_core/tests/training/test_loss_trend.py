@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from modulora_core.training.losses import worsening
+from modulora_core.training.loss_trend import worsening
 
 VOCABULARY = 49152
 UNIFORM = math.log(VOCABULARY)
