@@ -9,8 +9,8 @@
 vLLM answers the prompts, and after each step it loads the adapter from ``adapter/.vllm_lora``. The
 packed weights never move. Serve from the same working folder.
 
-Untested: the loop. TRL's attention for it needs a GPU, and no GPU has run it. A test of
-plugins/vllm checks that trainer and server give one completion the same log-probabilities.
+Untested: the loop. A test of plugins/vllm checks that trainer and server give one completion the
+same log-probabilities.
 """
 
 from __future__ import annotations
