@@ -59,7 +59,7 @@ ADAPTERS = ("peft", "add_lora")
 
 
 @pytest.fixture(scope="module")
-def folders(toy, tmp_path_factory):
+def folders(toy: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Tiny Llamas whose layers, embedding and output head are packed."""
     made = {}
     for head in HEADS:
@@ -71,7 +71,7 @@ def folders(toy, tmp_path_factory):
     return made
 
 
-def plain(name):
+def plain(name: str) -> str:
     """The name of a parameter with our layers, which PEFT nests."""
     name = name.removeprefix("base_model.model.").removesuffix(".weight")
     return name.replace(".modules_to_save.default", "")
@@ -80,15 +80,17 @@ def plain(name):
 class Gradients(TrainerCallback):
     """Keeps the gradients of each step, by the names of our layers."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
         trained = {plain(name): p.grad for name, p in model.named_parameters()}
         self.steps.append({n: g.float().clone() for n, g in trained.items() if g is not None})
 
 
-def loaded(folder, method, adapter, *, dense, dtype):
+def loaded(folder: Path, method: str, adapter: str, *, dense: bool, dtype: str) -> Any:
     torch.manual_seed(0)
     if method == "Reward":
         kind: Any = AutoModelForSequenceClassification
@@ -114,7 +116,10 @@ DENSE: dict[tuple[Path, str, bool], Run] = {}
 """The runs of the dense model, with PEFT's adapter: ours trains alike."""
 
 
-def trained(folder, trainer, adapter, out, *, dense=False, dtype="float32", within=None, **options):
+def trained(
+    folder: Path, trainer: str, adapter: str, out: Path, *, dense: bool = False,
+    dtype: str = "float32", within: Any = None, **options: Any,
+) -> Run:  # fmt: skip
     """The losses of two steps, and their gradients."""
     method, own = TRAINERS[trainer]
     source: Any = trl
@@ -143,12 +148,24 @@ def trained(folder, trainer, adapter, out, *, dense=False, dtype="float32", with
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_losses_and_gradients_are_the_dense_model_s(folders, tmp_path, trainer, head, adapter):
+def test_losses_and_gradients_are_the_dense_model_s(
+    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str, adapter: str
+) -> None:
     """With gradient checkpointing, TRL's default, on the untied head, and without on the other."""
     check(folders[head], trainer, adapter, tmp_path, checkpointing=head == "untied")
 
 
-def check(folder, trainer, adapter, out, *, checkpointing):
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_so_they_are_with_the_other_setting_of_checkpointing(
+    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str, adapter: str
+) -> None:
+    check(folders[head], trainer, adapter, tmp_path, checkpointing=head == "tied")
+
+
+def check(folder: Path, trainer: str, adapter: str, out: Path, *, checkpointing: bool) -> None:
     options = {"gradient_checkpointing": checkpointing}
     losses, steps = trained(folder, trainer, adapter, out, **options)
     key = folder, trainer, checkpointing
@@ -165,8 +182,27 @@ def check(folder, trainer, adapter, out, *, checkpointing):
             assert float((gradient - wanted[name]).abs().max()) < 1e-5 * size, name
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("trainer", ["SFT nll", "DPO"])
+def test_bfloat16_is_no_farther_from_float32_than_the_dense_model(
+    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str
+) -> None:
+    truth, packed, dense = (
+        trained(folders[head], trainer, "peft", tmp_path, dense=is_dense, dtype=dtype)[1]
+        for is_dense, dtype in ((True, "float32"), (False, "bfloat16"), (True, "bfloat16"))
+    )
+
+    def distance(steps: list[dict[str, Tensor]]) -> float:
+        parts = ((steps[0][name] - truth[0][name]).square().sum() for name in truth[0])
+        return float(sum(parts)) ** 0.5
+
+    assert distance(packed) <= 1.5 * distance(dense)
+
+
 @pytest.mark.parametrize(("trainer", "head"), [("SFT nll", "untied"), ("DPO", "tied")])
-def test_no_dense_head_exists_at_a_vocabulary_of_128000(toy, tmp_path, trainer, head):
+def test_no_dense_head_exists_at_a_vocabulary_of_128000(
+    toy: object, tmp_path: Path, trainer: str, head: str
+) -> None:
     rows, width = 128_000, 64
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -189,10 +225,12 @@ def test_no_dense_head_exists_at_a_vocabulary_of_128000(toy, tmp_path, trainer, 
     assert packed.peak < dense.peak + head_bytes / 2, "the dense head was there before"
 
 
-def test_an_adapted_head_is_refused_and_not_left_out(folders, tmp_path, monkeypatch):
+def test_an_adapted_head_is_refused_and_not_left_out(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """TRL multiplies by the weight alone."""
 
-    def adapted(*arguments, **options):
+    def adapted(*arguments: Any, **options: Any) -> Any:
         model = load_model(folders["untied"], device="cpu")
         add_lora(model, LoRASettings(targets=("lm_head", "q_proj")))
         return model
@@ -205,19 +243,27 @@ def test_an_adapted_head_is_refused_and_not_left_out(folders, tmp_path, monkeypa
 Read = Callable[[Any], Any]
 READS: dict[str, Read] = {
     "slice": lambda W: W[3:77],
+    "open slice": lambda W: W[590:],
     "empty": lambda W: W[5:5],
+    "past the end": lambda W: W[595:700],
     "steps": lambda W: W[1:90:7],
     "row": lambda W: W[5],
+    "last": lambda W: W[-1],
     "ids": lambda W: W[torch.tensor([[4, 4], [599, 0]])],
+    "list": lambda W: W[[3, 1]],
     "mask": lambda W: W[torch.arange(600) % 50 == 0],
     "shape": lambda W: W.shape,
+    "dtype": lambda W: W.dtype,
+    "device": lambda W: W.device,
 }
 
 
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", HEADS)
-def test_rows_are_the_dense_model_s(folders, head, dtype, read):
+def test_rows_are_the_dense_model_s(
+    folders: dict[str, Path], head: str, dtype: str, read: str
+) -> None:
     model = load_model(folders[head], dtype=dtype, device="cpu")
     weights = [model.get_output_embeddings().weight, model.get_input_embeddings().weight]
     found = [READS[read](weight) for weight in weights]
@@ -234,7 +280,7 @@ def test_rows_are_the_dense_model_s(folders, head, dtype, read):
             assert value == expected
 
 
-def test_a_row_outside_is_an_index_error(folders):
+def test_a_row_outside_is_an_index_error(folders: dict[str, Path]) -> None:
     model = load_model(folders["untied"], device="cpu")
     for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
         for index in (600, torch.tensor([1, 600]), (slice(0, 4), 0)):
@@ -242,7 +288,7 @@ def test_a_row_outside_is_an_index_error(folders):
                 weight[index]
 
 
-def test_rows_take_part_in_autograd_as_constants(folders):
+def test_rows_take_part_in_autograd_as_constants(folders: dict[str, Path]) -> None:
     model = load_model(folders["untied"], dtype="float32", device="cpu")
     hidden = torch.randn(3, 32, requires_grad=True)
     (hidden @ model.lm_head.weight[10:20].T).square().sum().backward()
@@ -252,17 +298,23 @@ def test_rows_take_part_in_autograd_as_constants(folders):
 
 REFUSED: dict[str, Read] = {
     "data": lambda W: W.data,
+    "data_ptr": lambda W: W.data_ptr(),
     "untyped_storage": lambda W: W.untyped_storage(),
+    "mul_": lambda W: W.mul_(2),
     "__setitem__": lambda W: W.__setitem__(0, 1.0),
     "add": lambda W: torch.add(W, 1),
+    "t": lambda W: W.t(),
     "to": lambda W: W.to(torch.bfloat16),
+    "index_copy": lambda W: W.index_copy(0, torch.tensor([1]), torch.ones(1, 32)),
     "tolist": lambda W: W.tolist(),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("head", HEADS)
-def test_another_use_says_what_was_tried_on_which_weight(folders, head, name):
+def test_another_use_says_what_was_tried_on_which_weight(
+    folders: dict[str, Path], head: str, name: str
+) -> None:
     model = load_model(folders[head], device="cpu")
     inner = model.model.layers[1].mlp.up_proj.weight
     shapes = {"600x32": model.lm_head.weight, "64x32": inner}
@@ -273,7 +325,7 @@ def test_another_use_says_what_was_tried_on_which_weight(folders, head, name):
             REFUSED[name](weight)
 
 
-def test_a_weight_in_its_own_dtype_is_itself(folders):
+def test_a_weight_in_its_own_dtype_is_itself(folders: dict[str, Path]) -> None:
     """GRPO's ``cast_lm_head_to_fp32`` casts the head, and then its weight at each forward."""
     model = load_model(folders["untied"], dtype="bfloat16", device="cpu")
     x = torch.randn(2, 32)
