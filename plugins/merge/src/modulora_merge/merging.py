@@ -63,7 +63,7 @@ SWEEPS = 1
 """Of coordinate descent, after the rounding with feedback."""
 
 GAIN = 1.5
-"""The factor on the adapter's change before rounding, of which a coarse grid keeps two thirds."""
+"""The factor on the adapter's change before rounding: a coarse grid keeps a part of it."""
 
 OVERSHOT = 1.4
 """A layer is rounded again with a smaller gain if it has more of the change than this."""
