@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from modulora_vllm import adapters, server
+from modulora_vllm.cli.serve import waits
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +22,7 @@ from modulora_core.errors import AdapterError, OptionError, WorkError
 from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
+from modulora_core.quantization.assignment import Assignment
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.adapted_models import randomize, trained
 
@@ -57,6 +59,24 @@ def test_vllm_gets_a_slot_more_than_adapters() -> None:
     assert "--enforce-eager" in line
     assert line.endswith("--max-model-len 64")
     assert made.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "False"
+
+
+def test_a_model_that_graphs_cannot_record_is_served_without_them(
+    tunable: Path, tmp_path: Path
+) -> None:
+    assert waits(open_model(tunable))  # Toy's spec doesn't state that it is capturable
+    dense, tables = tunable.with_name("dense"), Assignment(default="nf4", embeddings="nf4")
+    for name, quantizer in {"linear": "nf4", "tables": tables}.items():
+        quantize(str(dense), tmp_path / name, quantizer)
+    assert not waits(open_model(tmp_path / "linear"))
+    assert waits(open_model(tmp_path / "tables"))
+    assert not waits(open_model(dense))
+    for eager in (False, True):
+        made = server.vllm_server(
+            ("0.32.0", "cuda"), "packed", {}, rank=1, host="localhost", port=1, dtype="auto",
+            loading=False, more=[], eager=eager,
+        )  # fmt: skip
+        assert ("--enforce-eager" in made.words) == eager
 
 
 def test_an_adapter_with_channel_scales_is_refused(tunable: Path, tmp_path: Path) -> None:

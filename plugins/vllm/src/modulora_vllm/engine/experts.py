@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import CUDAGraphMode, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG
 from vllm.model_executor.layers.fused_moe.experts.lora_experts_mixin import LoRAExpertsMixin
@@ -23,7 +23,7 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import CheckpointError, ModelError
-from modulora_vllm.engine.layers import JoinedWeight, Range, Shard, stored_shape
+from modulora_vllm.engine.layers import JoinedWeight, Range, Shard, refuse_graphs, stored_shape
 from modulora_vllm.engine.threads import torch_defaults
 
 ACTIVATIONS = (MoEActivation.SILU, MoEActivation.GELU, MoEActivation.GELU_TANH)
@@ -122,18 +122,17 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         gate_up: the name in memory of the gates and ups; down: of the down projections.
 
     Raises:
-        ModelError: vLLM asks for other processes than tensor parallel ones, for adapters that are
-            cut or shared between experts, for CUDA graphs, which can't ask for the chosen experts,
-            or for an activation or biases that this code lacks.
+        ModelError: vLLM would record CUDA graphs, which can't ask for the chosen experts. Or it
+            asks for expert parallelism, for adapters that are cut or shared between experts, or for
+            an activation or biases that this code lacks.
     """
 
     def __init__(self, layer: Any, checkpoint: PackedCheckpoint, gate_up: str, down: str) -> None:
         super().__init__(layer.moe_config)
         self.checkpoint, self.gate_up, self.down = checkpoint, gate_up, down
-        config = get_current_vllm_config()
-        lora, graphs = config.lora_config, config.compilation_config.cudagraph_mode
+        refuse_graphs(gate_up, "packed experts")
+        lora = get_current_vllm_config().lora_config
         refused = {
-            "CUDA graphs (give --enforce-eager)": graphs != CUDAGraphMode.NONE,
             "fully sharded adapters": lora is not None and lora.fully_sharded_loras,
             "adapters that experts share": lora is not None and lora.enable_moe_shared_loras,
             "expert parallelism": layer.moe_config.moe_parallel_config.use_ep,
