@@ -2,9 +2,10 @@
 
     python examples/benchmarks/serving.py dense-folder nf4-folder qtip-folder --profile
 
-Needs vLLM (`make test-vllm` builds such an environment). Each folder has a process of its own, and
-the engines take turns in it. A turn answers each prompt of 16 tokens with ``--length`` tokens, in
-bf16; the fastest turn counts. ``--profile`` adds which layers take vLLM's time at the second batch.
+Needs vLLM (`make test-vllm` builds such an environment). Each folder has a process of its own. In
+each turn, every folder answers with both engines at each batch, while the others wait. Prompts have
+16 tokens, answers ``--length``, in bf16; the fastest turn counts. ``--profile`` adds which layers
+take vLLM's time at the second batch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +55,20 @@ def profile(model: Any, answer: Callable[[], Any]) -> str:
     return ", ".join([*shares, f"rest {total - spent.total():.2f} s"])
 
 
-def measure(flags: argparse.Namespace, folder: str) -> None:
-    """Print a row of the table for each engine: tokens a second by batch."""
+def work(flags: argparse.Namespace, folder: str, asked: Connection) -> None:
+    """Load a folder in both engines, and answer ``(engine, batch)`` with a turn's seconds.
+
+    ``("profile", batch)`` is answered in words. None ends the process.
+    """
     from transformers import AutoModelForCausalLM
     from vllm import LLM, SamplingParams
 
     import modulora_core.hf  # noqa: F401  # from_pretrained then reads packed folders
 
     llm = LLM(folder, dtype="bfloat16", enforce_eager=not flags.compile, disable_log_stats=True,
-              max_model_len=PROMPT + flags.length, enable_prefix_caching=False)  # fmt: skip
+              max_model_len=128 + flags.length, enable_prefix_caching=False)  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=flags.length, ignore_eos=True)
     own = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16")
-    print(f"{Path(folder).name}: {torch.get_num_threads()} threads", flush=True)
 
     def by_vllm(batch: int) -> Any:
         prompts = [{"prompt_token_ids": list(range(i, i + PROMPT))} for i in range(batch)]
@@ -78,21 +83,14 @@ def measure(flags: argparse.Namespace, folder: str) -> None:
     for answer in engines.values():  # kernels are compiled, and caches filled
         for batch in flags.batches:
             answer(batch)
-    best = {(name, batch): 0.0 for name in engines for batch in flags.batches}
-    for _ in range(flags.repeats):
-        for name, batch in best:
-            took = seconds(lambda name=name, batch=batch: engines[name](batch))
-            best[name, batch] = max(best[name, batch], batch * flags.length / took)
-    for name in engines:
-        rates = " | ".join(f"{best[name, batch]:.1f}" for batch in flags.batches)
-        print(f"| {Path(folder).name} | {name} | {rates} |", flush=True)
-    if flags.profile:
-        batch = flags.batches[1]
-
-        def show(model: Any) -> None:
-            print(f"batch {batch}:", profile(model, lambda: by_vllm(batch)), flush=True)
-
-        llm.apply_model(show)
+    asked.send(torch.get_num_threads())
+    while (request := asked.recv()) is not None:
+        name, batch = request
+        if name == "profile":
+            turn = partial(by_vllm, batch)
+            asked.send(llm.apply_model(lambda model, turn=turn: profile(model, turn))[0])
+        else:
+            asked.send(seconds(partial(engines[name], batch)))
 
 
 def main() -> None:
@@ -106,13 +104,35 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="vLLM's default, without eager mode")
     parser.add_argument("--profile", action="store_true")
     flags = parser.parse_args()
-    # the engine in our process, whose layers a profile can hook
+    # the engine in the folder's process, whose layers a profile can hook
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    for folder in flags.folders:  # vLLM loads one model in a process
-        process = multiprocessing.get_context("spawn").Process(target=measure, args=(flags, folder))
-        process.start()
-        process.join()
+    context, workers = multiprocessing.get_context("spawn"), dict[str, Connection]()
+    for folder in flags.folders:
+        workers[folder], theirs = context.Pipe()
+        context.Process(target=work, args=(flags, folder, theirs), daemon=True).start()
+        print(f"{folder}: {workers[folder].recv()} threads", flush=True)
+    turns = [(f, name, n) for f in workers for name in ("vLLM", "generate") for n in flags.batches]
+    best = dict.fromkeys(turns, 0.0)
+    for _ in range(flags.repeats):
+        for folder, name, batch in turns:
+            took = ask(workers[folder], name, batch)
+            rate = batch * flags.length / took
+            best[folder, name, batch] = max(best[folder, name, batch], rate)
+    for folder in workers:
+        for name in ("vLLM", "generate"):
+            rates = " | ".join(f"{best[folder, name, batch]:.1f}" for batch in flags.batches)
+            print(f"| {Path(folder).name} | {name} | {rates} |", flush=True)
+    if flags.profile:
+        for folder, worker in workers.items():
+            print(Path(folder).name, ask(worker, "profile", flags.batches[1]), sep=": ", flush=True)
+    for worker in workers.values():
+        worker.send(None)
+
+
+def ask(worker: Connection, *request: Any) -> Any:
+    worker.send(request)
+    return worker.recv()
 
 
 if __name__ == "__main__":
