@@ -132,6 +132,8 @@ class QuantizerSpec(PluginSpec):
     """The peak of ``pack`` above its arguments, in units of the weight (and H, if any) in fp32."""
     rescales: bool = False
     """Whether it implements :meth:`Quantizer.rescaled`, which tuning needs."""
+    capturable: bool = False
+    """Whether a CUDA graph can record ``x Ŵᵀ``: it waits for no value, and copies none."""
     promises: tuple[Promise, ...] = ()
     """Its promises, one for each configuration that the conformance kit runs."""
     qualities: Mapping[Literal["fast", "best"], Mapping[str, Any]] = {}
@@ -299,7 +301,6 @@ class Quantizer(ABC):
         rounded to their dtype, and keep the codes. Tuning trains the scales.
 
         Args:
-            packed: a result of :meth:`pack`.
             input_scale, output_scale: ``[in]`` and ``[out]``, fp32, near 1, on its device.
 
         Returns:
@@ -379,7 +380,6 @@ class Quantizer(ABC):
         warns of each sentence. The default has no kernels to compare.
 
         Args:
-            packed: a result of :meth:`pack`.
             dtype: of the tiles and products to compare.
 
         Returns:

@@ -45,7 +45,7 @@ def passing(configuration="defaults"):
         outcome(
             f"L{n}", f"check_{n}", configuration=configuration, measured=measured.get(f"L{n}", ())
         )
-        for n in range(8)
+        for n in range(9)
     ]
     reason = f"{HARDWARE}no CUDA device"
     return [*found, outcome("L7", "cuda", "skipped", configuration, reason)]
@@ -66,7 +66,7 @@ def make(checks=None, **fields):
         "checks": checks,
         "seed": "1234",
         "environment": {"python": "3.11", "accelerators": [], "packages": {"numba": None}},
-        "about": {f"L{n}": {"title": f"title of L{n}", "text": "About."} for n in range(8)},
+        "about": {f"L{n}": {"title": f"title of L{n}", "text": "About."} for n in range(9)},
         "meanings": {c.check: f"If this fails: look at `{c.check}`." for c in checks},
         "speed": {"defaults": {"shape": (1024, 512), "threads": 2, "timings": [timing]}},
     }
@@ -203,9 +203,9 @@ def test_a_device_that_no_check_ran_on_is_named_everywhere(tmp_path):
     for suffix in ("svg", "html", "md"):
         assert "certified without hardware" in (tmp_path / f"mine.{suffix}").read_text().lower()
     row = cells_of((tmp_path / "mine.md").read_text())[-1]
-    assert row[5:7] == ["L0–L7 without cuda", "without hardware"]
+    assert row[6:] == ["L0–L8 without cuda", "without hardware (2026.11, 2)"]
     uncertified = run.model_copy(update={"certified": False})
-    assert verdict(uncertified).words == "L0-L7 passed without hardware"
+    assert verdict(uncertified).words == "L0-L8 passed without hardware"
 
 
 def test_the_terminal_has_a_row_for_each_level_every_failure_and_every_skip(broken):
@@ -239,13 +239,31 @@ def test_a_support_table_has_a_row_for_each_configuration_and_no_markup(broken, 
     write_report(make(), tmp_path)
     headings, _, *found = cells_of((tmp_path / "mine.md").read_text("utf-8"))
     assert headings == list(HEADINGS)
-    expected = ["4.5", "0.095", "-", "L0–L7", "yes", "2026.11, 2"]
+    expected = ["4.5", "0.095", "-", "whole", "L0–L8", "yes (2026.11, 2)"]
     assert found == [["mine 1.0", name, *expected] for name in CONFIGURATIONS]
     write_report(broken, tmp_path)
     text = (tmp_path / "mine.md").read_text("utf-8")
     assert {len(row) for row in cells_of(text)} == {len(HEADINGS)}
     assert len(cells_of(text)) == 2 + len(rows(broken))
     assert not re.search(r"(?<!\\)<", text)
+
+
+def test_a_support_table_says_how_a_quantizer_is_served():
+    parts = [
+        outcome("L8", "a_sliced_weight_is_its_part").model_copy(update={"case": case})
+        for case in "01"
+    ]
+    recorded = outcome("L8", "a_product_can_be_recorded_in_a_graph")
+    failed = outcome("L8", "batches_of_a_server_are_multiplied", "failed")
+
+    def served(*checks):
+        return rows(make([*passing(), *checks]))[0].serves
+
+    assert served(*parts, recorded) == "rows, columns, graphs"
+    assert served(parts[0]) == "rows"
+    assert served(recorded) == "whole, graphs"
+    assert served(*parts, failed) == "no"
+    assert rows(make([outcome("L0")]))[0].serves == "-"
 
 
 def test_a_written_page_passes_its_check_until_it_differs(tmp_path, capsys):

@@ -183,6 +183,7 @@ def test_interpreted_kernels_that_omit_columns_are_found(zoo):
 
 
 CORE = "the core does it; no quantizer breaks it and passes the checks that it needs"
+NO_VLLM = "skipped without vLLM"
 NO_DEVICE = "skipped without a CUDA device"
 GOLDEN = "test_golden.py breaks it"
 
@@ -193,6 +194,7 @@ UNBROKEN = {
     "test_a_transformer_trains_as_the_dense_one": CORE,
     "test_peak_memory_on_cuda_is_tiles_and_activations": NO_DEVICE,
     "test_cuda_gives_the_tiles_of_the_cpu": NO_DEVICE,
+    "test_vllm_gives_the_log_probabilities_of_transformers": NO_VLLM,
     "test_cuda_gives_the_products_and_gradients_of_the_dense_layer": NO_DEVICE,
 }
 """Checks that no quantizer of the zoo breaks alone, and the reason."""

@@ -30,8 +30,9 @@ expected."""
 KINDS: tuple[Kind, ...] = ("passed", "failed", "skipped", "blocked", "xfailed")
 
 HARDWARE, NOT_OFFERED = "missing hardware: ", "not offered: "
-"""A certified run allows skips whose reasons begin so: hardware is missing, or the spec offers
-none."""
+NOT_INSTALLED = "not installed: "
+"""A certified run allows skips whose reasons begin so: hardware is missing, the spec offers none,
+or another program isn't installed."""
 
 PACKING = "packing one large weight, "
 """The measurement of so many seconds, which reports count apart from the checks' own."""
@@ -119,7 +120,7 @@ class Outcome(_Value):
     def uncertified(self) -> bool:
         """Whether a certified run excludes this outcome."""
         if self.outcome == "skipped":
-            return not self.reason.startswith((HARDWARE, NOT_OFFERED))
+            return not self.reason.startswith((HARDWARE, NOT_OFFERED, NOT_INSTALLED))
         return self.outcome != "passed"
 
 

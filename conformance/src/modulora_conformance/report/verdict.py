@@ -21,6 +21,9 @@ SIZE, ERROR = "bits per weight", "error of gaussian weights"
 MERGES = "test_a_snapped_weight_keeps_its_grid"
 """The check that a quantizer skips if it has no grid to merge an adapter into."""
 
+PARTS, RECORDED = "test_a_sliced_weight_is_its_part", "test_a_product_can_be_recorded_in_a_graph"
+"""The checks of L8 that a quantizer skips if it refuses all cuts, or if no graph records it."""
+
 
 class Verdict(NamedTuple):
     """A state, and a few words for a badge."""
@@ -38,7 +41,7 @@ def verdict(run: Run) -> Verdict:
         return Verdict("failing", "failing")
     partial = {level for levels in run.partial.values() for level in levels}
     if passed := levels_passed(run.checks, partial):
-        return Verdict("passed", f"{passed} passed{without if passed.endswith('L7') else ''}")
+        return Verdict("passed", f"{passed} passed{without if _reaches_devices(passed) else ''}")
     return Verdict("incomplete", "not certified")
 
 
@@ -111,6 +114,8 @@ class Row(NamedTuple):
     error: str
     merges: str
     """Whether an adapter can be merged into such weights."""
+    serves: str
+    """What processes of a server share of a weight, and whether CUDA graphs record products."""
     levels: str
     outcomes: Counter[str]
 
@@ -129,6 +134,7 @@ def rows(run: Run) -> list[Row]:
                 f"{size.limit:.4g}" if size else "",
                 f"{error.value:.2g}" if error else "",
                 _merges(checks),
+                _serves(checks),
                 _levels_text(levels_passed(checks, run.partial.get(name, ())), run.untested),
                 Counter(check.outcome for check in checks),
             )
@@ -141,9 +147,24 @@ def _merges(checks: Iterable[Outcome]) -> str:
     return "yes" if found == {"passed"} else "no" if found == {"skipped"} else "-"
 
 
+def _serves(checks: Iterable[Outcome]) -> str:
+    found = [check for check in checks if check.level == "L8"]
+    if worst(found) != "passed":
+        return "no" if found else "-"
+    passed = {(check.check, check.case) for check in found if check.outcome == "passed"}
+    words = [name for i, name in enumerate(("rows", "columns")) if (PARTS, str(i)) in passed]
+    return ", ".join([*(words or ["whole"]), *(["graphs"] if (RECORDED, "") in passed else [])])
+
+
+def _reaches_devices(passed: str) -> bool:
+    """Whether levels from L0 on contain L7, which runs on each device."""
+    return passed.endswith(("L7", "L8"))
+
+
 def _levels_text(passed: str, untested: tuple[str, ...]) -> str:
     found = passed.replace("-", "–") or "none"
-    return f"{found} without {', '.join(untested)}" if untested and "L7" in found else found
+    without = untested and _reaches_devices(passed)
+    return f"{found} without {', '.join(untested)}" if without else found
 
 
 def share_text(share: float) -> str:

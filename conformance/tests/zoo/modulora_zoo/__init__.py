@@ -15,7 +15,7 @@ from modulora_core.spec import Promise, QuantizerSpec
 SOUND = (
     "Healthy", "InTriton", "StridedTiles", "Sound", "PerRow", "Floating", "Lattice", "Rotated",
     "Importance", "OwnFunction", "Scaled", "Experts", "RotatedKernels", "Microscaled",
-    "Snapping", "Slicing",
+    "Snapping", "Slicing", "Recorded",
 )  # fmt: skip
 
 ELSEWHERE = ("Unlisted", "HeavyMetadata", "SlowMetadata")
@@ -72,6 +72,7 @@ def spec(module, cls):
         calibration=calibration.get(cls, "none"),
         output_hessian=cls in ("IgnoredGradients", "WorseByGradients"),
         rescales=cls in RESCALING,
+        capturable=cls in ("Recorded", "CopiesItsTable", "ReadsAScale"),
         promises=() if cls == "ForgetsItsSeed" else tuple(promises),
     )
 
