@@ -10,6 +10,10 @@ from modulora_conformance import ahead_of_time  # noqa: E402
 from modulora_conformance.fake_device import fake_cuda  # noqa: E402
 from modulora_kernels.triton.launching import launch  # noqa: E402
 
+from modulora_core.layers import LoRALinear, QuantLinear  # noqa: E402
+from modulora_core.packed_parameters import PackedParameter  # noqa: E402
+from modulora_core.registry import create  # noqa: E402
+
 CARD = predicted.CARDS["H100"]
 
 
@@ -92,3 +96,23 @@ def test_work_sees_each_value_that_the_host_waits_for():
 def test_a_product_of_small_matrices_is_shared_by_its_threads(name, flops):
     assert predicted.class_of(name) == "tensor"
     assert predicted.flops_of(name) == flops
+
+
+@pytest.mark.parametrize("name", ["int8", "fp4", "gguf", "optq"])
+def test_decoding_waits_for_nothing_and_launches_four_kernels_a_layer(name):
+    """A CUDA graph holds no wait. The kernels: xŴᵀ, xAᵀ, the rest of the adapter, and the sum."""
+    quantizer = create(name)
+    with fake_cuda(values=False):
+        table = quantizer.layout((512, 256)).empty("cuda")
+        layer = LoRALinear(QuantLinear(PackedParameter(quantizer, table)))
+        layer.add_adapter("default", 8, alpha=16, dtype=torch.bfloat16)
+        ids = torch.empty(1, 1, dtype=torch.int64, device="cuda")
+        with torch.no_grad():
+            for _ in range(2):  # tables are made once
+                with predicted.Work() as lookup:
+                    x = quantizer.lookup(ids, table, torch.bfloat16)
+                with predicted.Work() as product:
+                    layer(x)
+    assert lookup.waits == product.waits == []
+    assert product.operations == ["mm", "addmm", "add"]
+    assert len(product.calls) == len(lookup.calls) == 1

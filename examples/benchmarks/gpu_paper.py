@@ -53,7 +53,7 @@ SPECS = (
 def products(
     quantizer: Quantizer, shape: tuple[int, int], rows: int, transpose: bool
 ) -> tuple[PackedWeight, Work]:
-    """What a product gives to the GPU: the second one, which finds tables in their caches."""
+    """The work of a second product, which finds tables in their caches."""
     packed = quantizer.layout(shape).empty("cuda")
     x = torch.empty(rows, shape[0 if transpose else 1], dtype=torch.bfloat16, device="cuda")
     for _ in range(2):

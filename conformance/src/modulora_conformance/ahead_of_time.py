@@ -94,7 +94,7 @@ class Compiled:
 
 
 _COMPILED: dict[tuple[str, str, int, int], Compiled] = {}
-"""What was read, by the hash of the source and its types, the target, warps and stages."""
+"""Compiled kernels by the hash of their source and types, the target, warps and stages."""
 
 
 def compile_call(call: Call, target: str) -> Compiled:

@@ -155,6 +155,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if name.startswith("aten::copy_"):
         on_cuda = isinstance(args[0], OnCuda)
     args, kwargs = tree_map_only(OnCuda, lambda t: t.on_cpu, (args, kwargs))
+    if name == "aten::mm.dtype":  # which no CPU has
+        func, args = torch.mm, [t.to(args[2]) for t in args[:2]]
     with _disable_current_modes():
         result = func(*args, **kwargs)
     if not on_cuda:

@@ -86,7 +86,7 @@ WAITS = ("_local_scalar_dense", "unique", "_unique2", "nonzero", "masked_select"
 
 @dataclass(slots=True)
 class Work:
-    """What the host gives to the GPU within this block, in order: kernels are only recorded.
+    """The work that the host gives to the GPU in this block, in order. Kernels are only recorded.
 
     Attributes:
         calls: launches of Triton kernels.
@@ -135,7 +135,7 @@ class _Operations(TorchDispatchMode):
             self.work.waits.append(name)
         self.work.operations.append(name)
         if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:]
+            a, b = [each for each in args if isinstance(each, Tensor)][-2:]
             self.work.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         else:
             self.work.moved += sum(t.nbytes for t in on_gpu)
