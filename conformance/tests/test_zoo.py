@@ -18,6 +18,7 @@ def members(kernels):
         name: spec.location.split(":")[0]
         for name, spec in modulora_zoo.SPECS.items()
         if kernels == spec.location.startswith("modulora_zoo.kernels")
+        and name not in modulora_zoo.UNMET
     }
     return {name: getattr(importlib.import_module(m), name) for name, m in chosen.items()}
 

@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the levels 0 to N")  # fmt: skip
     add("--certified", action="store_true",
         help="fail too for expected failures, and for skips other than hardware's")  # fmt: skip
+    add("--quick", action="store_true", help="count no branches; such a run is not certified")
     add("--conformance-report", metavar="DIR", type=Path, help="write reports to DIR")
     add("--golden", metavar="DIR", type=Path, help="compare with the golden vectors in DIR")
 
@@ -73,6 +74,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: compiles for many seconds")
     config.addinivalue_line("markers", "threads: runs a check of the kit on all threads")
     _check_distribution(config)
+    if config.getoption("--quick") and config.getoption("--certified"):
+        raise pytest.UsageError("--certified: expected every instrument, got --quick too")
     config.pluginmanager.register(Recorder(config), "modulora_conformance_recorder")
     name = config.getoption("--quantizer")
     if name is not None:

@@ -29,9 +29,17 @@ from modulora_conformance.items import (
     name_of,
 )
 from modulora_conformance.levels import HIGHEST
-from modulora_conformance.results import GOLDEN, Kind, Measurements, Outcome, Run
+from modulora_conformance.results import (
+    GOLDEN,
+    Branches,
+    Kind,
+    Measurements,
+    Outcome,
+    Run,
+)
 
 if TYPE_CHECKING:
+    from modulora_conformance.covered.branches import Source
     from modulora_core.spec import Quantizer
 
 MEASUREMENTS = pytest.StashKey[Measurements]()
@@ -75,6 +83,8 @@ class Recorder:
         self._subjects: dict[tuple[str, str], Subject] = {}
         self._partial: set[tuple[type, str]] = set()
         self._certified: list[bool] = []
+        self._sources: dict[str, Source] = {}
+        self._branches: dict[str, Branches] = {}
 
     def runs(self) -> Iterator[Run]:
         """One for each quantizer, in the order of their first checks."""
@@ -100,6 +110,7 @@ class Recorder:
             complete=not any(partial.values()),
             partial=partial,
             checks=tuple(outcome for subject in subjects for outcome in subject.outcomes),
+            branches=self._branches.get(spec.name),
             seed=str(self._config.getoption("hypothesis_seed", "")),
             only=_only(self._config),
             environment=environment(),
@@ -160,6 +171,21 @@ class Recorder:
                 pytest.skip(f"{BLOCKED}{', '.join(failed)} failed before")
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Record the branches that a check runs, unless the run has a part of the checks alone."""
+        quantizer = getattr(item, "funcargs", {}).get("quantizer")
+        if self._partial or quantizer is None or self._config.getoption("--quick"):
+            return (yield)
+        from modulora_conformance.covered.branches import Source
+        from modulora_conformance.covered.recording import recording
+
+        name = quantizer.spec.name
+        if name not in self._sources:
+            self._sources[name] = Source(quantizer)
+        with recording(self._sources[name].recorder):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -203,6 +229,7 @@ class Recorder:
         self._certified += getattr(node, "workeroutput", {}).get(CERTIFIED, [])
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self._count_branches()
         runs = list(self.runs())
         self._certified += [run.certified for run in runs]
         if hasattr(self._config, "workeroutput"):  # of pytest-xdist, for the main process
@@ -215,6 +242,17 @@ class Recorder:
         if folder is not None:
             for run in runs:
                 self._write(run, folder)
+
+    def _count_branches(self) -> None:
+        """Count the branches of each quantizer whose checks all ran."""
+        for run in list(self.runs()):
+            source = self._sources.get(run.quantizer)
+            if source is not None and run.complete:
+                of = [s.quantizer for s in self._subjects.values()]
+                options = [
+                    q.options.model_dump(mode="json") for q in of if q.spec.name == run.quantizer
+                ]
+                self._branches[run.quantizer] = source.branches(options)
 
     def _write(self, run: Run, folder: Path) -> None:
         from modulora_conformance.bench.quantizer_bench import measure_speed

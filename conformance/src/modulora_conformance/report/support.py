@@ -28,8 +28,8 @@ HEADINGS = (
     "error, Gaussian weights",
     "merges",
     "levels passed",
-    "certified",
-    "suite, protocol",
+    "certified (suite, protocol)",
+    "branches run",
 )
 
 HEADER = """\
@@ -41,6 +41,8 @@ The error is ‖W − Ŵ‖ / ‖W‖ for normal weights, packed without calibra
 `modulora merge-packed` can put an adapter into such weights. A certified run passes
 all levels. It skips only missing hardware, and features that the quantizer does not offer.
 "Without hardware" says that no check ran on a device that the quantizer's spec names.
+"Branches run" counts the branches of the plugin's source that the checks ran. Its pyproject.toml
+explains the others, such as vector instructions that no interpreter has.
 
 """
 
@@ -63,8 +65,8 @@ def table(runs: Iterable[Run]) -> str:
                 row.error or "-",
                 row.merges,
                 row.levels,
-                certified,
-                f"{run.suite}, {run.protocol}",
+                f"{certified} ({run.suite}, {run.protocol})",
+                run.branches.words.replace(" branches", "") if run.branches is not None else "-",
             )
             for row in rows(run)
         ]
