@@ -19,12 +19,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
-from modulora_core.arguments import checked_dataclass
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
 from modulora_core.hessians import check_hessian
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
@@ -145,7 +144,7 @@ class QuantizerSpec(PluginSpec):
         return -(-out_features // a) * a, -(-in_features // b) * b
 
 
-@checked_dataclass
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """The statistics of one layer's inputs, and of the gradients in its outputs.
 
