@@ -44,7 +44,7 @@ class Nested:
         self.outcomes, self.runs, self.chosen = {}, {}, chosen
         ids = [f"{file}::{node}" for node in nodes]
         fixed = ["-q", "-p", "no:cacheprovider", "-c", str(SETTINGS), "--rootdir", str(ZOO)]
-        fixed += ["--quick", "--confcutdir", str(ZOO), "--tb=no", "--hypothesis-seed=20261125"]
+        fixed += ["--confcutdir", str(ZOO), "--tb=no", "--hypothesis-seed=20261125"]
         self.code = pytest.main([*ids, *fixed, *words], plugins=[self])
 
     def pytest_pycollect_makeitem(self, collector, name):

@@ -54,7 +54,15 @@ SLOW = {
 HEAVY = {
     name
     for name in CHECKS
-    for part in ("real_layer", "common_sides", "any_number", "thousand", "many_uses")
+    for part in (
+        "plugin_names",
+        "drawn_anew",
+        "real_layer",
+        "common_sides",
+        "any_number",
+        "thousand",
+        "many_uses",
+    )
     if part in name
 }
 """Checks that take seconds: only the healthy one, and those that they are made for, meet them. The

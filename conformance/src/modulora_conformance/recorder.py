@@ -94,7 +94,7 @@ class Recorder:
 
     def _run(self, subjects: list[Subject]) -> Run:
         spec, cls = subjects[0].quantizer.spec, subjects[0].cls
-        distribution, of_version = _origin(spec.name)
+        distribution, of_version = origin_of(spec.name)
         cut = {level for of, level in self._partial if of is cls}
         partial = {
             title: tuple(sorted(cut | missing)) for title, missing in _missing(subjects).items()
@@ -142,6 +142,8 @@ class Recorder:
     def _is_left_out(self, item: pytest.Item) -> bool:
         if int(level_of(item)[1:]) > self._config.getoption("--conformance-level"):
             return True
+        if self._config.getoption("--quick") and item.get_closest_marker("instrument"):
+            return True
         return name_of(item).endswith(GOLDEN) and golden_of(item) is None
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
@@ -174,7 +176,8 @@ class Recorder:
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Record the branches that a check runs, unless the run has a part of the checks alone."""
         quantizer = getattr(item, "funcargs", {}).get("quantizer")
-        if self._partial or quantizer is None or self._config.getoption("--quick"):
+        counts = self._config.getoption("--branches") or self._config.getoption("--certified")
+        if self._partial or quantizer is None or not counts:
             return (yield)
         from modulora_conformance.covered.branches import Source
         from modulora_conformance.covered.recording import recording
@@ -206,7 +209,8 @@ class Recorder:
         kind, reason = _kind(report, error)
         if kind in ("failed", "blocked"):
             subject.failed.add(name_of(item))
-        measured = tuple(item.stash.get(MEASUREMENTS, Measurements()).worst.values())
+        collected = item.stash.get(MEASUREMENTS, Measurements())
+        measured = tuple(collected.worst.values())
         item.user_properties += [(f"modulora:{found.name}", found.value) for found in measured]
         subject.outcomes.append(
             Outcome(
@@ -218,6 +222,7 @@ class Recorder:
                 reason=reason,
                 seconds=round(report.duration, 4),
                 measurements=measured,
+                notes=tuple(collected.notes),
             )
         )
 
@@ -323,7 +328,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _origin(quantizer: str) -> tuple[str, str]:
+def origin_of(quantizer: str) -> tuple[str, str]:
     """The distribution of a quantizer and its version; ``("", "")`` if it is not registered."""
     from modulora_core.registry import entries
 

@@ -75,6 +75,11 @@ class Measurements:
 
     def __init__(self) -> None:
         self.worst: dict[str, Measurement] = {}
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        """Let the report say what a check left out."""
+        self.notes.append(text)
 
     def at_most(
         self, name: str, value: float, limit: float, *, unit: str = "relative", case: object = ""
@@ -109,6 +114,8 @@ class Outcome(_Value):
     """Why it was skipped or failed: one line."""
     seconds: float
     measurements: tuple[Measurement, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What it left out."""
 
     @property
     def sentence(self) -> str:

@@ -44,9 +44,12 @@ Certified = Annotated[
 ]
 DrawSeed = Annotated[
     int | None,
-    option("--seed N", "Seed of random shapes and values.", min=0, default="a new one, printed"),
+    option("--seed N", "Seed of random shapes and values.", min=0, default="today's, printed"),
 ]
-Quick = Annotated[bool, option("--quick", "Count no branches: faster, and never certified.")]
+Quick = Annotated[
+    bool,
+    option("--quick", "Count no branches, try no sizes that the plugin names. Never certified."),
+]
 Golden = Annotated[
     Path | None,
     option("--golden DIR", "Compare with the golden vectors in DIR.", exists=True, file_okay=False),
@@ -103,7 +106,7 @@ def command(
     words += ["-k", select] if select is not None else []
     words += ["--exitfirst"] if exitfirst else []
     words += ["--certified"] if certified else []
-    words += ["--quick"] if quick else []
+    words += ["--quick"] if quick else ["--branches"]
     given = {"conformance-report": report, "hypothesis-seed": seed, "golden": golden}
     words += [f"--{name}={value}" for name, value in given.items() if value is not None]
     terminal().stop_working()  # pytest prints

@@ -60,7 +60,7 @@ class Source:
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
-        classes = classes_of(quantizer)
+        classes = classes_of(type(quantizer))
         names = dict.fromkeys(cls.__module__.partition(".")[0] for cls in classes)
         self.packages = {name: found for name in names if (found := modules_of(name))}
         modules = [module for found in self.packages.values() for module in found]

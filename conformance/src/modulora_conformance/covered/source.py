@@ -93,10 +93,10 @@ def modules_of(package: str) -> list[Module]:
     return found
 
 
-def classes_of(quantizer: Quantizer) -> list[type]:
-    """The quantizer's class, and the classes that it derives from outside the core and toolkit."""
+def classes_of(cls: type[Quantizer]) -> list[type]:
+    """A quantizer's class, and the classes that it derives from outside the core and toolkit."""
     others = (*OURS, "builtins", "abc", "typing", "pydantic")
-    return [c for c in type(quantizer).__mro__ if c.__module__.partition(".")[0] not in others]
+    return [c for c in cls.__mro__ if c.__module__.partition(".")[0] not in others]
 
 
 def reached(modules: list[Module], classes: list[type]) -> dict[Module, list[ast.stmt]]:

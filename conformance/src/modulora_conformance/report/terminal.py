@@ -103,6 +103,8 @@ def _notes(run: Run) -> Iterator[str]:
     skips = Counter(check.reason for check in run.checks if check.outcome == "skipped")
     for reason, number in skips.items():
         yield f"SKIPPED {number}: {' '.join(reason.split())}"
+    for check in run.checks:
+        yield from (f"[{check.configuration}] {note}" for note in check.notes)
     for name, seconds in run.packing.items():
         yield f"{name}: {duration(seconds)}, once for all checks"
     if "L1" in run.levels and not any(check.check.endswith(GOLDEN) for check in run.checks):

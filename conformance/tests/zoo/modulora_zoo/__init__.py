@@ -40,7 +40,7 @@ OF_4_BIT_FLOATS = Promise(
 CALIBRATED = (
     "Importance", "InvertedImportance", "ReversedImportance", "FirstImportance", "SaysItIgnores",
     "IgnoresItsCalibration", "KeepsItsCalibration", "SecondMomentByAddress",
-    "UndeclaredGradients", "IgnoredGradients", "WorseByGradients",
+    "UndeclaredGradients", "IgnoredGradients", "WorseByGradients", "CoarseFrom3000Samples",
 )  # fmt: skip
 
 BITS = {"NarrowerThanItSays": (2,), "WiderThanItSays": (8,), "Microscaled": (4,)}
