@@ -92,7 +92,7 @@ def module(tmp_path, text, name="plugin.it"):
     ("used", "found"),
     [
         ("helper()", {"Q", "helper"}),
-        ("self.helper()", {"Q", "helper"}),
+        ("self.helper()", {"Q"}),
         ("getattr(it, 'helper')()", {"Q", "helper"}),
         ("globals()['hel' + 'per']()", {"Q", "helper", "other"}),
         ("TABLE[0]()", {"Q", "TABLE", "other"}),

@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--certified", action="store_true",
         help="fail too for expected failures, and for skips other than hardware's")  # fmt: skip
     add("--branches", action="store_true",
-        help="count the branches of the plugin's source, as --certified does")  # fmt: skip
+        help="count the branches of the plugin's source; a certificate then needs all")  # fmt: skip
     add("--quick", action="store_true",
         help="leave out named and drawn sizes; certifies nothing")  # fmt: skip
     add("--conformance-report", metavar="DIR", type=Path, help="write reports to DIR")

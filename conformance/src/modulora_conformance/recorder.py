@@ -176,8 +176,7 @@ class Recorder:
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """Record the branches that a check runs, unless the run has a part of the checks alone."""
         quantizer = getattr(item, "funcargs", {}).get("quantizer")
-        counts = self._config.getoption("--branches") or self._config.getoption("--certified")
-        if self._partial or quantizer is None or not counts:
+        if self._partial or quantizer is None or not self._config.getoption("--branches"):
             return (yield)
         from modulora_conformance.covered.branches import Source
         from modulora_conformance.covered.recording import recording

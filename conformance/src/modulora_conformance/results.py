@@ -242,7 +242,7 @@ class Run(_Value):
     def sound(self) -> bool:
         """Whether the run would be certified with ``--certified``."""
         passed = bool(self.checks) and not any(c.uncertified for c in self.checks)
-        covered = self.branches is not None and self.branches.complete
+        covered = self.branches is None or self.branches.complete
         return self.complete and passed and covered
 
     def of(self, level: str) -> Iterator[Outcome]:

@@ -58,6 +58,16 @@ class Module:
         self.copy, self.origin, self.parts = expanded(source, self.tree)
         functions = [n for n in ast.walk(self.tree) if isinstance(n, Function)]
         self.functions = {n: self._qualified(n) for n in functions}
+        self.aliases = dict(self._imported())
+
+    def _imported(self) -> Iterator[tuple[str, str]]:
+        """A name in this file, and what it may mean: the name of a module."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.ImportFrom):
+                for each in node.names:
+                    yield each.asname or each.name, f"{_absolute(self, node)}.{each.name}"
+            elif isinstance(node, ast.Import):
+                yield from ((each.asname or each.name, each.name) for each in node.names)
 
     def _qualified(self, function: Function) -> str:
         """``"Class.method"``: the definitions around a function, by their lines."""
@@ -102,33 +112,73 @@ def classes_of(cls: type[Quantizer]) -> list[type]:
 def reached(modules: list[Module], classes: list[type]) -> dict[Module, list[ast.stmt]]:
     """The statements of each module that the classes reach, by the names that they use.
 
-    A name reaches whatever the package defines by it, at the top of any module. So does a string
-    that is a name; and the name of a module reaches all of the module.
+    A class reaches all of its methods. A string that is a module's name reaches all of the module,
+    as does a module that is used whole (``vars(module)``); a function that is found by a computed
+    name (:data:`DYNAMIC`) may be any of the package.
     """
-    defined: dict[str, list[tuple[Module, ast.stmt]]] = defaultdict(list)
+    named = {module.name: module for module in modules}
     everything = [(module, each) for module in modules for each in _statements(module.tree.body)]
+    defined: dict[tuple[str, str], list[tuple[Module, ast.stmt]]] = defaultdict(list)
     for module, statement in everything:
         for name in _defines(statement):
-            defined[name].append((module, statement))
-        folders = module.name.split(".")
-        for length in range(2, len(folders) + 1):
-            defined[".".join(folders[:length])].append((module, statement))
-    for _, statement in everything:
-        for name in _imports(statement) & {module.name for module in modules}:
-            defined[f"*{name.rpartition('.')[2]}"] += [d for d in everything if d[0].name == name]
+            defined[module.name, name].append((module, statement))
+
+    def whole(name: str) -> list[tuple[Module, ast.stmt]]:
+        return [d for d in everything if f"{d[0].name}.".startswith(f"{name}.")]
+
+    def used(module: Module, statement: ast.stmt) -> Iterator[tuple[Module, ast.stmt]]:
+        if isinstance(statement, ast.ImportFrom):
+            for each in statement.names:
+                of = _absolute(module, statement)
+                yield from whole(of) if each.name == "*" else defined.get((of, each.name), ())
+            return
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name):
+                yield from defined.get((module.name, node.id), ())
+                if node.id in DYNAMIC:
+                    yield from everything
+            elif isinstance(node, ast.Attribute):
+                of = module.aliases.get(ast.unparse(node.value), "")
+                yield from defined.get((of, node.attr), ())
+                if node.attr in DYNAMIC:
+                    yield from everything
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield from defined.get((module.name, node.value), ())
+                if "." in node.value and f"{node.value}." in prefixes:
+                    yield from whole(node.value)
+            for child in ast.iter_child_nodes(node):
+                if not isinstance(node, ast.Attribute) or node.attr == "__dict__":
+                    of = module.aliases.get(getattr(child, "id", ""), "")
+                    yield from whole(of) if of in named else ()
+
+    prefixes = {f"{m.name[:n]}." for m in modules for n in _ends(m.name)}
     own = {(cls.__module__, cls.__name__) for cls in classes}
+    asked = [d for place in own for d in defined.get(place, ())]
+    asked += [(m, s) for m, s in everything if isinstance(s, ast.Expr)]  # runs with the import
     found: dict[ast.stmt, Module] = {}
-    asked = [(m, s) for m, s in everything for name in _defines(s) if (m.name, name) in own] + [
-        (m, s) for m, s in everything if isinstance(s, ast.Expr)
-    ]  # runs with the import
     while asked:
         module, statement = asked.pop()
-        if statement in found:
-            continue
-        found[statement] = module
-        names = _uses(statement)
-        asked += everything if names & DYNAMIC else [d for n in names for d in defined.get(n, ())]
+        if statement not in found:
+            found[statement] = module
+            asked += used(module, statement)
     return {m: [s for s, of in found.items() if of is m] for m in dict.fromkeys(found.values())}
+
+
+def _ends(name: str) -> Iterator[int]:
+    """Where a module's name may end: at each dot, and at its own end."""
+    yield from (n for n, letter in enumerate(name) if letter == ".")
+    yield len(name)
+
+
+def _absolute(module: Module, statement: ast.ImportFrom) -> str:
+    """The module that a statement imports from."""
+    if not statement.level:
+        return statement.module or ""
+    folders = module.name.split(".")
+    if module.path.name != "__init__.py":
+        folders = folders[:-1]
+    folders = folders[: len(folders) - statement.level + 1]
+    return ".".join([*folders, *filter(None, [statement.module])])
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -149,32 +199,6 @@ def _defines(statement: ast.stmt) -> set[str]:
         return {each.asname or each.name.partition(".")[0] for each in statement.names}
     stored = (n for n in ast.walk(statement) if isinstance(n, ast.Name))
     return {n.id for n in stored if isinstance(n.ctx, ast.Store)}
-
-
-def _imports(statement: ast.stmt) -> set[str]:
-    """What may be modules."""
-    if isinstance(statement, ast.ImportFrom):
-        return {f"{statement.module}.{each.name}" for each in statement.names}
-    return {each.name for each in statement.names} if isinstance(statement, ast.Import) else set()
-
-
-def _uses(statement: ast.stmt) -> set[str]:
-    """The names in a statement; with a star where a name is used whole, as in ``vars(module)``."""
-    found = set[str]()
-    for node in ast.walk(statement):
-        for child in ast.iter_child_nodes(node):
-            whole = not isinstance(node, ast.Attribute) or node.attr == "__dict__"
-            if isinstance(child, ast.Name) and whole:
-                found.add(f"*{child.id}")
-        if isinstance(node, ast.Name):
-            found.add(node.id)
-        elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
-        elif isinstance(node, ast.alias):
-            found.add(node.name)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)
-    return found
 
 
 def expanded(source: str, tree: ast.Module) -> tuple[str, list[int], list[Part]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from modulora_conformance.cases import (
     DTYPES,
@@ -108,9 +109,9 @@ def _uses(
     few = where != WITHOUT
     rows = (1, 3, 33) if few else (1, 2, 3, 17, 33, 70)
     for number, shape in enumerate(SHAPES[:FEW] if few else SHAPES):
-        for quantizer in quantizers + (others if number < FEW else []):
+        for quantizer in [*quantizers, *others] if number < FEW else [first]:
             weight = gaussian(fit(quantizer, *shape), 0)
-            for calibration in _calibrations(quantizer, weight):
+            for calibration in _calibrations(quantizer, weight) if number < FEW else ():
                 yield partial(quantizer.pack, weight, calibration)
             for other in _weights(weight) if number < FEW else ():
                 yield partial(pack, quantizer, other)
@@ -121,9 +122,32 @@ def _uses(
             yield from _reads(quantizer, packed, rows)
             if (number, quantizer) == (0, first):
                 yield from _forms(quantizer, packed)
+    for options in _options(first, VALUES if where != TRITON else VALUES[3:4]):
+        yield partial(_brief, type(first), options)
     for count, out_features, in_features in larger:
         shape = fit(first, out_features, in_features)
         yield from _products(first, pack(first, gaussian(shape, 0)), (count,))
+
+
+VALUES = (0, 1, 3, 24, 96, 2**40)
+"""Of each option: refused, or used once."""
+
+
+def _options(quantizer: Quantizer, values: Sequence[int]) -> Iterator[dict[str, Any]]:
+    own = quantizer.options.model_dump()
+    yield from (own | {name: value} for name in own for value in values)
+
+
+def _brief(cls: type[Quantizer], options: dict[str, Any]) -> None:
+    """Read a weight that is packed with other options, unless they are refused."""
+    try:
+        quantizer = cls(cls.Options.model_validate(options))
+    except ValidationError:
+        return
+    packed = pack(quantizer, gaussian(fit(quantizer, 3, 130), 0))
+    tile(quantizer, packed)
+    for transpose, x in both_ways(packed, 3):
+        quantizer.matmul(x, packed, transpose)
 
 
 def _calibrations(quantizer: Quantizer, weight: torch.Tensor) -> Iterator[Calibration | None]:
@@ -148,6 +172,7 @@ def _weights(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     for factor in (1e-30, 1e30, float("nan"), float("inf")):
         yield weight * factor
     yield weight.abs()
+    yield weight[:0]
     yield weight[:, :1].expand_as(weight)
 
 
@@ -186,7 +211,7 @@ def _reads(
     for dim, size in enumerate((n, m)):
         for start, stop in itertools.pairwise((0, size // 4, size // 2, size)):
             yield partial(q.sliced, p, dim, start, stop)
-        yield partial(q.sliced, p, dim, 1, size - 1)
+        yield partial(q.sliced, p, dim, size // 3, size - size // 3)
     if q.snaps:
         V = gaussian((n, m), 1)
         yield partial(q.snap, p, (n // 3, n), (0, m // 2), V[n // 3 :, : m // 2])
@@ -197,6 +222,9 @@ def _reads(
     yield partial(q.check_kernels, p, torch.bfloat16)
     for name in p.tensors:
         yield partial(_crafted, q, p, name)
+    yield partial(
+        q.check_format, PackedWeight(p.quantizer, p.format, (n + 1, m + 1), p.tensors, p.metadata)
+    )
     for name in p.metadata:
         yield partial(_relabelled, q, p, name)
 

@@ -28,8 +28,8 @@ HEADINGS = (
     "error, Gaussian weights",
     "merges",
     "levels passed",
-    "certified (suite, protocol)",
-    "branches run",
+    "certified",
+    "suite, protocol",
 )
 
 HEADER = """\
@@ -41,8 +41,6 @@ The error is ‖W − Ŵ‖ / ‖W‖ for normal weights, packed without calibra
 `modulora merge-packed` can put an adapter into such weights. A certified run passes
 all levels. It skips only missing hardware, and features that the quantizer does not offer.
 "Without hardware" says that no check ran on a device that the quantizer's spec names.
-"Branches run" counts the branches of the plugin's source that the checks ran. Its pyproject.toml
-explains the others, such as vector instructions that no interpreter has.
 
 """
 
@@ -65,8 +63,8 @@ def table(runs: Iterable[Run]) -> str:
                 row.error or "-",
                 row.merges,
                 row.levels,
-                f"{certified} ({run.suite}, {run.protocol})",
-                run.branches.words.replace(" branches", "") if run.branches is not None else "-",
+                certified,
+                f"{run.suite}, {run.protocol}",
             )
             for row in rows(run)
         ]
@@ -87,7 +85,8 @@ def escape(text: str) -> str:
 def badge_and_table(run: Run) -> str:
     """A badge, a table, and the reasons against a certificate."""
     badge = f"![modulora conformance: {verdict(run).words}]({run.quantizer}.svg)"
-    reasons = "" if run.certified else f"\n{escape(against(run))}\n"
+    counted = f"\nThe checks ran {run.branches.words}.\n" if run.branches is not None else ""
+    reasons = counted if run.certified else f"\n{escape(against(run))}\n"
     return f"{badge}\n\n{table([run])}{reasons}"
 
 
