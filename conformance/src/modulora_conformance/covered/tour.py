@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from modulora_conformance.cases import (
     DTYPES,
     both_ways,
+    choices,
     correlated,
     fit,
     gaussian,
@@ -134,8 +135,10 @@ VALUES = (0, 1, 3, 24, 96, 2**40)
 
 
 def _options(quantizer: Quantizer, values: Sequence[int]) -> Iterator[dict[str, Any]]:
-    own = quantizer.options.model_dump()
-    yield from (own | {name: value} for name in own for value in values)
+    """The quantizer's options with each choice of one, or with each of the values."""
+    own, fields = quantizer.options.model_dump(), type(quantizer).Options.model_fields
+    for name, field in fields.items():
+        yield from (own | {name: each} for each in choices(field.annotation) or values)
 
 
 def _brief(cls: type[Quantizer], options: dict[str, Any]) -> None:
