@@ -48,6 +48,7 @@ WRONG = {
     "toy --level 8": "--level",
     "toy --level 3 --certified": "--certified: expected every check, got --level 3 too",
     "toy -x -k pack --certified": "--certified: expected every check, got -k and -x too",
+    "toy --quick --certified": "--certified: expected every check, got --quick too",
     "toy --tb all": "--tb",
     "toy -k nothere": "-k 'nothere': expected a part of a check's name",
     "": "NAME: expected a quantizer of `modulora list-quantizers`",

@@ -6,6 +6,7 @@ a package to its certificate:
     test_conformance.py     the checks of each level, for the quantizer that was named
     pytest_plugin.py        pytest's options and fixtures of the kit
     recorder.py             orders the checks, and records their outcomes in a ``Run``
+    covered/                counts the branches of the plugin's source that the checks ran
     results.py              ``Run``; its property ``sound`` decides about the certificate
 """
 
