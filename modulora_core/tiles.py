@@ -29,8 +29,8 @@ CPU_TILE_BYTES = 16 * 2**20
 """2048 rows of 2048 fp32 values, half of a common last-level cache. Smaller tiles cost more
 synchronisation between the threads that decode and the threads that multiply."""
 
-ACCELERATOR_TILE_BYTES = 64 * 2**20
-"""Enough rows to fill a GPU with work."""
+ACCELERATOR_TILE_BYTES = 128 * 2**20
+"""Enough for a bf16 weight of an 8 B model, so that its transposed product has no partial sums."""
 
 _budgets: list[int] = []
 """The open blocks of :func:`tile_budget`, the innermost last. They hold for the process and not for

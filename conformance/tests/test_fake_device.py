@@ -5,6 +5,8 @@ import pytest
 import torch
 from modulora_conformance.fake_device import CUDA, OnCuda, fake_cuda, moved
 
+from modulora_core.tiles import tile_budget, tiled_matmul
+
 TABLE = torch.arange(8.0)
 
 MOVES = {
@@ -77,3 +79,15 @@ def test_random_numbers_need_a_generator_of_their_device():
         with pytest.raises(RuntimeError, match="generator on cpu"):
             torch.randn(4, generator=draw)
     assert torch.equal(drawn.on_cpu, moved_later.on_cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_partial_sum_of_tiles_may_exceed_fp16(dtype):
+    """Row 0 adds 80,000 to each output, which fp16 can't hold, and row 1 takes 79,990 away."""
+    W = torch.tensor([[256.0, 128.0], [-255.5, -127.0]])
+    y = torch.tensor([[320.0, 320.0]])
+    with fake_cuda(), tile_budget(4):  # one row
+        x = tiled_matmul(moved(y.to(dtype)), lambda a, b, of: moved(W[a:b]).to(of), (2, 2), True)
+    expected = (y @ W.to(dtype).float()).to(dtype)
+    assert torch.equal(x.on_cpu, expected)
+    assert expected.isfinite().all()

@@ -18,6 +18,7 @@ def members(kernels):
         name: spec.location.split(":")[0]
         for name, spec in modulora_zoo.SPECS.items()
         if kernels == spec.location.startswith("modulora_zoo.kernels")
+        and name not in modulora_zoo.UNMET
     }
     return {name: getattr(importlib.import_module(m), name) for name, m in chosen.items()}
 
@@ -53,7 +54,15 @@ SLOW = {
 HEAVY = {
     name
     for name in CHECKS
-    for part in ("real_layer", "common_sides", "any_number", "thousand", "many_uses")
+    for part in (
+        "plugin_names",
+        "drawn_anew",
+        "real_layer",
+        "common_sides",
+        "any_number",
+        "thousand",
+        "many_uses",
+    )
     if part in name
 }
 """Checks that take seconds: only the healthy one, and those that they are made for, meet them. The

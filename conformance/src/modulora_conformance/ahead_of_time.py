@@ -61,7 +61,8 @@ POINTERS = {
 WIDEST_ADDRESS = 16
 """Bytes of alignment that torch's tensors have. Triton distinguishes numbers that it divides."""
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+"""NVIDIA's tools, which Triton's package has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class Compiled:
         loads: how many instructions read the GPU's memory, by the bits that each moves for a
             thread.
         stores: how many instructions write it.
+        loop: how many instructions its longest loop has, by name; none if there is no loop.
+        once: how many instructions are outside of that loop, by name.
         text: the assembly (PTX, or AMD's).
     """
 
@@ -85,7 +88,13 @@ class Compiled:
     shared: int
     loads: Mapping[int, int]
     stores: Mapping[int, int]
+    loop: Mapping[str, int] = field(repr=False)
+    once: Mapping[str, int] = field(repr=False)
     text: str = field(repr=False)
+
+
+_COMPILED: dict[tuple[str, str, int, int], Compiled] = {}
+"""Compiled kernels by the hash of their source and types, the target, warps and stages."""
 
 
 def compile_call(call: Call, target: str) -> Compiled:
@@ -119,7 +128,11 @@ def compile_call(call: Call, target: str) -> Compiled:
     )
     warps, stages = call.config.warps, call.config.stages
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    return _read(triton.compile(source, target=TARGETS[target], options=options), target)
+    key = (source.hash(), target, warps, stages)
+    if key not in _COMPILED:
+        built = triton.compile(source, target=TARGETS[target], options=options)
+        _COMPILED[key] = _read(built, target)
+    return _COMPILED[key]
 
 
 def compile_launches(launch: Callable[[], object], target: str) -> list[Compiled]:
@@ -156,20 +169,51 @@ def _leaves(argument: Any, place: tuple[int, ...]) -> Iterator[tuple[tuple[int, 
 
 def _is_divisible(value: Any) -> bool:
     if isinstance(value, Tensor):
-        return value.data_ptr() % WIDEST_ADDRESS == 0
+        return value.storage_offset() * value.itemsize % WIDEST_ADDRESS == 0
     return isinstance(value, int) and value % WIDEST_ADDRESS == 0
 
 
 def _read(built: Any, target: str) -> Compiled:
     if TARGETS[target].backend == "cuda":
         text = built.asm["ptx"]
-        registers, spills = _cubin_registers(built.asm["cubin"])
+        printed = _printed("cuobjdump", "--dump-resource-usage", built.asm["cubin"])
+        ((registers, spills),) = re.findall(r"REG:(\d+) STACK:(\d+)", printed)  # a stack of spills
         loads, stores = (_ptx_widths(text, access) for access in ("ld", "st"))
+        code = _printed("nvdisasm", "--print-code", built.asm["cubin"])
     else:
         text = built.asm["amdgcn"]
         registers, spills = (_amd_number(text, n) for n in ("vgpr_count", "vgpr_spill_count"))
         loads, stores = (_amd_widths(text, access) for access in ("load", "store"))
-    return Compiled(target, registers, spills, built.metadata.shared, loads, stores, text)
+        code = text.split("s_endpgm")[0]
+    loop, once = _instructions(code)
+    return Compiled(
+        target, int(registers), int(spills), built.metadata.shared, loads, stores, loop, once, text
+    )
+
+
+_LINE = re.compile(
+    r"^(?P<label>\.L\w+):"
+    r"|^\s+(?:/\*\w+\*/\s+(?:@!?\w+\s+)?)?(?P<name>[A-Za-z][\w.]*)(?P<operands>.*)$",
+    re.MULTILINE,
+)
+
+
+def _instructions(code: str) -> tuple[Counter[str], Counter[str]]:
+    """The instructions of the longest loop, and the others. A loop ends in a jump backwards."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loop = slice(0, 0)
+    for line in _LINE.finditer(code):
+        if line["label"]:
+            labels[line["label"]] = len(names)
+            continue
+        names.append(line["name"])
+        target = re.search(r"\.L\w+", line["operands"])
+        begin = labels.get(target[0]) if target else None
+        if begin is not None and len(names) - begin > max(1, loop.stop - loop.start):
+            loop = slice(begin, len(names))
+    body, padding = Counter(names[loop]), Counter({"NOP": len(names)})
+    return body - padding, Counter(names) - body - padding
 
 
 # ld.global.L1::evict_last.v4.b32
@@ -199,12 +243,9 @@ def _amd_number(text: str, name: str) -> int:
     return int(number)
 
 
-def _cubin_registers(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of the stack frame, which holds only spills."""
+def _printed(tool: str, option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    ((registers, spills),) = re.findall(r"REG:(\d+) STACK:(\d+)", printed)
-    return int(registers), int(spills)
+        command = [str(TOOLS / tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,9 @@ CUDA = torch.device("cuda", 0)
 UNDERNEATH = "meta"
 """The device that torch's C++ sees: without a GPU it refuses even to index a CUDA tensor."""
 
+
+_HOME: ContextVar[str] = ContextVar("device of values", default="cpu")
+"""The device that holds the values of the fake one: the CPU, or meta, without values."""
 
 NO_ADDRESS = "data_ptr: expected no compiled code on a fake CUDA device, which has no addresses"
 
@@ -92,7 +96,7 @@ class _Names(TorchFunctionMode):
         args, kwargs = tree_map(_underneath, (args, kwargs or {}))
         _check_generators(func.__name__, args, kwargs)
         if func in FROM_VALUES and _is_underneath(kwargs.get("device")):
-            return OnCuda(func(*args, **kwargs | {"device": "cpu"}))
+            return OnCuda(func(*args, **kwargs | {"device": "cpu"}).to(_HOME.get()))
         if func is Tensor.new_tensor and isinstance(args[0], OnCuda):
             return OnCuda(args[0].on_cpu.new_tensor(*args[1:], **kwargs))
         if func is Tensor.cuda:  # torch's own looks for a GPU
@@ -147,10 +151,12 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             )
     if asked is not None:
         on_cuda = _is_underneath(asked)
-        kwargs = kwargs | {"device": torch.device("cpu")}
+        kwargs = kwargs | {"device": torch.device(_HOME.get() if on_cuda else "cpu")}
     if name.startswith("aten::copy_"):
         on_cuda = isinstance(args[0], OnCuda)
     args, kwargs = tree_map_only(OnCuda, lambda t: t.on_cpu, (args, kwargs))
+    if name == "aten::mm.dtype":  # which no CPU has
+        func, args = torch.mm, [t.to(args[2]) for t in args[:2]]
     with _disable_current_modes():
         result = func(*args, **kwargs)
     if not on_cuda:
@@ -165,12 +171,22 @@ def _is_on_cpu(value: Any) -> bool:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[None]:
-    """Within this block ``"cuda"`` is the fake device."""
-    with mock.patch.object(torch, "Generator", Generator), _Names(), _Device():
-        yield
+def fake_cuda(values: bool = True, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Within this block ``"cuda"`` is the fake device.
+
+    Args:
+        values: without, tensors have no memory, and operations only give shapes and dtypes.
+        capability: the compute capability that the device says it has.
+    """
+    token = _HOME.set("cpu" if values else "meta")
+    try:
+        capable = mock.patch.object(torch.cuda, "get_device_capability", return_value=capability)
+        with mock.patch.object(torch, "Generator", Generator), capable, _Names(), _Device():
+            yield
+    finally:
+        _HOME.reset(token)
 
 
 def moved(tensor: Tensor) -> Tensor:
     """A copy on the fake device."""
-    return OnCuda(tensor.detach().clone())
+    return OnCuda(tensor.detach().clone().to(_HOME.get()))

@@ -18,6 +18,7 @@ from modulora_conformance.levels.identity import Identity
 from modulora_conformance.levels.lookups import Lookups
 from modulora_conformance.levels.memory import Memory
 from modulora_conformance.levels.modes import Modes
+from modulora_conformance.levels.named_sizes import NamedSizes
 from modulora_conformance.levels.packing import Packing
 from modulora_conformance.levels.persistence import Persistence
 from modulora_conformance.levels.processes import Processes
@@ -46,6 +47,7 @@ class QuantizerConformance(
     Forms,
     Modes,
     RealProducts,
+    NamedSizes,
     Gradients,
     Memory,
     Persistence,

@@ -9,6 +9,8 @@ from pathlib import Path
 import modulora_kernels as kernels
 import pytest
 import torch
+from modulora_conformance.fake_device import fake_cuda, moved
+from modulora_kernels import compiled
 
 MINE = """
 import triton
@@ -100,3 +102,31 @@ def test_triton_is_imported_when_kernels_are_and_its_absence_is_said_once(run):
     """)
     assert told.startswith("1 triton")
     assert "pip install triton" in told
+
+
+def test_a_launch_with_tensors_of_two_devices_is_refused():
+    """A kernel would read another GPU's memory, or the host's, at the wrong address."""
+    pytest.importorskip("triton")
+    from modulora_kernels.triton.launching import launch, recorded
+    from modulora_kernels.triton.tiles import tile_kernel
+
+    with fake_cuda(), recorded() as calls:
+        weight, x = moved(torch.ones(4)), torch.ones(4)
+        with pytest.raises(RuntimeError, match=r"one device, got cpu, cuda:0; move x"):
+            launch(tile_kernel, lambda _: (1,), (x, (weight,)), {})
+        launch(tile_kernel, lambda _: (1,), (moved(x), (weight, 3)), {})
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_plain_torch_runs_on_gpus_that_triton_does_not_support(capability, runs, recwarn):
+    pytest.importorskip("triton")
+    compiled._is_supported.cache_clear()
+    load = compiled.load_triton.__wrapped__  # without its cache
+    with fake_cuda(capability=capability):
+        module = load("modulora_kernels.triton.tiles", torch.device("cuda", 0))
+    compiled._is_supported.cache_clear()
+    assert (module is not None) == runs
+    warned = [str(each.message) for each in recwarn]
+    assert [text for text in warned if "got (7, 5): plain torch runs instead" in text] == warned
+    assert len(warned) == (not runs)

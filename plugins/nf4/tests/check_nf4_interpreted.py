@@ -9,6 +9,7 @@ import torch
 from modulora_conformance.interpreted_kernels import InterpretedKernels
 from modulora_conformance.oracle import product_error
 from modulora_conformance.tolerances import PRODUCT
+from modulora_kernels.triton import write_tile
 from modulora_nf4 import packing, reference
 from modulora_nf4.kernels import gpu
 from modulora_nf4.quantizer import NF4, Options
@@ -61,3 +62,17 @@ def test_many_rows_and_fp64_are_left_to_tiles():
     weight = packed((8, 64))
     assert gpu.product(torch.ones(33, 64), weight, False) is None
     assert gpu.product(torch.ones(1, 64, dtype=torch.float64), weight, False) is None
+
+
+@pytest.mark.parametrize("below", [1, 63])
+def test_a_flat_index_just_below_2_to_the_31_does_not_wrap(below):
+    """Ŵ is one row of so many elements. Its first block alone is here to be read."""
+    weight = packed((1, 64))
+    tensors, levels = weight.tensors, gpu.operands(weight)[1]
+    flat = tensors["codes"], levels, 2**30 - below // 2, tensors["absmax"]
+    out = torch.full((1, 64), torch.nan)
+    write_tile(
+        gpu.decode, flat, out, (0, 1), (1, 2**31 - below), (6, True, False), columns=(0, 64),
+        align=64,
+    )  # fmt: skip
+    assert torch.equal(out, truth(weight))

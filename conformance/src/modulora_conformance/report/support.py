@@ -87,7 +87,8 @@ def escape(text: str) -> str:
 def badge_and_table(run: Run) -> str:
     """A badge, a table, and the reasons against a certificate."""
     badge = f"![modulora conformance: {verdict(run).words}]({run.quantizer}.svg)"
-    reasons = "" if run.certified else f"\n{escape(against(run))}\n"
+    counted = f"\nThe checks ran {run.branches.words}.\n" if run.branches is not None else ""
+    reasons = counted if run.certified else f"\n{escape(against(run))}\n"
     return f"{badge}\n\n{table([run])}{reasons}"
 
 

@@ -30,6 +30,9 @@ _MISSING = {
 }
 
 
+LEAST_CAPABILITY = (8, 0)
+"""The compute capability of NVIDIA's GPUs from which Triton supports them: Ampere's."""
+
 _WRONG: set[tuple[str, str]] = set()
 """Packages and types of devices whose kernels gave wrong values in this process."""
 
@@ -53,12 +56,27 @@ def load_triton(module: str, device: torch.device) -> ModuleType | None:
     """A module of Triton kernels; None where they can't run.
 
     They run on CUDA devices, as torch calls AMD's too, and in Triton's interpreter on a CPU.
-    Without Triton on a CUDA device a process warns once.
+    Without Triton on a CUDA device, and on a GPU that Triton does not support, a process warns
+    once.
     """
     on_gpu = device.type == "cuda" or (device.type == "cpu" and triton_is_interpreted())
-    if not on_gpu or _compiler("triton") is None:
+    if not on_gpu or _compiler("triton") is None or not _is_supported(device):
         return None
     return importlib.import_module(module)
+
+
+@cache
+def _is_supported(device: torch.device) -> bool:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    found = torch.cuda.get_device_capability(device)
+    if found < LEAST_CAPABILITY:
+        message = (
+            f"{device}: expected compute capability {LEAST_CAPABILITY} for the GPU kernels of "
+            f"quantizers, got {found}: plain torch runs instead, slower and with more memory"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    return found >= LEAST_CAPABILITY
 
 
 def for_device(package: str, device: torch.device) -> ModuleType | None:

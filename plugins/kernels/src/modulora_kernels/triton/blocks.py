@@ -60,6 +60,12 @@ def block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def ceil_div(n, size) -> Any:  # type: ignore[no-untyped-def]
+    """⌈n / size⌉ of n ≥ 1. ``tl.cdiv`` adds first, which wraps for an n just below 2³¹."""
+    return (n - 1) // size + 1
+
+
+@triton.jit
 def rounded(w, dtype: tl.constexpr) -> Any:  # type: ignore[no-untyped-def]
     """fp32 values in ``dtype``, rounded once, to nearest and halves to even."""
     if INTERPRETED and dtype == tl.bfloat16:

@@ -7,11 +7,12 @@ for GPUs that are not here.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -53,12 +54,31 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A recorded launch: ``kernel`` with ``arguments``, then ``constants`` by name."""
+    """A recorded launch: ``kernel`` with ``arguments``, then ``constants`` by name.
+
+    Attributes:
+        config: the first of ``configs``, from which the clock chooses on a GPU.
+        grid: the numbers of programs, given the constants.
+    """
 
     kernel: Any
     arguments: tuple[Argument, ...]
     constants: Mapping[str, Hashable] = field(repr=False)
     config: Config
+    configs: tuple[Config, ...] = ()
+    grid: Grid = lambda _: (1,)
+
+    @property
+    def programs(self) -> int:
+        """How many programs it starts."""
+        return math.prod(self.grid(self.constants))
+
+    def choices(self) -> list[Call]:
+        """The launch in each configuration."""
+        return [
+            replace(self, config=each, constants={**self.constants, **dict(each.constants)})
+            for each in self.configs
+        ]
 
 
 _CALLS: ContextVar[list[Call] | None] = ContextVar("modulora_triton_calls", default=None)
@@ -94,16 +114,25 @@ def launch(
             constants in ``key``. They must compute the same bits. The first runs where nothing is
             timed: in the interpreter, and with fewer numbers than :data:`WORTH_TUNING`.
         key: names of the constants on which the choice depends.
+
+    Raises:
+        RuntimeError: tensors on two devices, which a kernel would read at a wrong address.
     """
-    first = configs[0]
+    first, devices = configs[0], {tensor.device for tensor in _tensors(arguments)}
+    if len(devices) > 1:
+        raise RuntimeError(
+            f"{kernel.__name__}: expected all tensors on one device, got "
+            f"{', '.join(sorted(map(str, devices)))}; move x to the device of the weight"
+        )
     calls = _CALLS.get()
     if calls is not None:
-        calls.append(Call(kernel, arguments, {**constants, **dict(first.constants)}, first))
+        chosen = {**constants, **dict(first.constants)}
+        calls.append(Call(kernel, arguments, chosen, first, tuple(configs), grid))
         return
     if INTERPRETED.value:
         kernel[grid](*arguments, **constants, **dict(first.constants))
         return
-    with torch.cuda.device(next(_tensors(arguments)).device):
+    with torch.cuda.device(devices.pop()):
         if len(configs) > 1 and max(map(Tensor.numel, _tensors(arguments))) >= WORTH_TUNING:
             functions = tuple(
                 value for value in constants.values() if isinstance(value, triton.JITFunction)

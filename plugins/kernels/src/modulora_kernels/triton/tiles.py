@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modulora_kernels.triton.blocks import rounded
+from modulora_kernels.triton.blocks import ceil_div, rounded
 from modulora_kernels.triton.launching import Config, launch
 
 LARGEST = 8192
@@ -47,7 +47,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     """
     BLOCK_IN: tl.constexpr = WIDTH if WIDTH < CHUNK else CHUNK
     BLOCK_OUT: tl.constexpr = CHUNK // BLOCK_IN
-    across = tl.cdiv(part_columns, BLOCK_IN)
+    across = ceil_div(part_columns, BLOCK_IN)
     r = (tl.program_id(0) // across).to(tl.int64) * BLOCK_OUT
     c = (tl.program_id(0) % across).to(tl.int64) * BLOCK_IN
     i = r + tl.arange(0, BLOCK_OUT)[:, None]

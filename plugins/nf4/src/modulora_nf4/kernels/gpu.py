@@ -20,6 +20,7 @@ from modulora_kernels.triton import (
     ALIGNED,
     GPUKernels,
     block,
+    ceil_div,
     interleaved,
     times_group,
     write_tile,
@@ -73,7 +74,7 @@ def decode(
         B: tl.constexpr = min(1 << SHIFT, BLOCK_IN, _ALIGNED)
         SHARED: tl.constexpr = (1 << SHIFT) // B  # groups of one block of weights
         group, inside = block(
-            row, col // B, out_features, tl.cdiv(in_features, B), BLOCK_OUT, BLOCK_IN // B
+            row, col // B, out_features, ceil_div(in_features, B), BLOCK_OUT, BLOCK_IN // B
         )
         w = times_group(level, constants(weight, group // SHARED, inside, OPTIONS[2]))
     return w
