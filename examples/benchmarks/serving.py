@@ -5,7 +5,8 @@
 Needs vLLM (`make test-vllm` builds such an environment). Each folder has a process of its own. In
 each turn, every folder answers with both engines at each batch, while the others wait. Prompts have
 16 tokens, answers ``--length``, in bf16; the fastest turn counts. ``--profile`` adds which layers
-take vLLM's time at the second batch.
+take vLLM's time at the second batch. On a busy machine take ``--cpu-time``: other load hardly
+changes the CPU seconds of one thread.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "attn", "logits_pro
 """The layers of vLLM's Llama that a profile names; none contains another one."""
 
 
-def seconds(answer: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
+Clock = Callable[[], float]
+
+
+def seconds(clock: Clock, answer: Callable[[], Any]) -> float:
+    begin = clock()
     answer()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
-def profile(model: Any, answer: Callable[[], Any]) -> str:
+def profile(clock: Clock, answer: Callable[[], Any], model: Any) -> str:
     """The share of vLLM's kinds of layers in a turn."""
     spent, begins = Counter[str](), dict[str, float]()
     for name, layer in model.named_modules():
@@ -43,14 +47,14 @@ def profile(model: Any, answer: Callable[[], Any]) -> str:
         if leaf in LAYERS:
 
             def begin(*_: Any, leaf: str = leaf) -> None:
-                begins[leaf] = time.perf_counter()
+                begins[leaf] = clock()
 
             def end(*_: Any, leaf: str = leaf) -> None:
-                spent[leaf] += time.perf_counter() - begins[leaf]
+                spent[leaf] += clock() - begins[leaf]
 
             layer.register_forward_pre_hook(begin)
             layer.register_forward_hook(end)
-    total = seconds(answer)
+    total = seconds(clock, answer)
     shares = [f"{leaf} {part:.2f} s" for leaf, part in spent.most_common()]
     return ", ".join([*shares, f"rest {total - spent.total():.2f} s"])
 
@@ -79,6 +83,7 @@ def work(flags: argparse.Namespace, folder: str, asked: Connection) -> None:
         new = {"max_new_tokens": flags.length, "min_new_tokens": flags.length}
         return own.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **new)
 
+    clock = time.process_time if flags.cpu_time else time.perf_counter
     engines = {"vLLM": by_vllm, "generate": by_us}
     for answer in engines.values():  # kernels are compiled, and caches filled
         for batch in flags.batches:
@@ -87,10 +92,9 @@ def work(flags: argparse.Namespace, folder: str, asked: Connection) -> None:
     while (request := asked.recv()) is not None:
         name, batch = request
         if name == "profile":
-            turn = partial(by_vllm, batch)
-            asked.send(llm.apply_model(lambda model, turn=turn: profile(model, turn))[0])
+            asked.send(llm.apply_model(partial(profile, clock, partial(by_vllm, batch)))[0])
         else:
-            asked.send(seconds(partial(engines[name], batch)))
+            asked.send(seconds(clock, partial(engines[name], batch)))
 
 
 def main() -> None:
@@ -103,10 +107,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns [3]")
     parser.add_argument("--compile", action="store_true", help="vLLM's default, without eager mode")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, and its CPU seconds")
     flags = parser.parse_args()
     # the engine in the folder's process, whose layers a profile can hook
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if flags.cpu_time:
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
     context, workers = multiprocessing.get_context("spawn"), dict[str, Connection]()
     for folder in flags.folders:
         workers[folder], theirs = context.Pipe()

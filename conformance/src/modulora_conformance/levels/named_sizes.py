@@ -49,9 +49,9 @@ class NamedSizes(Level):
     level, title = "L3", "products"
 
     @pytest.mark.instrument
-    @pytest.mark.parametrize("size", ["rows of x", "in", "out", "ids", "calls", "samples"])
+    @pytest.mark.parametrize("named_size", ["rows of x", "in", "out", "ids", "calls", "samples"])
     @needs(FORWARD, TRANSPOSED, LOOKUP, RANGES, PROMISED)
-    def test_sizes_that_the_plugin_names_change_nothing(self, quantizer, measurements, size):
+    def test_sizes_that_the_plugin_names_change_nothing(self, quantizer, measurements, named_size):
         """If this fails: at a number that your source names, or one beside it, a result is wrong.
 
         The source compares a size with it, or cuts there. Numbers are read from comparisons,
@@ -59,19 +59,20 @@ class NamedSizes(Level):
         """
         numbers = numbers_of(quantizer)
         required = quantizer.spec.calibration == "required"
-        most = CALLS if size == "calls" else WITH_H if size == "in" and required else LARGEST
+        limits = {"calls": CALLS, "in": WITH_H if required else LARGEST}
+        most = limits.get(named_size, LARGEST)
         found = sorted({n + d for n in numbers for d in (-1, 0, 1) if n < most})
         left = [n for n in numbers if n >= most]
         first = promise_of(quantizer) in quantizer.spec.promises[:1]
         end = None  # what the first one compiles takes no time of the others
-        for n, check in _CHECKS[size](quantizer, found, measurements):
+        for n, check in _CHECKS[named_size](quantizer, found, measurements):
             if end is not None and time.monotonic() > end:
                 left += [each for each in numbers if n - 1 <= each < most]
                 break
             check()
             end = end or time.monotonic() + (SECONDS if first else SHORT)
         if left:
-            measurements.note(f"{size}: not tried at {', '.join(map(str, sorted({*left})))}")
+            measurements.note(f"{named_size}: not tried at {', '.join(map(str, sorted({*left})))}")
 
     @pytest.mark.instrument
     @pytest.mark.threads

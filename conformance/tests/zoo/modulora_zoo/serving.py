@@ -51,7 +51,7 @@ class ReadsHalvesInMemoryOrder(Healthy):
 
 
 class Recorded(Healthy):
-    """Sound: capturable, with a table in a cache."""
+    """Sound: a graph can record it."""
 
 
 class CopiesItsTable(Healthy):
