@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.layers import QuantLinear as QuantLinear
     from modulora_core.lora.adapting import add_lora as add_lora
     from modulora_core.lora.settings import LoRASettings as LoRASettings
-    from modulora_core.models.sampling import Sampling as Sampling
+    from modulora_core.models.generation import Sampling as Sampling
     from modulora_core.packed import PackedLayout as PackedLayout
     from modulora_core.packed import PackedWeight as PackedWeight
     from modulora_core.quantization.assignment import Assignment as Assignment
@@ -56,7 +56,7 @@ _PUBLIC = {
     "QuantLinear": "layers",
     "Quantizer": "spec",
     "QuantizerSpec": "spec",
-    "Sampling": "models.sampling",
+    "Sampling": "models.generation",
     "add_lora": "lora.adapting",
     "evaluate": "inference.evaluate",
     "finetune": "training.finetune",

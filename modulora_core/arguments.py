@@ -1,142 +1,68 @@
-"""Check the types of arguments in Python, where no command line has parsed them.
+"""Let pydantic check the types of arguments in Python, where no command line has parsed them.
 
-pydantic's ``validate_call`` is not used: in strict mode it refuses NumPy's integers, and without it
-takes ``"3"`` for 3.
+A string is no number, and a bool is none: the checks are pydantic's strict ones.
 """
 
 from __future__ import annotations
 
-import builtins
 import functools
 import inspect
-import numbers
 import reprlib
-import sys
-from collections import abc
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from types import MappingProxyType, NoneType, UnionType
-from typing import (
-    Any,
-    Literal,
-    ParamSpec,
-    TypeVar,
-    Union,
-    dataclass_transform,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, ParamSpec, TypeVar
+
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from modulora_core.errors import OptionError
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
-Class = TypeVar("Class")
+Class = TypeVar("Class", bound=type)
 
-_KINDS: MappingProxyType[Any, type] = MappingProxyType(
-    {int: numbers.Integral, float: numbers.Real, None: NoneType}
-)
-"""NumPy's numbers are numbers too."""
+_STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
 def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate a public function or method: arguments must have the types of its annotations.
 
-    Another type raises OptionError. A class that is imported for type checkers alone isn't checked.
+    Another type raises OptionError. The function gets the arguments themselves, not copies.
     """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> Result:
-        kinds = _annotations(function)
-        for name, value in signature.bind(*arguments, **keywords).arguments.items():
-            if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
-                _check(name, value, kinds.get(name, Any))
+        given = signature.bind(*arguments, **keywords).arguments
+        try:
+            _validator(function)(*arguments, **keywords)
+        except ValidationError as error:
+            place = error.errors()[0]["loc"][0]
+            name = place if isinstance(place, str) else [*signature.parameters][place]
+            got = reprlib.repr(given[name])
+            raise OptionError(f"{name}: {_expected(error, place)}, got {got}") from None
         return function(*arguments, **keywords)
 
     return call
 
 
-@dataclass_transform(frozen_default=True, field_specifiers=(field,))
-def checked_dataclass(cls: type[Class] | None = None, *, eq: bool = True) -> Any:
-    """Decorate a class: a frozen dataclass whose fields must have the types of its annotations.
-
-    A field of another type raises OptionError.
-
-    Args:
-        cls: the class.
-        eq: equal fields make equal values; else a value equals itself alone, and is hashable.
-    """
-    if cls is None:
-        return functools.partial(checked_dataclass, eq=eq)
-    made = dataclass(frozen=True, slots=True, weakref_slot=True, eq=eq)(cls)
-    made.__init__ = checked(made.__init__)  # type: ignore[method-assign]
-    return made
+def checked_class(cls: Class) -> Class:
+    """Decorate a dataclass: its fields must have the types of their annotations."""
+    cls.__init__ = checked(cls.__init__)  # type: ignore[misc]
+    return cls
 
 
-def check_fields(settings: Any) -> None:
-    """Check the fields of a dataclass. Raises OptionError: a field has another type."""
-    kinds = _annotations(settings.__class__)
-    for each in fields(settings):
-        if each.init:
-            _check(each.name, getattr(settings, each.name), kinds[each.name])
+@functools.cache
+def _validator(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that takes the same arguments, checks them, and does nothing."""
+
+    @functools.wraps(function)
+    def nothing(*_: Any, **__: Any) -> None: ...
+
+    return validate_call(config=_STRICT)(nothing)
 
 
-@functools.lru_cache(maxsize=256)
-def _annotations(annotated: Any) -> dict[str, Any]:
-    module = inspect.getmodule(annotated)
-    return get_type_hints(annotated, localns=_Names(vars(builtins) | vars(module)))
-
-
-class _Names(dict[str, Any]):
-    """Names of a module. A name that it imports for type checkers alone is torch's, or Any."""
-
-    def __missing__(self, name: str) -> Any:
-        torch = sys.modules.get("torch")
-        return {"torch": torch, "Tensor": getattr(torch, "Tensor", None)}.get(name) or Any
-
-
-def _check(name: str, value: object, kind: Any) -> None:
-    if not _has_type(value, kind):
-        raise OptionError(f"{name}: expected {_words(kind)}, got {reprlib.repr(value)}")
-
-
-def _has_type(value: Any, kind: Any) -> bool:
-    if kind in (Any, object, type(value)) or isinstance(kind, TypeVar):
-        return True
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return any(_has_type(value, part) for part in parts)
-    if origin is Literal:
-        return any(value is part or (isinstance(value, str) and value == part) for part in parts)
-    plain = _KINDS.get(kind, origin or kind)
-    if isinstance(value, bool) or not isinstance(value, plain):
-        return isinstance(value, bool) and plain is bool  # a bool is no number
-    if plain is abc.Sequence:
-        return not isinstance(value, str) and all(_has_type(each, parts[0]) for each in value)
-    if plain is abc.Mapping and parts:
-        return all(all(map(_has_type, item, parts)) for item in value.items())
-    if plain is tuple and parts:
-        kinds = parts[:1] * len(value) if parts[1:] == (...,) else parts
-        return len(value) == len(kinds) and all(map(_has_type, value, kinds))
-    return True
-
-
-def _words(kind: Any) -> str:
-    """A type in a message: ``int or None``, ``a list of str``, ``one of fast, best``."""
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        # words are offered without None: it is no word, and who wants it leaves the argument out
-        has_words = any(get_origin(part) is Literal for part in parts)
-        return " or ".join(_words(part) for part in parts if not (has_words and part is NoneType))
-    if origin is Literal:
-        words = [str(part) for part in parts]
-        return " or ".join(words) if len(words) == 2 else f"one of {', '.join(words)}"
-    if origin is abc.Sequence:
-        return f"a list of {_words(parts[0])}"
-    if origin is abc.Mapping:
-        return f"a mapping of {' to '.join(map(_words, parts))}"
-    if origin is tuple:
-        return f"a tuple of {' and '.join(_words(part) for part in parts if part is not ...)}"
-    return "None" if kind is NoneType else str(getattr(origin or kind, "__name__", kind))
+def _expected(error: ValidationError, place: int | str) -> str:
+    """The types that one argument may have, in pydantic's words."""
+    words = [each["msg"] for each in error.errors() if each["loc"][0] == place]
+    prefix = "Input should be "
+    kinds = dict.fromkeys(w.removeprefix(prefix) for w in words if w.startswith(prefix))
+    return f"expected {' or '.join(kinds)}" if kinds else words[0]

@@ -14,13 +14,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modulora_core.arguments import checked, checked_dataclass
+from modulora_core.arguments import checked
 from modulora_core.autograd import lora_linear
 from modulora_core.errors import AdapterError, ShapeError
 from modulora_core.packed_parameters import HeadWeight, PackedParameter, PackedTable
@@ -177,7 +178,7 @@ class LoRALayer(nn.Module):
         return A, torch.cat(scaled, dim=-1), 1.0  # B: [out, Σ r]
 
 
-@checked_dataclass
+@dataclass(frozen=True, slots=True)
 class ChannelScales:
     """Two vectors u and v that replace Ŵ by diag(v) Ŵ diag(u).
 

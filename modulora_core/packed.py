@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from modulora_core.arguments import checked_dataclass
-from modulora_core.errors import CheckpointError, OptionError, ShapeError
+from modulora_core.errors import CheckpointError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +61,7 @@ class TensorLayout:
         return cls(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
-@checked_dataclass
+@dataclass(frozen=True, slots=True)
 class PackedLayout:
     """A packed weight without its bytes, as config.json records it; fields as in PackedWeight."""
 
@@ -113,7 +112,7 @@ class PackedLayout:
             }
             quantizer, number = str(data["quantizer"]), int(data["format"])
             return cls(quantizer, number, shape, tensors, dict(data["metadata"]))
-        except (KeyError, TypeError, ValueError, OverflowError, OptionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 "layout of a packed weight: expected quantizer, format, shape, tensors, metadata; "
                 f"{error!r} in {data!r}"
@@ -140,7 +139,7 @@ class PackedLayout:
         return packed
 
 
-@checked_dataclass(eq=False)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class PackedWeight:
     """A quantized weight, a frozen value. Caches may have it as a key: two are never equal.
 

@@ -19,12 +19,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints
 
-from modulora_core.arguments import checked_dataclass
 from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
 from modulora_core.hessians import check_hessian
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
@@ -133,6 +132,8 @@ class QuantizerSpec(PluginSpec):
     """The peak of ``pack`` above its arguments, in units of the weight (and H, if any) in fp32."""
     rescales: bool = False
     """Whether it implements :meth:`Quantizer.rescaled`, which tuning needs."""
+    capturable: bool = False
+    """Whether a CUDA graph can record ``x Ŵᵀ``: it waits for no value, and copies none."""
     promises: tuple[Promise, ...] = ()
     """Its promises, one for each configuration that the conformance kit runs."""
     qualities: Mapping[Literal["fast", "best"], Mapping[str, Any]] = {}
@@ -145,7 +146,7 @@ class QuantizerSpec(PluginSpec):
         return -(-out_features // a) * a, -(-in_features // b) * b
 
 
-@checked_dataclass
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """The statistics of one layer's inputs, and of the gradients in its outputs.
 
@@ -300,7 +301,6 @@ class Quantizer(ABC):
         rounded to their dtype, and keep the codes. Tuning trains the scales.
 
         Args:
-            packed: a result of :meth:`pack`.
             input_scale, output_scale: ``[in]`` and ``[out]``, fp32, near 1, on its device.
 
         Returns:
@@ -380,7 +380,6 @@ class Quantizer(ABC):
         warns of each sentence. The default has no kernels to compare.
 
         Args:
-            packed: a result of :meth:`pack`.
             dtype: of the tiles and products to compare.
 
         Returns:

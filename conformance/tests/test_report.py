@@ -9,9 +9,21 @@ from modulora_conformance.report import write_report
 from modulora_conformance.report.support import HEADINGS, main
 from modulora_conformance.report.terminal import summary_text
 from modulora_conformance.report.verdict import against, rows, verdict
-from modulora_conformance.results import HARDWARE, Measurement, Outcome, Run, read_file
+from modulora_conformance.results import (
+    HARDWARE,
+    Branch,
+    Branches,
+    Measurement,
+    Outcome,
+    Run,
+    read_file,
+)
+
+BRANCH = Branch(name="mine:f: if a: -> b", file="mine.py", line=7, source="if a:", reason="why")
 
 CONFIGURATIONS = ("defaults", "bits=2, group_size=64")
+
+ALL = "100 % of 19 branches, 1 explained"
 
 HOSTILE = "<script src='https://example.org/x.js'>alert(1)</script>\" onload=\"x | `y` & \n**z**"
 """Text that a plugin might give as a reason, a name or an option."""
@@ -45,7 +57,7 @@ def passing(configuration="defaults"):
         outcome(
             f"L{n}", f"check_{n}", configuration=configuration, measured=measured.get(f"L{n}", ())
         )
-        for n in range(8)
+        for n in range(9)
     ]
     reason = f"{HARDWARE}no CUDA device"
     return [*found, outcome("L7", "cuda", "skipped", configuration, reason)]
@@ -64,9 +76,10 @@ def make(checks=None, **fields):
         "certified": True,
         "complete": True,
         "checks": checks,
+        "branches": Branches(total=20, explained=(BRANCH,)),
         "seed": "1234",
         "environment": {"python": "3.11", "accelerators": [], "packages": {"numba": None}},
-        "about": {f"L{n}": {"title": f"title of L{n}", "text": "About."} for n in range(8)},
+        "about": {f"L{n}": {"title": f"title of L{n}", "text": "About."} for n in range(9)},
         "meanings": {c.check: f"If this fails: look at `{c.check}`." for c in checks},
         "speed": {"defaults": {"shape": (1024, 512), "threads": 2, "timings": [timing]}},
     }
@@ -170,7 +183,7 @@ def test_saved_json_is_read_as_the_same_run(broken, tmp_path):
 @pytest.mark.parametrize(
     ("checks", "complete", "state", "words"),
     [
-        ([outcome("L0"), outcome("L1")], True, "certified", "certified 2026.11"),
+        ([outcome("L0"), outcome("L1")], True, "certified", "certified 2026.11, 2 checks, " + ALL),
         ([outcome("L0"), outcome("L1")], False, "passed", "L0-L1 passed"),
         ([outcome("L0"), outcome("L1", kind="skipped")], True, "passed", "L0 passed"),
         ([outcome("L0"), outcome("L1", kind="xfailed")], True, "passed", "L0 passed"),
@@ -196,16 +209,16 @@ def test_a_device_that_no_check_ran_on_is_named_everywhere(tmp_path):
     assert make([*checks, ran], devices=("cpu", "cuda")).untested == ()
     run = make(checks, devices=("cpu", "cuda"))
     assert run.untested == ("cuda",)
-    assert verdict(run).words == "certified without hardware 2026.11"
+    assert verdict(run).words == f"certified without hardware 2026.11, 10 checks, {ALL}"
     assert against(run).startswith("Certified without hardware: ")
     assert against(run).endswith("Nothing ran on cuda, which the spec names.")
     write_report(run, tmp_path)
     for suffix in ("svg", "html", "md"):
         assert "certified without hardware" in (tmp_path / f"mine.{suffix}").read_text().lower()
     row = cells_of((tmp_path / "mine.md").read_text())[-1]
-    assert row[5:7] == ["L0–L7 without cuda", "without hardware"]
+    assert row[6:] == ["L0–L8 without cuda", "without hardware (2026.11, 2)"]
     uncertified = run.model_copy(update={"certified": False})
-    assert verdict(uncertified).words == "L0-L7 passed without hardware"
+    assert verdict(uncertified).words == "L0-L8 passed without hardware"
 
 
 def test_the_terminal_has_a_row_for_each_level_every_failure_and_every_skip(broken):
@@ -239,13 +252,31 @@ def test_a_support_table_has_a_row_for_each_configuration_and_no_markup(broken, 
     write_report(make(), tmp_path)
     headings, _, *found = cells_of((tmp_path / "mine.md").read_text("utf-8"))
     assert headings == list(HEADINGS)
-    expected = ["4.5", "0.095", "-", "L0–L7", "yes", "2026.11, 2"]
+    expected = ["4.5", "0.095", "-", "whole", "L0–L8", "yes (2026.11, 2)"]
     assert found == [["mine 1.0", name, *expected] for name in CONFIGURATIONS]
     write_report(broken, tmp_path)
     text = (tmp_path / "mine.md").read_text("utf-8")
     assert {len(row) for row in cells_of(text)} == {len(HEADINGS)}
     assert len(cells_of(text)) == 2 + len(rows(broken))
     assert not re.search(r"(?<!\\)<", text)
+
+
+def test_a_support_table_says_how_a_quantizer_is_served():
+    parts = [
+        outcome("L8", "a_sliced_weight_is_its_part").model_copy(update={"case": case})
+        for case in "01"
+    ]
+    recorded = outcome("L8", "a_product_can_be_recorded_in_a_graph")
+    failed = outcome("L8", "batches_of_a_server_are_multiplied", "failed")
+
+    def served(*checks):
+        return rows(make([*passing(), *checks]))[0].serves
+
+    assert served(*parts, recorded) == "rows, columns, graphs"
+    assert served(parts[0]) == "rows"
+    assert served(recorded) == "whole, graphs"
+    assert served(*parts, failed) == "no"
+    assert rows(make([outcome("L0")]))[0].serves == "-"
 
 
 def test_a_written_page_passes_its_check_until_it_differs(tmp_path, capsys):
@@ -268,3 +299,18 @@ def test_a_written_page_passes_its_check_until_it_differs(tmp_path, capsys):
     assert main(words) == 0
     page.write_text(page.read_text().replace("4.5", "2.5"))
     assert main(words) == 1
+
+
+def test_a_branch_that_no_check_ran_is_named_everywhere_and_certifies_nothing(tmp_path):
+    other = BRANCH.model_copy(update={"name": HOSTILE, "reason": "", "line": 12345})
+    for found in (Branches(total=4, missing=(other,)), Branches(total=4, stale=(HOSTILE,))):
+        run = make(branches=found, certified=False)
+        assert not run.sound
+        assert verdict(run).state == "passed"
+        assert against(run).startswith("Passed, not certified: ")
+    run = make(branches=Branches(total=4, missing=(other,), stale=(HOSTILE,)), certified=False)
+    assert "75 % of 4 branches" in summary_text(run)
+    words = " ".join(HOSTILE.split())
+    for text in (written(run, tmp_path).text, " ".join(summary_text(run).split())):
+        assert "12345" in text
+        assert text.count(words) == 2

@@ -18,6 +18,7 @@ def members(kernels):
         name: spec.location.split(":")[0]
         for name, spec in modulora_zoo.SPECS.items()
         if kernels == spec.location.startswith("modulora_zoo.kernels")
+        and name not in modulora_zoo.UNMET
     }
     return {name: getattr(importlib.import_module(m), name) for name, m in chosen.items()}
 
@@ -53,7 +54,15 @@ SLOW = {
 HEAVY = {
     name
     for name in CHECKS
-    for part in ("real_layer", "common_sides", "any_number", "thousand", "many_uses")
+    for part in (
+        "plugin_names",
+        "drawn_anew",
+        "real_layer",
+        "common_sides",
+        "any_number",
+        "thousand",
+        "many_uses",
+    )
     if part in name
 }
 """Checks that take seconds: only the healthy one, and those that they are made for, meet them. The
@@ -183,6 +192,7 @@ def test_interpreted_kernels_that_omit_columns_are_found(zoo):
 
 
 CORE = "the core does it; no quantizer breaks it and passes the checks that it needs"
+NO_VLLM = "skipped without vLLM"
 NO_DEVICE = "skipped without a CUDA device"
 GOLDEN = "test_golden.py breaks it"
 
@@ -193,6 +203,7 @@ UNBROKEN = {
     "test_a_transformer_trains_as_the_dense_one": CORE,
     "test_peak_memory_on_cuda_is_tiles_and_activations": NO_DEVICE,
     "test_cuda_gives_the_tiles_of_the_cpu": NO_DEVICE,
+    "test_vllm_gives_the_log_probabilities_of_transformers": NO_VLLM,
     "test_cuda_gives_the_products_and_gradients_of_the_dense_layer": NO_DEVICE,
 }
 """Checks that no quantizer of the zoo breaks alone, and the reason."""

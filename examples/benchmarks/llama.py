@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from modulora_core import Quantizer
+from modulora_core.checkpoints.outputs import check_disk_space, whole_or_nothing
 from modulora_core.checkpoints.record import PackedSite, QuantizationRecord, Recipe
-from modulora_core.checkpoints.written.outputs import check_disk_space, whole_or_nothing
 from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.skeleton import build_skeleton
 from modulora_core.progress import Progress

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from modulora_core.arguments import check_fields
+from modulora_core.arguments import checked_class
 from modulora_core.calibration.tuning import TuningConfig
 from modulora_core.data import Source, token_segments
 from modulora_core.data.rendering import check_ids
@@ -31,6 +31,7 @@ BATCH_TOKENS = 4096
 """Tokens in a batch: enough for efficient products, few enough for small activations."""
 
 
+@checked_class
 @dataclass(frozen=True, slots=True)
 class CalibrationConfig:
     """Selects the calibration text, and how it passes through the model.
@@ -67,7 +68,6 @@ class CalibrationConfig:
     tuning: TuningConfig | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self)
         for name in ("samples", "max_samples", "seq_len", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

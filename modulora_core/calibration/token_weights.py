@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modulora_core import distributed
 from modulora_core.calibration.gradients import Sensitivity, scale_to_mean_one
-from modulora_core.checkpoints.written.outputs import write_file
+from modulora_core.checkpoints.outputs import write_file
 from modulora_core.models.sites import LinearSite
 
 WEIGHTS = "token-weights-{}-of-{}.safetensors"

@@ -7,7 +7,7 @@ and takes it back without swap space. While it is in memory it counts in the res
 cache while there is memory for it.
 
 A file must not be cut short while it is mapped: touching a missing page ends the process (SIGBUS).
-Our folders are never changed, only renamed (:mod:`modulora_core.checkpoints.written.outputs`).
+Our folders are never changed, only renamed (:mod:`modulora_core.checkpoints.outputs`).
 """
 
 from __future__ import annotations

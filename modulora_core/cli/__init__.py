@@ -6,7 +6,8 @@ returns a :class:`~modulora_core.hookspecs.CommandSpec` from the hook ``modulora
 
 In the module, ``PANELS`` may group the parameters' names by the title of their panel in the help.
 
-A command whose first argument is MODEL gets ``--revision REV``: it then reads ``MODEL@REV``.
+A command whose first argument is MODEL gets ``--revision REV``: it then reads ``MODEL@REV``. Before
+it runs, its places are looked for, unless ``CHECKS_PLACES`` in the module says that it does so.
 
 A command raises and returns, and prints nothing itself. :mod:`~modulora_core.cli.app` adds
 ``--json`` and ``--debug``, prints the report as text or as an object, and prints every

@@ -167,10 +167,11 @@ _MODELS = ("model", "source", "path")
 """The names of first arguments that may be on the Hub."""
 
 
-def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
+def _with_revision(function: Callable[..., Report], *, check: bool) -> Callable[..., Report]:
     """Let a command of a MODEL take ``--revision REV``: MODEL then is ``MODEL@REV``.
 
-    Its places are checked before (:func:`modulora_core.cli.requests.check_places`).
+    Args:
+        check: look for the places first (:func:`modulora_core.cli.requests.check_places`).
     """
     signature = inspect.signature(function, eval_str=True)
     first = next(iter(signature.parameters), "")
@@ -183,7 +184,7 @@ def _with_revision(function: Callable[..., Report]) -> Callable[..., Report]:
             if given[first] is None:
                 raise RequestError("--revision: expected MODEL beside it, got none")
             given[first] = f"{given[first]}@{revision}"
-        if "resume" not in given or "config" not in given:  # a run looks once it has its config
+        if check:
             check_places(given)
         return function(**given)
 
@@ -205,7 +206,7 @@ def load_command(name: str) -> Any:
     module = sys.modules[function.__module__]
     app = typer.Typer(add_completion=False)
     app.command(name, cls=_Command, help=function.__doc__, context_settings=_SETTINGS)(
-        _with_revision(function)
+        _with_revision(function, check=not getattr(module, "CHECKS_PLACES", False))
     )
     command: Any = typer.main.get_command(app)
     command.params += [p for p in _group().params if p.name in ("json", "debug")]

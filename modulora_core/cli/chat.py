@@ -50,7 +50,7 @@ def command(
     """
     from modulora_core.inference.generate import generate
     from modulora_core.inference.opened import open_to_run
-    from modulora_core.models.sampling import Sampling
+    from modulora_core.models.generation import Sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
     opened = open_to_run(

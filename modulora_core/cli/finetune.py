@@ -43,6 +43,8 @@ PANELS = {
     "Trainer": ("trainer",),
 }  # fmt: skip
 
+CHECKS_PLACES = True  # once the config file is read, which may give others
+
 Config = TypeVar("Config", bound=FinetuneConfig)
 
 _ARGUMENTS = ("model", "out")

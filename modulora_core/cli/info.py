@@ -38,7 +38,7 @@ def command(path: Checked, verify: Verify = False) -> Report:
         modulora info my-adapter --json
     """
     from modulora_core.checkpoints.opening import open_packed
-    from modulora_core.checkpoints.written.outputs import check_digests
+    from modulora_core.checkpoints.outputs import check_digests
     from modulora_core.models.folders import ADAPTER_CONFIG
     from modulora_core.models.locate import locate
 

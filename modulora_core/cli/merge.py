@@ -70,7 +70,7 @@ def command(
         modulora merge smollm2-packed unpacked --dtype float32
         modulora merge MODEL.SUFFIX OUT.SUFFIX --adapter my-adapter --type TYPE
     """
-    from modulora_core.checkpoints.written.outputs import check_new_file, check_output
+    from modulora_core.checkpoints.outputs import check_new_file, check_output
     from modulora_core.models.installed_formats import file_suffixes
 
     if out.suffix.lower() in file_suffixes():

@@ -148,7 +148,7 @@ def command(
         modulora quantize ./model out -q NAME --quantize-embeddings OTHER:bits=8
         modulora quantize ./model out --assignment mixed.yaml --calibration pydoc
     """
-    from modulora_core.checkpoints.written.outputs import check_output
+    from modulora_core.checkpoints.outputs import check_output
     from modulora_core.options import parse_options
     from modulora_core.registry import create, find
 

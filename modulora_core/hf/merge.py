@@ -19,10 +19,7 @@ from torch import Tensor
 
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.checkpoints.record import PackedSite
-from modulora_core.checkpoints.written.outputs import (
+from modulora_core.checkpoints.outputs import (
     DIGESTS,
     SMALL_FILES,
     check_digests,
@@ -31,7 +28,10 @@ from modulora_core.checkpoints.written.outputs import (
     whole_or_nothing,
     write_digests,
 )
-from modulora_core.checkpoints.written.shards import ShardWriter, plan_shards
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.checkpoints.record import PackedSite
+from modulora_core.checkpoints.shards import ShardWriter, plan_shards
 from modulora_core.errors import OptionError, OutputError, WeightError
 from modulora_core.hf.load_adapter import adapter_for, outline_with
 from modulora_core.hf.peft_format import AdapterDelta

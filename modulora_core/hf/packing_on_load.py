@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from modulora_core.checkpoints.matrices import pack_matrices
 from modulora_core.checkpoints.packed_modules import install_parameter, use_dense_products
+from modulora_core.checkpoints.packing import pack_matrices
 from modulora_core.checkpoints.record import QuantizationRecord, Recipe, by_reason, packed_sites
 from modulora_core.errors import CheckpointError, OptionError, WeightError
 from modulora_core.models.sites import find_sites, tied_to

@@ -31,7 +31,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError
 from torch import Tensor
 
-from modulora_core.checkpoints.written.outputs import write_file
+from modulora_core.checkpoints.outputs import write_file
 from modulora_core.errors import AdapterError
 from modulora_core.hf.base_record import AdapterRecord, Dropout
 from modulora_core.hf.expert_format import Factors, Stack, from_file, to_file

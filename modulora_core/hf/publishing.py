@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import HfApi
 
+from modulora_core.checkpoints.model_card import FILE, model_card
+from modulora_core.checkpoints.outputs import DIGESTS
 from modulora_core.checkpoints.packed_modules import current_record
-from modulora_core.checkpoints.written.model_card import FILE, model_card
-from modulora_core.checkpoints.written.outputs import DIGESTS
 
 
 class Publishing:

@@ -11,7 +11,7 @@ from modulora_core.data.formats import Conversation
 from modulora_core.data.rendering import Renderer
 from modulora_core.errors import MissingExtraError
 from modulora_core.inference.passes import batches, check_examples, evaluating
-from modulora_core.models.sampling import Sampling, continuations
+from modulora_core.models.generation import Sampling, continuations
 from modulora_core.progress import Progress, no_progress
 
 

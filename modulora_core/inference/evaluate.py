@@ -29,7 +29,7 @@ from modulora_core.inference.metrics import Metric
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
 from modulora_core.models.config import vocabulary_of, window_of
-from modulora_core.models.sampling import Sampling
+from modulora_core.models.generation import Sampling
 from modulora_core.progress import Display, Progress, no_progress, shown
 from modulora_core.training.chunked_loss import token_losses
 from modulora_core.training.readout import read_out

@@ -17,7 +17,7 @@ from modulora_core.data.rendering import check_ids, token_ids
 from modulora_core.errors import DataError, first_line
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
 from modulora_core.models.config import vocabulary_of, window_of
-from modulora_core.models.sampling import Sampling, continuations
+from modulora_core.models.generation import Sampling, continuations
 from modulora_core.models.stops import model_stops
 from modulora_core.models.tokenizer import render
 

@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from modulora_core.arguments import check_fields
+from modulora_core.arguments import checked_class
 from modulora_core.errors import OptionError
 from modulora_core.lora.targets import ALL_LINEAR
 
 
+@checked_class
 @dataclass(frozen=True, slots=True)
 class LoRASettings:
     """Settings of a new adapter. The defaults are the paper's (arXiv 2309.16119), except targets.
@@ -35,7 +36,6 @@ class LoRASettings:
     train_scales: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self)
         for name, is_valid, expected in (
             ("rank", self.rank >= 1, "at least 1"),
             ("alpha", 0 < self.alpha < math.inf, "more than 0"),

@@ -16,8 +16,8 @@ from modulora_core.calibration.sensitivity import loss_sensitivities
 from modulora_core.calibration.stages import TokenWeights
 from modulora_core.calibration.states import spilled_bytes
 from modulora_core.calibration.token_weights import OutputMoments, moment_bytes, token_weights
-from modulora_core.checkpoints.matrices import pack_matrices
-from modulora_core.checkpoints.written.shards import ShardWriter
+from modulora_core.checkpoints.packing import pack_matrices
+from modulora_core.checkpoints.shards import ShardWriter
 from modulora_core.dense_products import has_bfloat16_units, matmul_precision
 from modulora_core.models import ModelSource
 from modulora_core.progress import Progress

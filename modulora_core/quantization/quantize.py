@@ -20,12 +20,12 @@ import torch
 
 from modulora_core.arguments import checked
 from modulora_core.calibration import CalibrationConfig, CalibrationText, calibration_text
+from modulora_core.checkpoints.model_card import FILE as CARD
+from modulora_core.checkpoints.model_card import model_card
+from modulora_core.checkpoints.outputs import check_output, write_digests, write_file
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.checkpoints.written.model_card import FILE as CARD
-from modulora_core.checkpoints.written.model_card import model_card
-from modulora_core.checkpoints.written.outputs import check_output, write_digests, write_file
-from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
+from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
 from modulora_core.distributed import is_first, pick_device, together, world_size
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.models import ModelSource, open_dense

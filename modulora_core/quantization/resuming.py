@@ -12,9 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.record import QuantizationRecord
-from modulora_core.checkpoints.written.outputs import (
+from modulora_core.checkpoints.outputs import (
     SMALL_FILES,
     check_disk_space,
     check_output,
@@ -22,6 +20,8 @@ from modulora_core.checkpoints.written.outputs import (
     whole_or_nothing,
     write_file,
 )
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.record import QuantizationRecord
 from modulora_core.distributed import barrier, from_first, is_first, together
 from modulora_core.errors import CheckpointError, RequestError
 from modulora_core.models import ModelSource

@@ -20,8 +20,8 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from modulora_core.checkpoints.written.outputs import MARKER, partial_name
-from modulora_core.checkpoints.written.shards import JOURNAL
+from modulora_core.checkpoints.outputs import MARKER, partial_name
+from modulora_core.checkpoints.shards import JOURNAL
 from modulora_core.errors import RequestError
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 

@@ -16,7 +16,7 @@ from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
-from modulora_core.models.sampling import Sampling
+from modulora_core.models.generation import Sampling
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune

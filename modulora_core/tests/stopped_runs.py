@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from modulora_core.checkpoints.written.shards import ShardWriter
+from modulora_core.checkpoints.shards import ShardWriter
 
 
 def stored(folder: Path) -> dict[str, bytes]:

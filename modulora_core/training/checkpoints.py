@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field
 from transformers import TrainerState
 
-from modulora_core.checkpoints.written.outputs import digest, digests_of, sync_folder, write_file
+from modulora_core.checkpoints.outputs import digest, digests_of, sync_folder, write_file
 from modulora_core.errors import CheckpointError
 from modulora_core.models.json_files import read_json
 

@@ -25,9 +25,9 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from modulora_core.arguments import checked
+from modulora_core.checkpoints.outputs import check_disk_space, only_writer, write_file
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.checkpoints.written.outputs import check_disk_space, only_writer, write_file
 from modulora_core.data.sources import Source
 from modulora_core.dense_products import matmul_precision
 from modulora_core.distributed import is_first, together

@@ -11,8 +11,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from modulora_core.checkpoints.foreign.writers import base_file, file_writer
+from modulora_core.checkpoints.outputs import write_file
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.distributed import is_first, together
 from modulora_core.errors import OutputError
 from modulora_core.hf.save_adapter import save_adapter

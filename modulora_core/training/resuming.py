@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modulora_core.checkpoints.written.outputs import check_output, partial_name, write_file
+from modulora_core.checkpoints.outputs import check_output, partial_name, write_file
 from modulora_core.data.examples import Examples
 from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, OutputError

@@ -215,7 +215,7 @@ def _changed_options(quantizer: Quantizer) -> dict[str, Any]:
     """Another valid value of each option that has one."""
     own, changed = quantizer.options.model_dump(), {}
     for name, value in own.items():
-        others = _choices(quantizer.Options.model_fields[name].annotation)
+        others = choices(quantizer.Options.model_fields[name].annotation)
         if isinstance(value, bool):
             others = [not value]
         elif isinstance(value, (int, float)) and not isinstance(value, Enum):
@@ -227,13 +227,13 @@ def _changed_options(quantizer: Quantizer) -> dict[str, Any]:
     return changed
 
 
-def _choices(annotation: Any) -> list[Any]:
+def choices(annotation: Any) -> list[Any]:
     """The values of a Literal or of an Enum, also as a part of a union."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return list(annotation)
-    return [choice for part in get_args(annotation) for choice in _choices(part)]
+    return [choice for part in get_args(annotation) for choice in choices(part)]
 
 
 def _valid(quantizer: Quantizer, options: Any) -> Any:

@@ -45,7 +45,7 @@ class Level:
     """Groups checks.
 
     Attributes:
-        level: ``"L0"`` to ``"L7"``.
+        level: ``"L0"`` to ``"L8"``.
         title: its name. Reports show it with the docstring of the class.
     """
 

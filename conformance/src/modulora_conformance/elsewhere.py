@@ -26,6 +26,7 @@ from torch import Tensor
 
 from modulora_conformance.cases import both_ways, fit, gaussian, pack, packed, tile
 from modulora_conformance.changes import settings
+from modulora_conformance.covered import recording
 from modulora_conformance.memo import once
 from modulora_conformance.pages import Place, guarded
 from modulora_core.checkpoints.peak_memory import PeakMemory
@@ -58,10 +59,11 @@ def elsewhere(job: Callable[..., Any], *arguments: Any, **environment: str) -> A
         process.start()
     theirs.close()
     try:
-        ours.send_bytes(_dumped((job, arguments)))
+        ours.send_bytes(_dumped((job, arguments, recording.files_recorded())))
         if not ours.poll(TIMEOUT):
             process.kill()
-        result, error = pickle.loads(ours.recv_bytes())
+        result, error, recorded = pickle.loads(ours.recv_bytes())
+        recording.add(recorded)
     except (EOFError, OSError):
         process.join()
         result, error = None, f"an end with exit code {process.exitcode}"
@@ -93,13 +95,16 @@ def _other_hashes() -> Iterator[None]:
 def _work(pipe: Any, variables: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(variables)
-    job, arguments = pickle.loads(pipe.recv_bytes())
+    job, arguments, files = pickle.loads(pipe.recv_bytes())
     result, failure = None, None
+    recorder = recording.coverage_of(files) if files else None
     try:
-        result = job(*arguments)
+        with recording.recording(recorder):
+            result = job(*arguments)
     except BaseException as error:
         failure = f"{type(error).__name__}: {error}"
-    pipe.send_bytes(_dumped((result, failure)))
+    recorded = recorder.get_data().dumps() if recorder is not None else b""
+    pipe.send_bytes(_dumped((result, failure, recorded)))
 
 
 class _Pickler(pickle.Pickler):

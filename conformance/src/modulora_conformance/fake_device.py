@@ -56,7 +56,7 @@ class OnCuda(Tensor):
         return 0
 
     def tolist(self) -> Any:
-        return self.on_cpu.tolist()
+        return self.cpu().tolist()
 
     def data_ptr(self) -> int:
         raise RuntimeError(NO_ADDRESS)

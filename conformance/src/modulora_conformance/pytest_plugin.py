@@ -5,7 +5,8 @@ Every run of pytest imports this module if the kit is installed, so it imports n
 
 from __future__ import annotations
 
-import random
+import datetime
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from modulora_conformance import SUITE
 from modulora_conformance.items import golden_of
 from modulora_conformance.levels import HIGHEST
-from modulora_conformance.recorder import MEASUREMENTS, Recorder
+from modulora_conformance.recorder import MEASUREMENTS, Recorder, origin_of
 from modulora_conformance.results import Measurements
 
 
@@ -30,8 +31,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the levels 0 to N")  # fmt: skip
     add("--certified", action="store_true",
         help="fail too for expected failures, and for skips other than hardware's")  # fmt: skip
+    add("--branches", action="store_true",
+        help="count the branches of the plugin's source; a certificate then needs all")  # fmt: skip
+    add("--quick", action="store_true",
+        help="leave out named and drawn sizes; certifies nothing")  # fmt: skip
     add("--conformance-report", metavar="DIR", type=Path, help="write reports to DIR")
     add("--golden", metavar="DIR", type=Path, help="compare with the golden vectors in DIR")
+
+
+def _seed_of_today(quantizer: str | None) -> str:
+    """A seed that is another one each day, and for each version of the quantizer's plugin."""
+    origin = origin_of(quantizer) if quantizer is not None else ""
+    return str(zlib.crc32(f"{origin} {datetime.date.today()}".encode()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +80,13 @@ def configurations(name: str, options: list[str]) -> list[Configuration]:
 @pytest.hookimpl(tryfirst=True)  # before Hypothesis reads its seed
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("hypothesis_seed", None) is None:
-        config.option.hypothesis_seed = str(random.SystemRandom().randrange(2**32))
+        config.option.hypothesis_seed = _seed_of_today(config.getoption("--quantizer"))
     config.addinivalue_line("markers", "slow: compiles for many seconds")
+    config.addinivalue_line("markers", "instrument: --quick leaves it out")
     config.addinivalue_line("markers", "threads: runs a check of the kit on all threads")
     _check_distribution(config)
+    if config.getoption("--quick") and config.getoption("--certified"):
+        raise pytest.UsageError("--certified: expected every instrument, got --quick too")
     config.pluginmanager.register(Recorder(config), "modulora_conformance_recorder")
     name = config.getoption("--quantizer")
     if name is not None:

@@ -29,9 +29,17 @@ from modulora_conformance.items import (
     name_of,
 )
 from modulora_conformance.levels import HIGHEST
-from modulora_conformance.results import GOLDEN, Kind, Measurements, Outcome, Run
+from modulora_conformance.results import (
+    GOLDEN,
+    Branches,
+    Kind,
+    Measurements,
+    Outcome,
+    Run,
+)
 
 if TYPE_CHECKING:
+    from modulora_conformance.covered.branches import Source
     from modulora_core.spec import Quantizer
 
 MEASUREMENTS = pytest.StashKey[Measurements]()
@@ -75,6 +83,8 @@ class Recorder:
         self._subjects: dict[tuple[str, str], Subject] = {}
         self._partial: set[tuple[type, str]] = set()
         self._certified: list[bool] = []
+        self._sources: dict[str, Source] = {}
+        self._branches: dict[str, Branches] = {}
 
     def runs(self) -> Iterator[Run]:
         """One for each quantizer, in the order of their first checks."""
@@ -84,7 +94,7 @@ class Recorder:
 
     def _run(self, subjects: list[Subject]) -> Run:
         spec, cls = subjects[0].quantizer.spec, subjects[0].cls
-        distribution, of_version = _origin(spec.name)
+        distribution, of_version = origin_of(spec.name)
         cut = {level for of, level in self._partial if of is cls}
         partial = {
             title: tuple(sorted(cut | missing)) for title, missing in _missing(subjects).items()
@@ -100,6 +110,7 @@ class Recorder:
             complete=not any(partial.values()),
             partial=partial,
             checks=tuple(outcome for subject in subjects for outcome in subject.outcomes),
+            branches=self._branches.get(spec.name),
             seed=str(self._config.getoption("hypothesis_seed", "")),
             only=_only(self._config),
             environment=environment(),
@@ -131,6 +142,8 @@ class Recorder:
     def _is_left_out(self, item: pytest.Item) -> bool:
         if int(level_of(item)[1:]) > self._config.getoption("--conformance-level"):
             return True
+        if self._config.getoption("--quick") and item.get_closest_marker("instrument"):
+            return True
         return name_of(item).endswith(GOLDEN) and golden_of(item) is None
 
     def pytest_deselected(self, items: Sequence[pytest.Item]) -> None:
@@ -160,6 +173,21 @@ class Recorder:
                 pytest.skip(f"{BLOCKED}{', '.join(failed)} failed before")
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Record the branches that a check runs, unless the run has a part of the checks alone."""
+        quantizer = getattr(item, "funcargs", {}).get("quantizer")
+        if self._partial or quantizer is None or not self._config.getoption("--branches"):
+            return (yield)
+        from modulora_conformance.covered.branches import Source
+        from modulora_conformance.covered.recording import recording
+
+        name = quantizer.spec.name
+        if name not in self._sources:
+            self._sources[name] = Source(quantizer)
+        with recording(self._sources[name].recorder):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
@@ -180,7 +208,8 @@ class Recorder:
         kind, reason = _kind(report, error)
         if kind in ("failed", "blocked"):
             subject.failed.add(name_of(item))
-        measured = tuple(item.stash.get(MEASUREMENTS, Measurements()).worst.values())
+        collected = item.stash.get(MEASUREMENTS, Measurements())
+        measured = tuple(collected.worst.values())
         item.user_properties += [(f"modulora:{found.name}", found.value) for found in measured]
         subject.outcomes.append(
             Outcome(
@@ -192,6 +221,7 @@ class Recorder:
                 reason=reason,
                 seconds=round(report.duration, 4),
                 measurements=measured,
+                notes=tuple(collected.notes),
             )
         )
 
@@ -203,6 +233,7 @@ class Recorder:
         self._certified += getattr(node, "workeroutput", {}).get(CERTIFIED, [])
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        self._count_branches()
         runs = list(self.runs())
         self._certified += [run.certified for run in runs]
         if hasattr(self._config, "workeroutput"):  # of pytest-xdist, for the main process
@@ -215,6 +246,17 @@ class Recorder:
         if folder is not None:
             for run in runs:
                 self._write(run, folder)
+
+    def _count_branches(self) -> None:
+        """Count the branches of each quantizer whose checks all ran."""
+        for run in list(self.runs()):
+            source = self._sources.get(run.quantizer)
+            if source is not None and run.complete:
+                of = [s.quantizer for s in self._subjects.values()]
+                options = [
+                    q.options.model_dump(mode="json") for q in of if q.spec.name == run.quantizer
+                ]
+                self._branches[run.quantizer] = source.branches(options)
 
     def _write(self, run: Run, folder: Path) -> None:
         from modulora_conformance.bench.quantizer_bench import measure_speed
@@ -285,7 +327,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _origin(quantizer: str) -> tuple[str, str]:
+def origin_of(quantizer: str) -> tuple[str, str]:
     """The distribution of a quantizer and its version; ``("", "")`` if it is not registered."""
     from modulora_core.registry import entries
 

@@ -18,13 +18,14 @@ from modulora_conformance.levels.identity import Identity
 from modulora_conformance.levels.lookups import Lookups
 from modulora_conformance.levels.memory import Memory
 from modulora_conformance.levels.modes import Modes
+from modulora_conformance.levels.named_sizes import NamedSizes
 from modulora_conformance.levels.packing import Packing
 from modulora_conformance.levels.persistence import Persistence
 from modulora_conformance.levels.processes import Processes
 from modulora_conformance.levels.products import Products
 from modulora_conformance.levels.real_products import RealProducts
 from modulora_conformance.levels.real_weights import RealWeights
-from modulora_conformance.levels.sliced import Sliced
+from modulora_conformance.levels.serving import Serving
 from modulora_conformance.levels.snapped import Snapped
 from modulora_conformance.levels.state import State
 from modulora_conformance.levels.tiles import Tiles
@@ -40,20 +41,21 @@ class QuantizerConformance(
     Tiles,
     State,
     Lookups,
-    Sliced,
     Snapped,
     RealWeights,
     Products,
     Forms,
     Modes,
     RealProducts,
+    NamedSizes,
     Gradients,
     Memory,
     Persistence,
     Processes,
     Devices,
+    Serving,
 ):
-    """Runs every check, L0 to L7. Subclass it in a test file with the fixture ``quantizer``::
+    """Runs every check, L0 to L8. Subclass it in a test file with the fixture ``quantizer``::
 
         class TestMine(QuantizerConformance):
             @pytest.fixture(params=[{"bits": 2}, {"bits": 4}], ids=str)

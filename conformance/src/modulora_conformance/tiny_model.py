@@ -76,7 +76,19 @@ def _hidden_size(quantizer: Quantizer) -> int:
     return first  # quantize() reports the fault
 
 
-def _save_dense(folder: Path, hidden_size: int) -> None:
+@once(most=8)
+def servable_model(quantizer: Quantizer) -> TinyModel:
+    """The same with two wide heads: vLLM's kernels know few sizes of heads."""
+    root = Path(tempfile.mkdtemp(prefix="modulora-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    size = _hidden_size(quantizer)
+    _save_dense(root / "dense", size, head_dim=size, heads=2)
+    return TinyModel(root / "dense", _quantize(root / "dense", root / "packed", quantizer))
+
+
+def _save_dense(
+    folder: Path, hidden_size: int, head_dim: int | None = None, heads: int = HEADS
+) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -84,8 +96,9 @@ def _save_dense(folder: Path, hidden_size: int) -> None:
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
         vocab_size=VOCABULARY,
         max_position_embeddings=64,
         initializer_range=0.1,

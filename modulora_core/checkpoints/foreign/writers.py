@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from modulora_core.checkpoints.outputs import check_new_file
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.written.outputs import check_new_file
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.hookspecs import FormatSpec
 from modulora_core.models.installed_formats import InstalledFormat, file_format, unread_file

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from modulora_core.checkpoints.written.outputs import (
+from modulora_core.checkpoints.outputs import (
     MARKER,
     REQUEST,
     check_digests,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modulora_core.checkpoints.written.shards import JOURNAL, ShardWriter, plan_shards
+from modulora_core.checkpoints.shards import JOURNAL, ShardWriter, plan_shards
 from modulora_core.errors import CheckpointError, WorkError
 from modulora_core.models.folders import INDEX
 from modulora_core.spec import TensorLayout

@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from modulora_core import load_model
-from modulora_core.checkpoints.written.outputs import DIGESTS
+from modulora_core.checkpoints.outputs import DIGESTS
 from modulora_core.hf import publishing
 from modulora_core.tests.adapted_models import logits, trained
 

@@ -25,7 +25,7 @@ from modulora_core.inference.evaluate import (
 )
 from modulora_core.inference.opened import open_to_run
 from modulora_core.inference.passes import asked_in
-from modulora_core.models.sampling import Sampling
+from modulora_core.models.generation import Sampling
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training import chunked_loss
 

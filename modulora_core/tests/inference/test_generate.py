@@ -5,7 +5,7 @@ import pytest
 from modulora_core.errors import DataError, WorkError
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
-from modulora_core.models.sampling import Sampling
+from modulora_core.models.generation import Sampling
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

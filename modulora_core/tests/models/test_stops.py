@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from modulora_core.inference.generate import generate
-from modulora_core.models.sampling import Sampling
+from modulora_core.models.generation import Sampling
 from modulora_core.models.stops import stop_ids
 from modulora_core.tests.tiny_models import save_tiny_model
 

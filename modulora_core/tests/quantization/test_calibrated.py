@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from modulora_core import registry
 from modulora_core.calibration import CalibrationConfig, TuningConfig
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.checkpoints.written.outputs import partial_name
+from modulora_core.checkpoints.outputs import partial_name
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, DataError, OptionError
 from modulora_core.hf.load_model import load_model

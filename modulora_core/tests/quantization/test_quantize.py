@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.checkpoints.written.outputs import partial_name
+from modulora_core.checkpoints.outputs import partial_name
 from modulora_core.errors import (
     CheckpointError,
     OptionError,

@@ -17,7 +17,7 @@ from modulora_core.data import load_examples
 from modulora_core.hf.load_model import load_model
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
-from modulora_core.models.sampling import Sampling, continuations
+from modulora_core.models.generation import Sampling, continuations
 from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training.finetune import finetune

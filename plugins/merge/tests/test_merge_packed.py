@@ -17,8 +17,8 @@ from modulora_merge.copying import _OfForeign
 from modulora_merge.merging import PackedMerge, merge_packed
 
 from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.outputs import check_digests
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.written.outputs import check_digests
 from modulora_core.cli import main as run
 from modulora_core.errors import AdapterError, DataError, ModelError, OptionError, OutputError
 from modulora_core.hf.load_adapter import load_adapter

@@ -66,7 +66,7 @@ def decoding(options: dict[str, Any]) -> Taken:
 
     from modulora_core.inference.generate import generate
     from modulora_core.inference.opened import open_to_run
-    from modulora_core.models.sampling import Sampling
+    from modulora_core.models.generation import Sampling
 
     opened = open_to_run(options["model"])
     with PeakMemory() as peak:

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 from modulora_vllm import adapters, server
+from modulora_vllm.cli.serve import waits
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from modulora_core import load_model
 from modulora_core.checkpoints.opening import open_model
@@ -19,6 +22,8 @@ from modulora_core.errors import AdapterError, OptionError, WorkError
 from modulora_core.hf.save_adapter import save_adapter
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
+from modulora_core.quantization.assignment import Assignment
+from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.adapted_models import randomize, trained
 
 WRONG = {
@@ -56,6 +61,24 @@ def test_vllm_gets_a_slot_more_than_adapters() -> None:
     assert made.environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "False"
 
 
+def test_a_model_that_graphs_cannot_record_is_served_without_them(
+    tunable: Path, tmp_path: Path
+) -> None:
+    assert waits(open_model(tunable))  # Toy's spec doesn't state that it is capturable
+    dense, tables = tunable.with_name("dense"), Assignment(default="nf4", embeddings="nf4")
+    for name, quantizer in {"linear": "nf4", "tables": tables}.items():
+        quantize(str(dense), tmp_path / name, quantizer)
+    assert not waits(open_model(tmp_path / "linear"))
+    assert waits(open_model(tmp_path / "tables"))
+    assert not waits(open_model(dense))
+    for eager in (False, True):
+        made = server.vllm_server(
+            ("0.32.0", "cuda"), "packed", {}, rank=1, host="localhost", port=1, dtype="auto",
+            loading=False, more=[], eager=eager,
+        )  # fmt: skip
+        assert ("--enforce-eager" in made.words) == eager
+
+
 def test_an_adapter_with_channel_scales_is_refused(tunable: Path, tmp_path: Path) -> None:
     model = load_model(tunable, device="cpu")
     add_lora(model, LoRASettings(rank=2, train_scales=True))
@@ -74,8 +97,32 @@ def test_an_adapter_of_packed_weights_on_dense_ones_is_named(tunable: Path, tmp_
     assert "serve the packed folder" in warnings[0]
 
 
-def prepared(model: Path, tmp_path: Path) -> Any:
-    wanted = adapters.parse([f"mine={tmp_path / 'adapter'}"])
+def test_an_adapter_of_another_quantization_gives_a_warning(
+    tunable: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quantize(str(tunable.with_name("dense")), tmp_path / "other", "verbatim")
+    save_adapter(trained(load_model(tunable, device="cpu")), tmp_path / "adapter")
+    assert prepared(tunable, tmp_path / "same", tmp_path / "adapter")[2] == []
+    assert not caplog.messages
+    prepared(tmp_path / "other", tmp_path / "changed", tmp_path / "adapter")
+    (message,) = caplog.messages
+    assert "quantized with toy" in message
+    assert f"used on {tmp_path / 'other'} quantized with verbatim" in message
+
+
+def test_an_adapter_of_dense_weights_on_packed_ones_is_named(tunable: Path, tmp_path: Path) -> None:
+    dense = tunable.with_name("dense")
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "adapter"
+    )
+    (warning,) = prepared(tunable, tmp_path)[2]
+    assert f"it has no record of its base, {dense} by its config" in warning
+    assert prepared(dense, tmp_path / "dense", tmp_path / "adapter")[2] == []
+
+
+def prepared(model: Path, tmp_path: Path, adapter: Path | None = None) -> Any:
+    wanted = adapters.parse([f"mine={adapter or tmp_path / 'adapter'}"])
     return adapters.prepare(wanted, open_model(model), str(model), tmp_path)
 
 

@@ -30,10 +30,11 @@ from vllm_processes import PROMPTS, largest_difference, log_probabilities, need_
 from modulora_core import load_model
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.assignment import Assignment
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.adapted_models import trained
+from modulora_core.tests.adapted_models import randomize, trained
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 need_vllm()
@@ -146,19 +147,51 @@ def test_each_architecture_gives_transformers_log_probabilities(tmp_path: Path) 
 
 def test_adapters_of_one_batch_give_transformers_log_probabilities(tmp_path: Path) -> None:
     packed = packed_model(tmp_path, "qtip")
-    paths, models = {}, {None: load_model(packed, device="cpu")}
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(seed)
-        models[name] = trained(load_model(packed, device="cpu"), LoRASettings(rank=4, alpha=7.0))
-        save_adapter(models[name], tmp_path / name)
-        export_for_vllm(str(tmp_path / name), tmp_path / f"{name}-vllm", model=str(packed))
-        paths[name] = str(tmp_path / f"{name}-vllm")
+    models, paths = adapted_models(tmp_path, packed)
     names = ["one", None, "two", "one", None, "two"]
     (answers,) = run_vllm(tmp_path, {"model": packed, "adapters": names, "paths": paths})
     for name, ids, answer in zip(names, PROMPTS, answers, strict=True):
         assert largest_difference([answer], models[name], [ids]) < TOLERANCE
     shared = log_probabilities(models["one"], [*PROMPTS[1], *answers[1]["ids"]])
     assert not torch.allclose(shared, torch.tensor(answers[1]["logprobs"]), atol=1e-2)
+
+
+def test_adapters_of_packed_experts_give_transformers_log_probabilities(tmp_path: Path) -> None:
+    """Stored one by one, as in Mixtral and Qwen 3; a request without an adapter is in the batch."""
+    names = ["one", None, "two", "one", None, "two"]
+    requests, models = list[dict[str, Any]](), list[dict[str | None, Any]]()
+    for architecture in ("mixtral", "qwen3_moe"):
+        model_type, quantizer, sizes = ARCHITECTURES[architecture]
+        packed = packed_model(tmp_path / architecture, quantizer, model_type, **sizes)
+        adapted, paths = adapted_models(tmp_path / architecture, packed)
+        assert any("experts" in path for path, _ in adapter_layers(adapted["one"]))
+        requests.append({"model": packed, "adapters": names, "paths": paths})
+        models.append(adapted)
+    sharded = {"options": {"enable_lora": True, "fully_sharded_loras": True}}
+    *served, refused = run_vllm(tmp_path, *requests, {"model": packed, **sharded})
+    assert "packed experts are served without fully sharded adapters; serve what" in refused
+    found = list[float]()
+    for adapted, answers in zip(models, served, strict=True):
+        assert not isinstance(answers, str), answers
+        for name, ids, answer in zip(names, PROMPTS, answers, strict=True):
+            found.append(largest_difference([answer], adapted[name], [ids]))
+        assert largest_difference(answers[:1], adapted[None], PROMPTS[:1]) > 1e-2
+    print(found)
+    assert max(found) < TOLERANCE
+
+
+def adapted_models(root: Path, packed: Path) -> tuple[dict[str | None, Any], dict[str, str]]:
+    """The packed model without and with two adapters, and their folders for vLLM, by name."""
+    models: dict[str | None, Any] = {None: load_model(packed, device="cpu")}
+    paths = dict[str, str]()
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        models[name] = trained(load_model(packed, device="cpu"), LoRASettings(rank=4, alpha=7.0))
+        randomize(models[name], seed)
+        save_adapter(models[name], root / name)
+        export_for_vllm(str(root / name), root / f"{name}-vllm", model=str(packed))
+        paths[name] = str(root / f"{name}-vllm")
+    return models, paths
 
 
 def test_three_processes_give_the_same_answers(

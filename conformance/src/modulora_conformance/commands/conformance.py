@@ -44,7 +44,11 @@ Certified = Annotated[
 ]
 DrawSeed = Annotated[
     int | None,
-    option("--seed N", "Seed of random shapes and values.", min=0, default="a new one, printed"),
+    option("--seed N", "Seed of random shapes and values.", min=0, default="today's, printed"),
+]
+Quick = Annotated[
+    bool,
+    option("--quick", "Count no branches, try no sizes that the plugin names. Never certified."),
 ]
 Golden = Annotated[
     Path | None,
@@ -66,6 +70,7 @@ def command(
     report: ReportFolder = None,
     certified: Certified = False,
     seed: DrawSeed = None,
+    quick: Quick = False,
     golden: Golden = None,
     measure: Measure = False,
     list_checks: ListChecks = False,
@@ -86,7 +91,8 @@ def command(
     """
     if list_checks:
         return _list()
-    left_out = {f"--level {level}": level < HIGHEST, "-k": select, "-x": exitfirst}
+    left_out: dict[str, object] = {f"--level {level}": level < HIGHEST, "--quick": quick}
+    left_out |= {"-k": select, "-x": exitfirst}
     name = _check_request(name, certified, left_out)
     if (older := _older(name)) is not None:
         return older
@@ -100,6 +106,7 @@ def command(
     words += ["-k", select] if select is not None else []
     words += ["--exitfirst"] if exitfirst else []
     words += ["--certified"] if certified else []
+    words += ["--quick"] if quick else ["--branches"]
     given = {"conformance-report": report, "hypothesis-seed": seed, "golden": golden}
     words += [f"--{name}={value}" for name, value in given.items() if value is not None]
     terminal().stop_working()  # pytest prints

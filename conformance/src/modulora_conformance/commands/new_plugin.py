@@ -61,7 +61,7 @@ def new_plugin(name: str, out: Path) -> list[str]:
         DuplicatePluginError: a quantizer or a module of that name is installed.
         OutputError: ``out`` has files, or can't be written.
     """
-    from modulora_core.checkpoints.written.outputs import whole_or_nothing
+    from modulora_core.checkpoints.outputs import whole_or_nothing
 
     _check_name(name)
     _check_free(name)

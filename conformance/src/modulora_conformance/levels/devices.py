@@ -232,10 +232,10 @@ class Devices(Level):
         The device is a fake whose values are in the CPU's memory; kernels of the toolkit are off.
         Make each new tensor on ``packed.device`` or ``weight.device``.
         """
-        _without_kernels(monkeypatch)
+        without_kernels(monkeypatch)
         weight = packed(quantizer, SHAPE)
         W, whole, ids = dense(quantizer, weight), tile(quantizer, weight), torch.tensor([[9, 0, 3]])
-        with _on_fake_cuda(quantizer):
+        with on_fake_cuda(quantizer):
             on_cuda = weight.layout.fill({n: moved(t) for n, t in weight.tensors.items()})
             for dtype in DTYPES:
                 found = _values(tile(quantizer, on_cuda, dtype, 1), f"a tile in {dtype}")
@@ -262,10 +262,10 @@ class Devices(Level):
 
         Packed tensors must be on ``weight.device``, and so must tables and H.
         """
-        _without_kernels(monkeypatch)
+        without_kernels(monkeypatch)
         weight = gaussian(fit(quantizer, 20, 48), 92)  # plain torch is slow
         required = quantizer.spec.calibration == "required"
-        with _on_fake_cuda(quantizer):
+        with on_fake_cuda(quantizer):
             H = Calibration(moved(identity(weight.shape[1]).hessian), 1) if required else None
             found = quantizer.pack(moved(weight), H)
             here = {n: _values(t, f"packed tensor {n}") for n, t in found.tensors.items()}
@@ -317,14 +317,14 @@ def _require_cuda() -> None:
         pytest.skip(f"{HARDWARE}no CUDA device")
 
 
-def _without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the toolkit find no kernels: none runs on the fake device."""
     for module, name in itertools.product((kernels, compiled), ("load", "load_triton")):
         monkeypatch.setattr(module, name, lambda module, device: None)  # noqa: ARG005
 
 
 @contextmanager
-def _on_fake_cuda(quantizer: Quantizer) -> Iterator[None]:
+def on_fake_cuda(quantizer: Quantizer) -> Iterator[None]:
     """Enter the fake device. Skip a check if a quantizer's own GPU kernels want a real one."""
     try:
         with fake_cuda():

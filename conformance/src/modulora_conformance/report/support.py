@@ -27,9 +27,9 @@ HEADINGS = (
     "bits per weight",
     "error, Gaussian weights",
     "merges",
+    "serves",
     "levels passed",
-    "certified",
-    "suite, protocol",
+    "certified (suite, protocol)",
 )
 
 HEADER = """\
@@ -38,8 +38,10 @@ HEADER = """\
 The table has a row for each configuration that a quantizer promises, as the conformance kit
 measured it. Bits per weight include scales, for a layer of 2048 × 2048.
 The error is ‖W − Ŵ‖ / ‖W‖ for normal weights, packed without calibration. "Merges" says whether
-`modulora merge-packed` can put an adapter into such weights. A certified run passes
-all levels. It skips only missing hardware, and features that the quantizer does not offer.
+`modulora merge-packed` can put an adapter into such weights. "Serves" says what processes of
+[vLLM](../how-to/serve.md#several-gpus) share of a weight: rows, columns, or nothing (whole). With
+"graphs", CUDA graphs can record its products. A certified run passes all levels. It skips only
+missing hardware, missing programs, and features that the quantizer does not offer.
 "Without hardware" says that no check ran on a device that the quantizer's spec names.
 
 """
@@ -62,9 +64,9 @@ def table(runs: Iterable[Run]) -> str:
                 row.size or "-",
                 row.error or "-",
                 row.merges,
+                row.serves,
                 row.levels,
-                certified,
-                f"{run.suite}, {run.protocol}",
+                f"{certified} ({run.suite}, {run.protocol})",
             )
             for row in rows(run)
         ]
@@ -85,7 +87,8 @@ def escape(text: str) -> str:
 def badge_and_table(run: Run) -> str:
     """A badge, a table, and the reasons against a certificate."""
     badge = f"![modulora conformance: {verdict(run).words}]({run.quantizer}.svg)"
-    reasons = "" if run.certified else f"\n{escape(against(run))}\n"
+    counted = f"\nThe checks ran {run.branches.words}.\n" if run.branches is not None else ""
+    reasons = counted if run.certified else f"\n{escape(against(run))}\n"
     return f"{badge}\n\n{table([run])}{reasons}"
 
 

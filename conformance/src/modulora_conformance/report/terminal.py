@@ -13,7 +13,7 @@ from rich.text import Text
 
 from modulora_conformance.checks import explanation
 from modulora_conformance.report.verdict import against, duration, repeat, share_text, worst
-from modulora_conformance.results import GOLDEN, KINDS, Kind, Outcome, Run
+from modulora_conformance.results import GOLDEN, KINDS, Branches, Kind, Outcome, Run
 
 STYLES: dict[Kind, str] = {
     "passed": "green",
@@ -27,6 +27,11 @@ SHOWN = 3
 """The most cases of a check that are listed; the others are counted."""
 
 HOW_TO_SEE_MORE = "-k CHECK runs one check, and --tb short shows its traceback."
+
+NOT_RUN = (
+    "Remove each branch, write it as plain code, or explain it in the plugin's pyproject.toml: "
+    "not_covered under [tool.modulora.conformance]."
+)
 
 NO_GOLDEN = "No golden vectors: --golden DIR compares stored bytes with those of earlier versions."
 
@@ -58,6 +63,9 @@ def summary_text(run: Run, width: int = 100, *, color: bool = False, failures: b
     console.print(_levels(run))
     if run.failures and failures:
         console.print(Text(HOW_TO_SEE_MORE, "dim"), soft_wrap=whole)
+    if run.branches is not None:
+        for line in _branches(run.branches):
+            console.print(Text(line), soft_wrap=whole)
     for line in _notes(run):
         console.print(Text(line, "dim"), soft_wrap=whole)
     return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
@@ -78,10 +86,25 @@ def _print_check(console: Console, run: Run, cases: list[Outcome]) -> None:
     console.print(Padding(Text(meaning, "dim"), (0, 0, 0, 2)))
 
 
+def _branches(found: Branches) -> Iterator[str]:
+    """The count, each branch that no check ran, and the explanations that explain nothing."""
+    yield f"\nThe checks ran {found.words}."
+    for branch in found.missing:
+        yield f"  not run: {branch.file}:{branch.line}"
+        yield f"           {branch.name}"
+    if found.missing:
+        yield NOT_RUN
+        yield from (f"  a tour met: {note}" for note in found.notes)
+    for name in found.stale:
+        yield f"  not_covered explains what ran, or is not there: {name}; remove it"
+
+
 def _notes(run: Run) -> Iterator[str]:
     skips = Counter(check.reason for check in run.checks if check.outcome == "skipped")
     for reason, number in skips.items():
         yield f"SKIPPED {number}: {' '.join(reason.split())}"
+    for check in run.checks:
+        yield from (f"[{check.configuration}] {note}" for note in check.notes)
     for name, seconds in run.packing.items():
         yield f"{name}: {duration(seconds)}, once for all checks"
     if "L1" in run.levels and not any(check.check.endswith(GOLDEN) for check in run.checks):

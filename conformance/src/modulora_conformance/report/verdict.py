@@ -21,6 +21,9 @@ SIZE, ERROR = "bits per weight", "error of gaussian weights"
 MERGES = "test_a_snapped_weight_keeps_its_grid"
 """The check that a quantizer skips if it has no grid to merge an adapter into."""
 
+PARTS, RECORDED = "test_a_sliced_weight_is_its_part", "test_a_product_can_be_recorded_in_a_graph"
+"""The checks of L8 that a quantizer skips if it refuses all cuts, or if no graph records it."""
+
 
 class Verdict(NamedTuple):
     """A state, and a few words for a badge."""
@@ -33,13 +36,20 @@ def verdict(run: Run) -> Verdict:
     """Certified, failing, or the levels that passed without a gap from L0 on."""
     without = " without hardware" if run.untested else ""
     if run.certified:
-        return Verdict("certified", f"certified{without} {run.suite}")
+        counted = f", {branches(run)}" if run.branches else ""
+        return Verdict("certified", f"certified{without} {run.suite}{counted}")
     if run.count("failed") or run.count("blocked"):
         return Verdict("failing", "failing")
     partial = {level for levels in run.partial.values() for level in levels}
     if passed := levels_passed(run.checks, partial):
-        return Verdict("passed", f"{passed} passed{without if passed.endswith('L7') else ''}")
+        return Verdict("passed", f"{passed} passed{without if _reaches_devices(passed) else ''}")
     return Verdict("incomplete", "not certified")
+
+
+def branches(run: Run) -> str:
+    """``"213 checks, 100 % of 148 branches"``."""
+    counted = f", {run.branches.words}" if run.branches is not None else ""
+    return f"{_checks(run.count('passed'))}{counted}"
 
 
 def worst(checks: Iterable[Outcome]) -> Kind:
@@ -72,6 +82,7 @@ def against(run: Run) -> str:
         )
         named = f" Nothing ran on {' or '.join(run.untested)}, which the spec names."
         without, passed = (" without hardware", passed + named) if run.untested else ("", passed)
+        passed = f"{branches(run)}: {passed}"
         if run.certified:
             return f"Certified{without}: {passed}"
         return f"Passed{without}: {passed} A certificate needs a run with --certified."
@@ -87,6 +98,10 @@ def against(run: Run) -> str:
             f"{_checks(len(skips))} skipped for another reason than missing hardware ({skips[0]})"
         )
     passed = "Passed, not certified" if run.checks and not reasons else "Not certified"
+    if run.branches is not None and run.branches.missing:
+        reasons.append(f"no check ran {len(run.branches.missing)} branches of the plugin")
+    if run.branches is not None and run.branches.stale:
+        reasons.append(f"{len(run.branches.stale)} entries of not_covered explain nothing")
     if not run.complete:
         reasons.append("this run left out some checks, or configurations that the spec promises")
     return f"{passed}: {'; '.join(reasons) or 'nothing was checked'}."
@@ -111,6 +126,8 @@ class Row(NamedTuple):
     error: str
     merges: str
     """Whether an adapter can be merged into such weights."""
+    serves: str
+    """What processes of a server share of a weight, and whether CUDA graphs record products."""
     levels: str
     outcomes: Counter[str]
 
@@ -129,6 +146,7 @@ def rows(run: Run) -> list[Row]:
                 f"{size.limit:.4g}" if size else "",
                 f"{error.value:.2g}" if error else "",
                 _merges(checks),
+                _serves(checks),
                 _levels_text(levels_passed(checks, run.partial.get(name, ())), run.untested),
                 Counter(check.outcome for check in checks),
             )
@@ -141,9 +159,24 @@ def _merges(checks: Iterable[Outcome]) -> str:
     return "yes" if found == {"passed"} else "no" if found == {"skipped"} else "-"
 
 
+def _serves(checks: Iterable[Outcome]) -> str:
+    found = [check for check in checks if check.level == "L8"]
+    if worst(found) != "passed":
+        return "no" if found else "-"
+    passed = {(check.check, check.case) for check in found if check.outcome == "passed"}
+    words = [name for i, name in enumerate(("rows", "columns")) if (PARTS, str(i)) in passed]
+    return ", ".join([*(words or ["whole"]), *(["graphs"] if (RECORDED, "") in passed else [])])
+
+
+def _reaches_devices(passed: str) -> bool:
+    """Whether levels from L0 on contain L7, which runs on each device."""
+    return passed.endswith(("L7", "L8"))
+
+
 def _levels_text(passed: str, untested: tuple[str, ...]) -> str:
     found = passed.replace("-", "–") or "none"
-    return f"{found} without {', '.join(untested)}" if untested and "L7" in found else found
+    without = untested and _reaches_devices(passed)
+    return f"{found} without {', '.join(untested)}" if without else found
 
 
 def share_text(share: float) -> str:

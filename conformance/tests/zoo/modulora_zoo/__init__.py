@@ -15,8 +15,11 @@ from modulora_core.spec import Promise, QuantizerSpec
 SOUND = (
     "Healthy", "InTriton", "StridedTiles", "Sound", "PerRow", "Floating", "Lattice", "Rotated",
     "Importance", "OwnFunction", "Scaled", "Experts", "RotatedKernels", "Microscaled",
-    "Snapping", "Slicing",
+    "Snapping", "Slicing", "Recorded", "Branching",
 )  # fmt: skip
+
+UNMET = ("Hidden",)
+"""The checks meet none of its mistakes. The count of branches names them."""
 
 ELSEWHERE = ("Unlisted", "HeavyMetadata", "SlowMetadata")
 """This module's hook does not list them: zoo_heavy.py and zoo_slow.py do, or no module."""
@@ -37,7 +40,7 @@ OF_4_BIT_FLOATS = Promise(
 CALIBRATED = (
     "Importance", "InvertedImportance", "ReversedImportance", "FirstImportance", "SaysItIgnores",
     "IgnoresItsCalibration", "KeepsItsCalibration", "SecondMomentByAddress",
-    "UndeclaredGradients", "IgnoredGradients", "WorseByGradients",
+    "UndeclaredGradients", "IgnoredGradients", "WorseByGradients", "CoarseFrom3000Samples",
 )  # fmt: skip
 
 BITS = {"NarrowerThanItSays": (2,), "WiderThanItSays": (8,), "Microscaled": (4,)}
@@ -72,6 +75,7 @@ def spec(module, cls):
         calibration=calibration.get(cls, "none"),
         output_hessian=cls in ("IgnoredGradients", "WorseByGradients"),
         rescales=cls in RESCALING,
+        capturable=cls in ("Recorded", "CopiesItsTable", "ReadsAScale"),
         promises=() if cls == "ForgetsItsSeed" else tuple(promises),
     )
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from modulora_core.checkpoints.foreign.writers import AdapterFile, FileWriter, MergedFile
 from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.outputs import new_file
 from modulora_core.checkpoints.record import PackedSite
-from modulora_core.checkpoints.written.outputs import new_file
 from modulora_core.hf.load_adapter import adapter_for
 from modulora_core.hf.merge import delta_of, merged_parameter
 from modulora_core.hf.peft_format import read_adapter

@@ -43,7 +43,7 @@ def command(
         modulora convert my-adapter theirs --to FORMAT --model smollm2-packed
         modulora convert my-adapter OUT.SUFFIX --to FORMAT --model MODEL.SUFFIX
     """
-    from modulora_core.checkpoints.written.outputs import check_output
+    from modulora_core.checkpoints.outputs import check_output
     from modulora_core.models.installed_formats import find
 
     # before torch is imported

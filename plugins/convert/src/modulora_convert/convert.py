@@ -20,17 +20,17 @@ from modulora_core import registry
 from modulora_core.arguments import checked
 from modulora_core.checkpoints.foreign.writers import AdapterWriter, writer_of
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
-from modulora_core.checkpoints.written.outputs import (
+from modulora_core.checkpoints.outputs import (
     SMALL_FILES,
     check_disk_space,
     check_output,
     whole_or_nothing,
     write_digests,
 )
-from modulora_core.checkpoints.written.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.peak_memory import PeakMemory
+from modulora_core.checkpoints.record import QUANT_METHOD, PackedSite
+from modulora_core.checkpoints.shards import MAX_SHARD_BYTES, ShardWriter, plan_shards
 from modulora_core.errors import ModelError, OptionError, OutputError, ShapeError
 from modulora_core.models import installed_formats
 from modulora_core.models.formats import CheckpointFormat, StoredWeight

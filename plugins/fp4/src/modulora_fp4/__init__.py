@@ -13,6 +13,7 @@ SPEC = QuantizerSpec(
     bits=(4,),
     calibration="optional",
     devices=("cpu", "cuda"),
+    capturable=True,
     in_multiple=16,
     packing_memory=0.5,
     url="https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf",

@@ -36,6 +36,12 @@ LARGEST_EXPONENT = 100
 
 
 @cache
+def levels(device: torch.device) -> Tensor:
+    """The elements by their codes on a device, fp32, cached: no product sends them there again."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
+@cache
 def scale_values(type: str, device: torch.device) -> Tensor:
     """X of each code of a byte, fp32 ``[256]``. NaN, a sign of damage, counts as 0."""
     codes = torch.arange(256, dtype=torch.uint8, device="cpu")
@@ -71,8 +77,7 @@ def dequantize(type: str, codes: Tensor, scales: Tensor, g: Tensor | None = None
         scales: uint8 ``[rows, in / k]``.
         g: fp32 ``[1]``, or None for MXFP4.
     """
-    levels = torch.tensor(LEVELS, dtype=torch.float32, device=codes.device)
-    P = levels[unpack(codes).to(torch.int32)]
+    P = levels(codes.device)[unpack(codes).to(torch.int32)]
     X = block_scales(type, scales, g)
     values: Tensor = P.unflatten(-1, (-1, BLOCK[type])) * X[..., None]
     return values.flatten(-2)

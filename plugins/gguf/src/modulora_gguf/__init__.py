@@ -12,6 +12,7 @@ SPEC = QuantizerSpec(
     protocol=2,
     bits=(4, 5, 6, 8),
     devices=("cpu", "cuda"),
+    capturable=True,
     calibration="optional",
     in_multiple=32,
     packing_memory=0.5,

@@ -12,6 +12,7 @@ SPEC = QuantizerSpec(
     protocol=2,
     bits=(8,),
     devices=("cpu", "cuda"),
+    capturable=True,
     packing_memory=1.3,
     url="https://arxiv.org/abs/2208.07339",
     # the largest error of three seeds of the kit's weights, and 5 %

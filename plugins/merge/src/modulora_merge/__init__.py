@@ -14,5 +14,12 @@ def modulora_commands() -> list[CommandSpec]:
             panel="Use",
             location="modulora_merge.cli.merge_packed:command",
             protocol=2,
-        )
+        ),
+        CommandSpec(
+            name="finetune-packed",
+            summary="Train packed weights: rounds of an adapter that is then merged.",
+            panel="Train",
+            location="modulora_merge.cli.finetune_packed:command",
+            protocol=2,
+        ),
     ]

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from modulora_core.checkpoints.foreign.writers import FileWriter, file_writer
-from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-from modulora_core.checkpoints.record import QUANT_METHOD
-from modulora_core.checkpoints.written.outputs import (
+from modulora_core.checkpoints.outputs import (
     SMALL_FILES,
     check_disk_space,
     new_file,
     whole_or_nothing,
     write_digests,
 )
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.checkpoints.record import QUANT_METHOD
 from modulora_core.errors import ModelError, OptionError
 from modulora_core.models.formats import CheckpointFormat, StoredWeight
 from modulora_core.models.installed_formats import create_writer

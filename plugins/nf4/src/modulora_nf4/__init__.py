@@ -12,6 +12,7 @@ SPEC = QuantizerSpec(
     protocol=2,
     bits=(4,),
     devices=("cpu", "cuda"),
+    capturable=True,
     packing_memory=1.2,
     url="https://arxiv.org/abs/2305.14314",
     # the largest error of three seeds of the kit's weights, and 5 %

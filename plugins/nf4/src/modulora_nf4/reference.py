@@ -16,6 +16,8 @@ bitsandbytes 0.50 on the CPU, bit for bit; a comment says so.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -63,20 +65,26 @@ def quantize(W: Tensor, B: int) -> tuple[Tensor, Tensor]:
         tail = W.numel() // B * B
         scaled[tail:] = W[tail:] / divisor[-1]
         c2[-1] = divisor[-1]
-    level = torch.tensor(LEVELS, dtype=torch.float32, device=W.device)
+    level = levels(W.device)
     midpoints = (level[:-1] + level[1:]) / 2
     q = torch.bucketize(scaled, midpoints, out_int32=True)  # midpoint[q-1] < scaled <= midpoint[q]
     return q.to(torch.uint8), c2
 
 
+@cache
+def levels(device: torch.device) -> Tensor:
+    """The 16 levels on a device, fp32, cached: no product sends them there again."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
 def dequantize(q: Tensor, c2: Tensor, B: int, start: int = 0) -> Tensor:
     """Ŵ of the elements ``start ...`` (equation 2); ``c2`` begins with block ``start // B``."""
-    level = torch.tensor(LEVELS, dtype=torch.float32, device=q.device)
-    return level[q.to(torch.int32)] * spread(c2, B, start, start + q.numel())
+    return levels(q.device)[q.to(torch.int32)] * spread(c2, B, start, start + q.numel())
 
 
+@cache
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The 256 values of the signed dynamic type (arXiv 1511.04561), ascending, fp32.
+    """The 256 values of the signed dynamic type (arXiv 1511.04561), ascending, fp32, cached.
 
     For i = 0 … 6 the decade 10^(i−6) has 2^i values of each sign: the midpoints of 2^i equal bins
     of [0.1, 1]. With 0 and 1 that is 2 · 127 + 2.

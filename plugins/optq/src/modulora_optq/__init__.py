@@ -14,6 +14,7 @@ SPEC = QuantizerSpec(
     calibration="required",
     output_hessian=True,
     devices=("cpu", "cuda"),
+    capturable=True,
     packing_memory=4.5,
     qualities={"fast": {"sweeps": 0}, "best": {"sweeps": 4}},
     url="https://arxiv.org/abs/2210.17323",

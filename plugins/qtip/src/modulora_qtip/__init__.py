@@ -14,6 +14,7 @@ SPEC = QuantizerSpec(
     calibration="required",
     output_hessian=True,
     devices=("cpu", "cuda"),
+    capturable=True,
     packing_memory=3.5,
     url="https://arxiv.org/abs/2406.11235",
     # the largest of three seeds of the kit's weights, and 5 %:

@@ -14,6 +14,8 @@ rows are inputs and whose columns are outputs, has::
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,11 @@ def _position() -> Tensor:
 POSITION = _position()
 """Weight t is at row ``POSITION[t] // 16`` of a tile, and at column ``POSITION[t] % 16``."""
 
-_TIME = torch.argsort(POSITION)  # t of each place in a tile
+
+@cache
+def _time(device: torch.device) -> Tensor:
+    """The t of each place in a tile, on a device: no product sends it there again."""
+    return torch.argsort(POSITION).to(device)
 
 
 def states(trellis: Tensor, bits: int, L: int) -> Tensor:
@@ -80,7 +86,7 @@ def decode(trellis: Tensor, bits: int, L: int, code: str) -> Tensor:
 
 def from_sequences(sequences: Tensor) -> Tensor:
     """``[outputs, inputs]`` of sequences ``[inputs / 16, outputs / 16, 256]``."""
-    tiles = sequences[..., _TIME.to(sequences.device)].unflatten(-1, (TILE, TILE))
+    tiles = sequences[..., _time(sequences.device)].unflatten(-1, (TILE, TILE))
     C: Tensor = tiles.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)
     return C
 

@@ -122,7 +122,7 @@ def decode(codes: Tensor, residual: Tensor | None, bits: int) -> Tensor:
     values = e8p_points(codes)
     if residual is not None:
         points = e81_points(residual) if bits == 3 else e8p_points(residual)
-        values = values + points * residual_step(bits).to(points.device)
+        values = values + points * residual_step(bits)  # a number for torch, on any device
     return values.flatten(-2)
 
 

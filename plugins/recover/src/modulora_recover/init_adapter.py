@@ -33,9 +33,9 @@ from modulora_core.calibration import (
     block_prefixes,
     calibration_text,
 )
-from modulora_core.checkpoints.matrices import random_stream
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
+from modulora_core.checkpoints.outputs import check_output, whole_or_nothing
+from modulora_core.checkpoints.packing import random_stream
 from modulora_core.distributed import pick_device, world_size
 from modulora_core.errors import OptionError
 from modulora_core.hf.load_model import load_model

@@ -50,11 +50,17 @@ def prepare(
     ready: dict[str, str] = {}
     warnings, largest = list[str](), 1
     for name, path in adapters.items():
-        if isinstance(opened, PackedCheckpoint):
-            exported = export_for_vllm(path, folder / name, model=model)
-            ready[name], largest = exported.out, max(largest, exported.rank)
-            continue
         saved = read_adapter(path)
+        if isinstance(opened, PackedCheckpoint):
+            exported = export_for_vllm(path, folder / name, model=model)  # compares the bases
+            ready[name], largest = exported.out, max(largest, exported.rank)
+            if saved.record is None:
+                warnings.append(
+                    f"adapter {name}: it has no record of its base, {saved.base_name} by its "
+                    f"config; if it was trained on dense weights, each layer of {model} is off by "
+                    "what quantization changed"
+                )
+            continue
         if saved.has_channel_scales:
             raise AdapterError(
                 f"adapter {path}: expected A and B only, got channel scales, which vLLM doesn't "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from modulora_core.checkpoints.foreign.writers import AdapterWriter
 from modulora_core.checkpoints.opening import open_packed
-from modulora_core.checkpoints.written.outputs import check_output, whole_or_nothing
+from modulora_core.checkpoints.outputs import check_output, whole_or_nothing
 from modulora_core.errors import AdapterError, OptionError
 from modulora_core.hf.expert_format import Stack, stacks_of
 from modulora_core.hf.load_adapter import adapter_for

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from modulora_core import registry
 
 TESTED = "0.32"
-"""The version of vLLM that the tests run with. Older ones need transformers before 5.18."""
+"""The version of vLLM that the tests run with. 0.31 needs transformers before 5.18, our oldest."""
 
 
 def register() -> None:

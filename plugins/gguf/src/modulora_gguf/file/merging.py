@@ -23,10 +23,10 @@ from torch import Tensor
 from modulora_core.checkpoints.foreign.foreign_checkpoint import ForeignCheckpoint
 from modulora_core.checkpoints.foreign.writers import AdapterFile, FileWriter, MergedFile, base_file
 from modulora_core.checkpoints.opening import open_packed
+from modulora_core.checkpoints.outputs import SMALL_FILES, check_disk_space, new_file
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.checkpoints.record import PackedSite
-from modulora_core.checkpoints.written.outputs import SMALL_FILES, check_disk_space, new_file
 from modulora_core.errors import ModelError, OptionError, WeightError
 from modulora_core.hf.load_adapter import adapter_for
 from modulora_core.hf.merge import delta_of, merged_parameter

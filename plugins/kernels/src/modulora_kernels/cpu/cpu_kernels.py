@@ -67,7 +67,7 @@ class CPUKernels:
     ) -> None:
         self._operands, self._one_row = operands, one_row
         # a decoder of a notebook has no file, whose change would make a cached loop stale
-        compiled = partial(_compiled, cache=Path(inspect.getfile(decode.py_func)).exists())
+        compiled = partial(_compiled, cache=Path(inspect.getfile(python_of(decode))).exists())
         rounded = decode if rounds else compiled(products.rounded, decode, parallel=False)
         decoders = {torch.float32: decode, torch.bfloat16: rounded}
         self._fill = {dtype: compiled(products.fill, made) for dtype, made in decoders.items()}
@@ -131,10 +131,15 @@ def _compiled(
     A decoder that was handed over as an argument would be called through a pointer. numba caches by
     file and name: the name has the decoder's module, name, hash of sources and line.
     """
-    owner = decode.py_func
+    owner = python_of(decode)
     function = FunctionType(
         template.__code__, {**template.__globals__, "decode": decode}, template.__name__
     )
     line = owner.__code__.co_firstlineno
     function.__qualname__ = f"{owner.__module__}.{owner.__qualname__}_{line}_{template.__name__}"
     return jit(parallel=parallel, cache=cache)(function)
+
+
+def python_of(function: Any) -> Any:
+    """The Python function that numba compiles; with ``NUMBA_DISABLE_JIT`` it is that already."""
+    return getattr(function, "py_func", function)

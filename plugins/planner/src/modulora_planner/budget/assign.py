@@ -16,7 +16,7 @@ import torch
 from modulora_core.arguments import checked
 from modulora_core.calibration import CalibrationConfig, block_prefixes, calibration_text
 from modulora_core.calibration.states import spilled_bytes
-from modulora_core.checkpoints.written.outputs import (
+from modulora_core.checkpoints.outputs import (
     check_disk_space,
     check_new_file,
     new_file,
@@ -33,7 +33,7 @@ from modulora_core.progress import Display, shown
 from modulora_core.quantization.assignment import Assignment
 from modulora_core.quantization.quality import Quality, calibration_of, choice_of
 from modulora_core.registry import Choice
-from modulora_planner.budget import written
+from modulora_planner.budget import yaml_text
 from modulora_planner.budget.layer_errors import ERRORS_FILE, held_out_ids, measure_errors
 from modulora_planner.budget.search import Budget, Search, Selection, open_search
 
@@ -145,7 +145,7 @@ def assign(
             )  # fmt: skip
             assignment, table = search.solve(errors)
             with new_file(file, SUFFIX) as unfinished:
-                made = written.assignment_text(assignment, table, model, digest)
+                made = yaml_text.assignment_text(assignment, table, model, digest)
                 unfinished.write_text(made, encoding="utf-8")
             for name in (REQUEST, ERRORS_FILE):
                 (folder / name).unlink(missing_ok=True)
@@ -161,7 +161,7 @@ def _assigned(file: Path, assignment: Assignment, table: dict[str, Any] | None) 
 def _finished(file: Path, digest: str) -> Assigned:
     """The assignment that a run of the same request wrote, and people may have edited."""
     found = Assignment.read(file)
-    if f"{written.REQUEST}{digest}\n" not in file.read_text("utf-8"):
+    if f"{yaml_text.REQUEST}{digest}\n" not in file.read_text("utf-8"):
         raise OutputError(
             f"{file}: expected no file, or the assignment of the same request, got another one; "
             "choose another name, or remove it"

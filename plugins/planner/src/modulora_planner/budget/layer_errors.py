@@ -28,7 +28,7 @@ from torch import Tensor
 from modulora_core.calibration import BlockVisitor, BlockWalk, CalibrationText, HeldOutCalibration
 from modulora_core.calibration.gradients import Sensitivity
 from modulora_core.calibration.sensitivity import loss_sensitivities
-from modulora_core.checkpoints.matrices import pack_matrix, random_stream
+from modulora_core.checkpoints.packing import pack_matrix, random_stream
 from modulora_core.errors import WorkError
 from modulora_core.models import ModelSource
 from modulora_core.models.json_files import repair_journal

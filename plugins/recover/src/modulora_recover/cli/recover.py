@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import Any
 
+from modulora_core.cli.finetune import CHECKS_PLACES as CHECKS_PLACES
 from modulora_core.cli.finetune import PANELS as FINETUNE_PANELS
 from modulora_core.cli.finetune import checked_request, described, note_eval, signature
 from modulora_core.cli.terminal import Report, terminal

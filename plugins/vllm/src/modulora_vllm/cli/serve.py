@@ -102,7 +102,7 @@ def command(
                 terminal().note(f"warning: {warning}")
             chosen = server.vllm_server(
                 found, name, ready, rank=rank, host=host, port=port, dtype=dtype,
-                loading=allow_loading, more=more, revision=revision,
+                loading=allow_loading, more=more, revision=revision, eager=waits(opened),
             )  # fmt: skip
         terminal().note(f"starting {chosen.engine}, which takes up to a minute and more")
         begin, address = time.monotonic(), f"http://{_shown(host)}:{port}"
@@ -118,6 +118,16 @@ def command(
     seconds = round(time.monotonic() - begin, 1)
     return Report({"engine": chosen.engine, "url": f"{address}/v1", "model": name,
                    "adapters": wanted, "seconds": seconds}, "ended")  # fmt: skip
+
+
+def waits(opened: Any) -> bool:
+    """Whether a part of a packed model waits for values, so that CUDA graphs can't record it."""
+    from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+
+    return isinstance(opened, PackedCheckpoint) and any(
+        site.kind == "embedding" or site.experts or not opened.quantizer(site).spec.capturable
+        for _, site in opened.record.items()
+    )
 
 
 def _shown(host: str) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vllm.config import get_current_vllm_config
+from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
@@ -30,6 +30,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.errors import CheckpointError, ModelError
@@ -207,7 +208,14 @@ class PackedTableMethod(_PackedMethod):
         self.checkpoint, self.parameter = checkpoint, parameter
 
     def create_weights(self, layer: Any, *_: Any, **__: Any) -> None:
-        """Read the weight. Raises CheckpointError if it has another shape than vLLM's layer."""
+        """Read the weight.
+
+        Raises:
+            CheckpointError: it has another shape than vLLM's layer.
+            ModelError: vLLM records CUDA graphs, and a lookup waits for its ids.
+        """
+        if not isinstance(layer, ParallelLMHead):
+            refuse_graphs(self.parameter, "a packed embedding")
         shape, indices = stored_shape(self.checkpoint, self.parameter), layer.shard_indices
         if shape != (layer.org_vocab_size, layer.input_size):
             raise CheckpointError(
@@ -262,7 +270,17 @@ def _read(
         else:
             (weight,) = checkpoint.packed(parameter)
             quantizer = checkpoint.quantizer(checkpoint.record.site(parameter))
+            if not quantizer.spec.capturable:
+                refuse_graphs(parameter, f"products of {quantizer.spec.name}")
     return Shard(weight, quantizer, rows, columns, dtype)
+
+
+def refuse_graphs(parameter: str, part: str) -> None:
+    """Raise ModelError if vLLM would record CUDA graphs with a part that waits for values."""
+    if get_current_vllm_config().compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        raise ModelError(
+            f"{parameter}: CUDA graphs can't record {part}; serve the model with --enforce-eager"
+        )
 
 
 def multiply(layer: Any, x: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from transformers import (
 )
 from typing_extensions import override
 
-from modulora_core.arguments import check_fields
+from modulora_core.arguments import checked_class
 from modulora_core.errors import OptionError, WorkError
 from modulora_core.models.stops import model_stops
 
 
+@checked_class
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen.
@@ -50,7 +51,6 @@ class Sampling:
     beams: int = 1
 
     def __post_init__(self) -> None:
-        check_fields(self)
         is_usable = self.temperature == 0 or 1e-4 <= self.temperature <= 1e4
         for name, is_valid, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),

@@ -1,1 +1,0 @@
-"""Writing: output folders that appear whole, shards, the model card."""
