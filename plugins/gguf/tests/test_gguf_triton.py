@@ -42,3 +42,13 @@ def test_products_of_several_rows_are_on_tensor_cores(kind, target):
     x = torch.empty(16, SHAPE[1], dtype=torch.bfloat16)
     code = compiled(kind, target, lambda p: gpu.product(x, p, False))
     assert any(unit in code.text for unit in ("mma.sync", "wgmma", "v_mfma"))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_codes_of_a_block_of_256_are_read_16_bytes_at_a_time(target):
+    """A thread decodes 16 neighbours or more, whose codes are in one load, and their scale once."""
+    x = torch.empty(1, SHAPE[1], dtype=torch.bfloat16)
+    product = compiled("Q4_K", target, lambda p: gpu.product(x, p, False))
+    tile = compiled("Q4_K", target, lambda p: gpu.tile(p, (0, SHAPE[0]), torch.bfloat16))
+    assert product.loads[128] >= 1
+    assert product.loads[8] + tile.loads[8] <= 6, "three bytes of scales, and no code alone"

@@ -141,7 +141,7 @@ def options(packed: PackedWeight) -> tuple[str, int, int, int]:
     return kind, *reference.block_of(kind), 16 if kind == "Q6_K" else 32
 
 
-kernels = GPUKernels(decode, operands, options)
+kernels = GPUKernels(decode, operands, options, widest=256)
 
 
 def tile(packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:

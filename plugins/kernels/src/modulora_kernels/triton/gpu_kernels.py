@@ -10,8 +10,8 @@ from torch import Tensor
 
 from modulora_core.packed import PackedWeight
 from modulora_core.tiles import tiled_matmul
-from modulora_kernels.triton.products import few_rows, multiply
-from modulora_kernels.triton.tiles import write_tile
+from modulora_kernels.triton.products import chosen, few_rows, multiply
+from modulora_kernels.triton.tiles import ALIGNED, LARGEST, write_tile
 
 FP16_ROOM = 8
 """In fp16 rotated rows are divided by so many times their largest number.
@@ -36,6 +36,8 @@ class GPUKernels:
             tensors, which become pointers, and whole numbers.
         options: ``options(packed)`` gives the ``OPTIONS`` of ``decode``, a hashable constant.
         parts: ``parts(packed)`` gives the number of parts into which a row falls.
+        widest: the most columns of a block in tiles and products of one row: a power of two. A
+            format whose blocks of weights are decoded together may want as many.
     """
 
     def __init__(
@@ -44,15 +46,25 @@ class GPUKernels:
         operands: Callable[[PackedWeight], tuple[Tensor | int, ...]],
         options: Callable[[PackedWeight], Hashable] = lambda _: 0,
         parts: Callable[[PackedWeight], int] = lambda _: 1,
+        widest: int = LARGEST,
     ) -> None:
         self._decode, self._operands, self._options, self._parts = decode, operands, options, parts
+        self._widest = widest
 
     def tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, rounded once to ``dtype``."""
         out = torch.empty(rows[1] - rows[0], packed.shape[1], dtype=dtype, device=packed.device)
         weight, options = self._operands(packed), self._options(packed)
         write_tile(
-            self._decode, weight, out, rows, packed.shape, options, parts=self._parts(packed)
+            self._decode,
+            weight,
+            out,
+            rows,
+            packed.shape,
+            options,
+            align=self._widest if self._widest <= ALIGNED else 16,
+            parts=self._parts(packed),
+            widest=self._widest,
         )
         return out
 
@@ -74,6 +86,7 @@ class GPUKernels:
             options,
             transpose=transpose,
             parts=self._parts(packed),
+            cut=chosen(len(few), few.dtype, transpose, self._widest),
         )
         return y.view(*x.shape[:-1], y.shape[1])
 

@@ -45,6 +45,9 @@ ENOUGH_FOR_ONE_ROW = 128
 
 An estimate."""
 
+ONE_ROW_COLUMNS = 512
+"""Columns of a block of one row's forward, unless a format wants fewer."""
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -62,8 +65,8 @@ class Cut:
     config: Config = field(default=Config())
 
 
-def chosen(n: int, dtype: torch.dtype, transpose: bool) -> Cut:
-    """The rule: a function of the number of rows, x's dtype and the direction alone.
+def chosen(n: int, dtype: torch.dtype, transpose: bool, widest: int = ONE_ROW_COLUMNS) -> Cut:
+    """The rule: a function of the number of rows, x's dtype, the direction and the format alone.
 
     A thread has 16 or 32 weights: loads of 16 bytes, and no spills with as many sums. One row's
     blocks are wide along the rows of Ŵ; transposed less so, as each column is a partial sum.
@@ -74,7 +77,8 @@ def chosen(n: int, dtype: torch.dtype, transpose: bool) -> Cut:
         return Cut(32, 64) if transpose else Cut(64, 32)
     if n > 1:
         return Cut(64, 64)
-    return Cut(16, 256) if transpose else Cut(8, 512)
+    columns = min(widest, ONE_ROW_COLUMNS // 2 if transpose else ONE_ROW_COLUMNS)
+    return Cut(4096 // columns, columns)
 
 
 def padded(n: int, dtype: torch.dtype) -> int:

@@ -79,6 +79,7 @@ def write_tile(
     columns: tuple[int, int] | None = None,
     align: int = 16,
     parts: int = 1,
+    widest: int = LARGEST,
 ) -> None:
     """Write rows of Ŵ, or a range of columns of them, to ``out``.
 
@@ -95,6 +96,7 @@ def write_tile(
         columns: the range of columns, by default all.
         align: every block begins at a multiple of it: a power of two up to :data:`ALIGNED`.
         parts: the number of parts of a row; with more than one, all columns are written.
+        widest: the most columns of a block: a power of two, at least ``align``.
     """
     begin, end = (0, shape[1]) if columns is None else columns
     count = rows[1] - rows[0]
@@ -102,7 +104,7 @@ def write_tile(
         return
     lead = begin % align
     part = -(-(end - begin + lead) // parts)
-    width = min(triton.next_power_of_2(max(part, align)), LARGEST)
+    width = min(triton.next_power_of_2(max(part, align)), widest)
     first, wide = begin // align, end - begin + lead
     arguments = (weight, out, rows[0], count, first, lead, wide, part, *shape)
 
