@@ -22,7 +22,9 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 QUANTIZERS := $(patsubst %/,%,$(sort $(dir $(CONFORMANCE))))
 
 # Two processes of one thread each. The tests of a file, or of a plugin, stay together (conftest.py).
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# The seed is fixed, so that a run repeats; `modulora conformance` draws other sizes each day.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+	--hypothesis-seed 0
 
 # The folders with changes since BASE, each one a distribution with its tests.
 BASE ?= origin/main
