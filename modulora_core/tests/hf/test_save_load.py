@@ -138,10 +138,12 @@ def test_a_deeper_model_of_the_same_widths_is_refused(toy, saved, tmp_path):
 
 
 def test_another_quantization_of_the_base_is_one_warning(pack, saved, caplog):
+    toy, other = pack("llama", "toy")[1], pack("llama", "verbatim")[1]
+    caplog.clear()
     for dtype in ("float32", "bfloat16"):
-        load_adapter(load_model(pack("llama", "toy")[1], dtype=dtype), saved)
+        load_adapter(load_model(toy, dtype=dtype), saved)
     assert caplog.messages == []
-    load_adapter(load_model(pack("llama", "verbatim")[1]), saved)
+    load_adapter(load_model(other), saved)
     (warning,) = caplog.messages
     assert "trained on org/base quantized with toy (levels=127), used on" in warning
     assert "quantized with verbatim: results may differ" in warning
