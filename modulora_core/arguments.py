@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from pydantic import ConfigDict, ValidationError, validate_call
@@ -33,12 +34,16 @@ def checked(function: Callable[Parameters, Result]) -> Callable[Parameters, Resu
     def call(*arguments: Parameters.args, **keywords: Parameters.kwargs) -> Result:
         given = signature.bind(*arguments, **keywords).arguments
         try:
-            _validator(function)(*arguments, **keywords)
+            taken = _validator(function)(*arguments, **keywords)
         except ValidationError as error:
             place = error.errors()[0]["loc"][0]
             name = place if isinstance(place, str) else [*signature.parameters][place]
             got = reprlib.repr(given[name])
             raise OptionError(f"{name}: {_expected(error, place)}, got {got}") from None
+        for name, value in given.items():  # pydantic makes an instance of a dictionary
+            if isinstance(value, dict) and not isinstance(taken[name], Mapping):
+                kind, got = type(taken[name]).__name__, reprlib.repr(value)
+                raise OptionError(f"{name}: expected an instance of {kind}, got {got}")
         return function(*arguments, **keywords)
 
     return call
@@ -52,12 +57,14 @@ def checked_class(cls: Class) -> Class:
 
 @functools.cache
 def _validator(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that takes the same arguments, checks them, and does nothing."""
+    """A function that takes the same arguments, checks them, and returns them by name."""
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def nothing(*_: Any, **__: Any) -> None: ...
+    def named(*arguments: Any, **keywords: Any) -> dict[str, Any]:
+        return signature.bind(*arguments, **keywords).arguments
 
-    return validate_call(config=_STRICT)(nothing)
+    return validate_call(config=_STRICT)(named)
 
 
 def _expected(error: ValidationError, place: int | str) -> str:
@@ -65,4 +72,5 @@ def _expected(error: ValidationError, place: int | str) -> str:
     words = [each["msg"] for each in error.errors() if each["loc"][0] == place]
     prefix = "Input should be "
     kinds = dict.fromkeys(w.removeprefix(prefix) for w in words if w.startswith(prefix))
-    return f"expected {' or '.join(kinds)}" if kinds else words[0]
+    said = f"expected {' or '.join(kinds)}" if kinds else words[0]
+    return re.sub(r"a (valid )?dictionary or (an )?instance", "an instance", said)

@@ -141,12 +141,18 @@ def _multiply(x: Tensor, weight: Weight, transpose: bool) -> Tensor:
         raise
 
 
-def _check_operands(shape: tuple[int, int], x: Tensor, *others: Tensor | None) -> None:
+def _check_operands(
+    shape: tuple[int, int],
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+) -> None:
     """Refuse an input, an adapter or channel scales whose shapes do not fit Ŵ's.
 
     Raises ShapeError: names the operand, its expected shape and its shape.
     """
-    A, B, u, v = others
     if (A is None) != (B is None):
         raise ShapeError("LoRA adapter: expected both A and B, got one of them")
     (out_features, in_features), rank = shape, () if A is None else A.shape[:1]

@@ -105,8 +105,8 @@ def put_product(y: Tensor, x: Tensor, w: Tensor) -> None:
 
 def add_product(y: Tensor, x: Tensor, w: Tensor) -> None:
     """Y += X W, in Y's dtype."""
-    if y.dtype != x.dtype:  # in Y's where torch can: a part of a sum may overflow in fp16
-        wide = x.is_cuda and not torch.version.hip
+    if y.dtype != x.dtype:  # in fp32 where torch can: a part of a sum may overflow in fp16
+        wide = x.is_cuda and not torch.version.hip and x.itemsize == 2 and y.dtype == torch.float32
         y += torch.mm(x, w, out_dtype=y.dtype) if wide else product(x, w)
     elif _is_onednns(x, w):
         for part, rows in _parts(y, x):

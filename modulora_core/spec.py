@@ -301,6 +301,7 @@ class Quantizer(ABC):
         rounded to their dtype, and keep the codes. Tuning trains the scales.
 
         Args:
+            packed: a result of :meth:`pack`.
             input_scale, output_scale: ``[in]`` and ``[out]``, fp32, near 1, on its device.
 
         Returns:
@@ -380,6 +381,7 @@ class Quantizer(ABC):
         warns of each sentence. The default has no kernels to compare.
 
         Args:
+            packed: a result of :meth:`pack`.
             dtype: of the tiles and products to compare.
 
         Returns:

@@ -33,6 +33,14 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "targets": (lambda _: api.LoRASettings(targets=[5]), "targets: expected a valid string"),
     "quantizer": (lambda _: api.Choice(5).create(), "name: expected a valid string, got 5"),
     "base": (lambda _: api.LoRALinear(nn.Linear(2, 2)), "base: expected an instance of"),
+    "choice": (
+        lambda _: api.quantize("m", "o", "toy", head={"quantizer": "toy"}),
+        "head: expected an instance of Choice, got {'quantizer': 'toy'}",
+    ),
+    "config": (
+        lambda _: api.finetune({"model": "m", "out": "o"}),
+        "config: expected an instance of FinetuneConfig, got",
+    ),
     "options": (
         lambda _: api.ModuLoRAConfig("toy", 5),
         "options: expected a valid dictionary, got 5",

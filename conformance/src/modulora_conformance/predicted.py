@@ -63,7 +63,8 @@ RATES: Mapping[str, int] = {
 }  # fmt: skip
 """Instructions of threads that a processor starts in a cycle, by class.
 
-CUDA's programming guide, "Throughput of Native Arithmetic Instructions"; "all" is four warps."""
+As CUDA's programming guide has them in "Throughput of Native Arithmetic Instructions". "all" is
+four warps. "memory" and "conversion" are assumptions: the guide divides them further."""
 
 CLASSES = {
     "tensor": r"HMMA|HGMMA|IMMA|v_mfma",

@@ -151,7 +151,7 @@ class Branches(_Value):
     """No check ran them, and nothing explains them."""
     explained: tuple[Branch, ...] = ()
     stale: tuple[str, ...] = ()
-    """Explanations of what ran, or of what is not there."""
+    """Explanations of a branch that ran, or that the source no longer has."""
     notes: tuple[str, ...] = ()
     """Errors of the tours that show compiled code in the interpreter."""
 

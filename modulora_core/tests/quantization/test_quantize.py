@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_copied_is_refused_before_packing(name, tmp_path, 
             OptionError,
             "head: expected none",
         ),
-        ({"head": 3}, OptionError, "head: expected a dictionary or an instance of Choice or"),
+        ({"head": 3}, OptionError, "head: expected an instance of Choice or a valid string, got 3"),
         ({"device": "cuda:99"}, OptionError, "device 'cuda:99'"),
     ],
 )

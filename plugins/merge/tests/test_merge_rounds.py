@@ -16,7 +16,7 @@ from modulora_merge.rounds import finetune_packed
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main as run
-from modulora_core.errors import OptionError, OutputError
+from modulora_core.errors import DataError, OptionError, OutputError
 from modulora_core.inference.evaluate import evaluate
 from modulora_core.training.finetune import finetune
 
@@ -114,6 +114,18 @@ def test_a_file_becomes_a_file(text: Path, tmp_path: Path) -> None:
     assert len(sizes) == 1
     with pytest.raises(OutputError, match=r"expected a name \*\.gguf"):
         finetune_packed(config_of(tmp_path / "model.gguf", tmp_path / "folder", text))
+
+
+def test_what_no_merge_takes_is_refused_before_the_first_round(
+    toy: object, trained: Trained, text: Path, tmp_path: Path
+) -> None:
+    packed, _ = trained("toy")
+    with pytest.raises(OptionError, match="codes can move on a grid, got toy; use `modulora fine"):
+        finetune_packed(config_of(packed, tmp_path / "out", text), progress=False)
+    packed, _ = trained("nf4")
+    with pytest.raises(DataError, match="at least seq_len 99999 tokens"):
+        finetune_packed(config_of(packed, tmp_path / "out", text, merge_seq_len=99999))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_refuses_what_does_not_fit_rounds(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 
 from modulora_conformance.covered.source import classes_of, modules_of, reached
@@ -12,6 +13,13 @@ from modulora_core.spec import Quantizer
 
 BOUNDS = {"range", "min", "max", "clamp", "split", "chunk", "narrow", "arange"}
 """Functions whose arguments are sizes."""
+
+
+CONSTANT = (
+    ast.Constant, ast.Name, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop,
+    ast.expr_context,
+)  # fmt: skip
+"""The parts of an expression that may be evaluated."""
 
 
 def numbers_of(quantizer: Quantizer) -> list[int]:
@@ -57,11 +65,14 @@ def _is_case(node: ast.AST) -> bool:
 
 
 def _values(node: ast.expr, names: dict[str, object]) -> Iterator[int]:
-    """The integers that an expression of constants is, or has inside."""
-    try:
-        value = eval(compile(ast.Expression(node), "", "eval"), {"__builtins__": {}}, names)
-    except Exception:  # a variable
-        value = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+    """The integers that an expression of constants is, or has inside. Nothing is called."""
+    value: object = None
+    if all(isinstance(part, CONSTANT) for part in ast.walk(node)):
+        with suppress(Exception):  # a variable, or a division by zero
+            value = eval(compile(ast.Expression(node), "", "eval"), {"__builtins__": {}}, names)
+    if value is None:
+        value = list[object]()
+        value += [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
         value += [names.get(n.id) for n in ast.walk(node) if isinstance(n, ast.Name)]
     for each in value if isinstance(value, list | tuple | set | frozenset) else [value]:
         if isinstance(each, int | float) and abs(each) < 2**40 and each == each // 1:

@@ -139,7 +139,7 @@ def _check_rows(
 
 
 Checks = Iterator[tuple[int, Callable[[], None]]]
-"""A number, and what is checked there."""
+"""Numbers of the source, each with the check of a size that equals it."""
 
 
 def _rows_of_x(quantizer: Quantizer, numbers: list[int], measurements: Measurements) -> Checks:

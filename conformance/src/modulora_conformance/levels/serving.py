@@ -14,6 +14,7 @@ from torch import Tensor
 from modulora_conformance.cases import SETTINGS, inputs, packed, shapes, tile
 from modulora_conformance.changes import check_same_bytes, clone, same_bits
 from modulora_conformance.checks import Level, needs
+from modulora_conformance.cuda_graphs import capturing
 from modulora_conformance.fake_device import moved
 from modulora_conformance.in_vllm import has_vllm, vllm_answers
 from modulora_conformance.levels.devices import VALUES, on_fake_cuda, without_kernels
@@ -21,7 +22,6 @@ from modulora_conformance.levels.persistence import MODEL
 from modulora_conformance.levels.products import FORWARD, LEADING
 from modulora_conformance.levels.tiles import RANGES
 from modulora_conformance.oracle import dense, product_error
-from modulora_conformance.recording import recording
 from modulora_conformance.results import NOT_INSTALLED, NOT_OFFERED
 from modulora_conformance.tiny_model import load_model, servable_model
 from modulora_conformance.tolerances import PRODUCT
@@ -132,7 +132,7 @@ class Serving(Level):
             for rows in (1, 8, 33):
                 x = moved(inputs((rows,), weight.shape[1], torch.float32, 82))
                 quantizer.matmul(x, on_cuda)  # makes and caches tables
-                with recording():
+                with capturing():
                     quantizer.matmul(x, on_cuda)
 
     @needs(MODEL)

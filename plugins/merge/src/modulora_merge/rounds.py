@@ -1,8 +1,9 @@
 """Trains in rounds: an adapter is merged into the packed weights, and a fresh one goes on.
 
-The weights move by the sum of all adapters. So the change has a higher rank than one adapter, with
-one adapter's memory (Lialin et al. 2023, ReLoRA, arXiv 2307.05695), and later rounds make up for
-what an earlier merge lost. The result is one packed model of the same format, types and size.
+The weights move by the sum of all adapters. So the change can have a higher rank than one adapter,
+with one adapter's memory (Lialin et al. 2023, ReLoRA, arXiv 2307.05695), and later rounds can make
+up for what an earlier merge lost. The result is one packed model of the same format, types and
+size.
 
 The learning rate has one schedule over all rounds. Each round begins with a fresh state of the
 optimizer, and draws its examples anew.
@@ -23,10 +24,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from modulora_core.arguments import checked
+from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.outputs import only_writer, partial_name, write_file
+from modulora_core.data import Source, token_segments
 from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.inference.evaluate import evaluate
+from modulora_core.inference.opened import open_to_run
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.models.locate import locate
 from modulora_core.progress import Display
@@ -101,7 +105,10 @@ def finetune_packed(
     work = partial_name(out)
     losses, changed, model = list[float](), list[float](), config.model
     with only_writer(work):
-        _begin(work, config, resume)
+        _check_request(work, config, resume)
+        _check_merge(config)
+        before = _perplexity(config, config.model, progress)
+        write_file(work / RUN_FILE, config.to_yaml())
         done = [n for n in range(len(steps)) if (work / f"merged-{n}{suffix}").exists()]
         begin = max(done, default=-1) + 1
         if done:
@@ -115,7 +122,7 @@ def finetune_packed(
             )  # fmt: skip
             losses += trained.losses
             made = merge_packed(
-                model, merged, adapter=adapter, calibration=config.merge_data or config.data or (),
+                model, merged, adapter=adapter, calibration=_merge_text(config),
                 samples=config.merge_samples, seq_len=config.merge_seq_len, held_back=0,
                 seed=config.seed, progress=progress,
             )  # fmt: skip
@@ -126,25 +133,50 @@ def finetune_packed(
             model = str(merged)
         Path(model).replace(out)
         shutil.rmtree(work)
-    found = {}
-    if config.eval_data is not None:
-        for name, each in (("perplexity_before", config.model), ("perplexity", str(out))):
-            found[name] = evaluate(
-                each, config.eval_data, seq_len=config.seq_len, segments=SEGMENTS,
-                progress=progress,
-            ).perplexity  # fmt: skip
+    after = _perplexity(config, str(out), progress)
     seconds = time.perf_counter() - started
-    return RoundsResult(str(out), len(steps), losses, changed, seconds, **found)
+    return RoundsResult(str(out), len(steps), losses, changed, seconds, before, after)
 
 
-def _begin(work: Path, config: RoundsConfig, resume: bool) -> None:
-    """Write the request into a new folder, or compare it with an unfinished run's."""
+def _perplexity(config: RoundsConfig, model: str, progress: Display) -> float | None:
+    if config.eval_data is None:
+        return None
+    opened = open_to_run(model)
+    seq_len = min(config.seq_len, opened.window or config.seq_len)
+    found = evaluate(
+        opened, config.eval_data, seq_len=seq_len, segments=SEGMENTS, progress=progress
+    )
+    return float(found.perplexity)
+
+
+def _check_merge(config: RoundsConfig) -> None:
+    """Refuse, before the first round trains, what its merge would refuse.
+
+    Raises:
+        OptionError: no packed weight has a grid. DataError: the text for merging is too short.
+    """
+    checkpoint = open_packed(locate(config.model))
+    quantizers = [checkpoint.quantizer(site) for site in checkpoint.record.sites]
+    if not any(quantizer.snaps for quantizer in quantizers):
+        names = ", ".join(dict.fromkeys(quantizer.spec.name for quantizer in quantizers))
+        raise OptionError(
+            f"{config.model}: expected a quantizer whose codes can move on a grid, got {names}; "
+            "use `modulora finetune`, and keep the adapter beside the model"
+        )
+    token_segments(_merge_text(config), checkpoint.tokenizer(), config.merge_seq_len, 1)
+
+
+def _merge_text(config: RoundsConfig) -> Source:
+    return config.merge_data or config.data or ()
+
+
+def _check_request(work: Path, config: RoundsConfig, resume: bool) -> None:
+    """Compare the request with an unfinished run's. Raises OutputError, OptionError."""
     request = work / RUN_FILE
-    if not request.is_file():
-        if any(work.iterdir()):
-            raise OutputError(f"temporary folder {work}: expected it free; remove or rename it")
-        write_file(request, config.to_yaml())
+    if not any(work.iterdir()):
         return
+    if not request.is_file():
+        raise OutputError(f"temporary folder {work}: expected it free; remove or rename it")
     if not resume:
         raise OutputError(
             f"temporary folder {work}: expected it free, it holds an unfinished run; go on with it "

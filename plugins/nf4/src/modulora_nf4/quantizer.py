@@ -125,10 +125,9 @@ class NF4(KernelQuantizer, ScalarGrid):
             if first % unit or (last % unit and stop < out_features):
                 return None
             per = {"codes": 2, "absmax": B, "absmax_codes": B, "nested_absmax": unit}
-            parts = {
-                name: t if name == "offset" else t[first // per[name] : -(-last // per[name])]
-                for name, t in packed.tensors.items()
-            }
+            parts = dict(packed.tensors)  # with the offset of all
+            for name in per.keys() & parts.keys():
+                parts[name] = parts[name][first // per[name] : -(-last // per[name])]
             return self._part(packed, (stop - start, in_features), parts)
         if nested or any(n % max(B, 2) for n in (in_features, start, stop)):
             return None

@@ -79,7 +79,7 @@ def _refuse(name: str, fault: str) -> None:
 
 
 @contextmanager
-def recording() -> Iterator[None]:
+def capturing() -> Iterator[None]:
     """Within this block, and within ``fake_cuda()``, such an operation is an AssertionError."""
     with _Functions(), _Operations():
         yield
