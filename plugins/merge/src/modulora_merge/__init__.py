@@ -17,7 +17,7 @@ def modulora_commands() -> list[CommandSpec]:
         ),
         CommandSpec(
             name="finetune-packed",
-            summary="Train packed weights: rounds of an adapter that is then merged.",
+            summary="Train an adapter and merge it into the packed weights.",
             panel="Train",
             location="modulora_merge.cli.finetune_packed:command",
             protocol=2,

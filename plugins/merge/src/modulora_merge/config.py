@@ -29,7 +29,9 @@ class RoundsConfig(FinetuneConfig):
     out: PathName = Field(description="new folder for the packed result, or a file as MODEL is one")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps of all rounds")
     method: Literal["sft"] = "sft"
-    merge_every: int = Field(default=100, ge=1, description="steps before an adapter is merged")
+    merge_every: int | None = Field(
+        default=None, ge=1, description="steps of a round; by default one round has all steps"
+    )
     merge_data: PathName | None = Field(
         default=None, description="text to merge with; by default the training data"
     )
@@ -49,5 +51,6 @@ class RoundsConfig(FinetuneConfig):
                 )
         if self.steps is None:
             raise OptionError("steps: expected the number of optimizer steps, got none")
-        whole, rest = divmod(self.steps, self.merge_every)
-        return [self.merge_every] * whole + [rest] * (rest > 0)
+        every = self.merge_every or self.steps
+        whole, rest = divmod(self.steps, every)
+        return [every] * whole + [rest] * (rest > 0)

@@ -1,4 +1,4 @@
-"""Trains in rounds: an adapter is merged into the packed weights, and a fresh one goes on.
+"""Trains an adapter and merges it into the packed weights, once or in rounds.
 
 The weights move by the sum of all adapters. So the change can have a higher rank than one adapter,
 with one adapter's memory (Lialin et al. 2023, ReLoRA, arXiv 2307.05695), and later rounds can make

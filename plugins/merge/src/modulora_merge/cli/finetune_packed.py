@@ -23,12 +23,12 @@ PANELS = {
 
 
 def command(config: str | None = None, resume: bool = False, **options: Any) -> Report:
-    """Train the packed weights themselves: rounds of an adapter that is then merged.
+    """Train an adapter and merge it into the packed weights, once or in rounds.
 
     OUT is one packed model with the format, the types and the size of MODEL, and no adapter
-    beside it. Each round trains a fresh adapter for --merge-every steps, merges it as
-    `merge-packed` does, and goes on with the new weights. The learning rate has one schedule over
-    all rounds.
+    beside it. The merge is that of `merge-packed`, with the training data. --merge-every makes
+    rounds: each trains a fresh adapter, merges it, and goes on with the new weights. The learning
+    rate has one schedule over all rounds.
 
     Examples:
         modulora finetune-packed smollm2-nf4 trained --data notes.txt --steps 400
