@@ -106,11 +106,11 @@ def prepare(
     S_V = rotation.signs(seed, M, "output").to(W.device, torch.float16)
     W = rotation.rotate(W / S_U.to(dtype), in_place=True, block=block)
     W = rotation.rotate(W.T.contiguous(), S_V, in_place=True, block=block).T
-    H = _rotated(H, S_U, block)
+    H = rotated(H, S_U, block)
     H_O = None
     if output_hessian is not None:
         H_O = F.pad(output_hessian.detach().to(W), (0, M - len(output_hessian)) * 2)
-        H_O = F.pad(_rotated(H_O, S_V, block), (0, -M % multiples[0]) * 2)
+        H_O = F.pad(rotated(H_O, S_V, block), (0, -M % multiples[0]) * 2)
     unit = _positive(_rms(W)) / rms
     scale = (size * unit * power).to(torch.float32).reshape(1)  # 0 for a weight of zeros
     if block is not None:
@@ -120,10 +120,10 @@ def prepare(
     return Problem(W, H, S_U, S_V, scale, H_O)
 
 
-def _rotated(H: Tensor, signs: Tensor, block: int | None) -> Tensor:
-    """Rotate a symmetric matrix into the basis of a side's signs; ``H`` is overwritten."""
-    H = rotation.rotate(H, signs, in_place=True, block=block)
-    H = rotation.rotate(H.T.contiguous(), signs, in_place=True, block=block)
+def rotated(H: Tensor, scale: Tensor, block: int | None) -> Tensor:
+    """H_nᵀ diag(s) H diag(s) H_n for a symmetric H, which is overwritten; s is fp16 ``[n]``."""
+    H = rotation.rotate(H, scale, in_place=True, block=block)
+    H = rotation.rotate(H.T.contiguous(), scale, in_place=True, block=block)
     return (H + H.T) / 2
 
 
@@ -162,18 +162,18 @@ def feedback(quantizer: str, H: Tensor, block: int, damping: float) -> Tensor:
     """
     C = _cholesky(quantizer, H, damping)
     columns = C.unflatten(1, (-1, block)).transpose(0, 1)  # [blocks, N', block]
-    L = torch.linalg.solve_triangular(_diagonal_blocks(C, block), columns, upper=False, left=False)
+    L = torch.linalg.solve_triangular(diagonal_blocks(C, block), columns, upper=False, left=False)
     return _without_diagonal(L, H.dtype)
 
 
 def descent(H: Tensor, block: int) -> Tensor:
     """H_jk H_kk⁻¹ for j ≠ k, zero for j = k, ``[N', N']``: a sweep feeds it from block j to k."""
     columns = H.unflatten(1, (-1, block)).transpose(0, 1)  # [blocks, N', block]
-    P = torch.linalg.solve(_diagonal_blocks(H, block), columns, left=False)
+    P = torch.linalg.solve(diagonal_blocks(H, block), columns, left=False)
     return _without_diagonal(P, H.dtype)
 
 
-def _diagonal_blocks(H: Tensor, block: int) -> Tensor:
+def diagonal_blocks(H: Tensor, block: int) -> Tensor:
     """H_kk, ``[blocks, block, block]``."""
     blocks = H.unflatten(0, (-1, block)).unflatten(2, (-1, block))
     diagonal: Tensor = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core.dense_products import compute_dtype
+from modulora_core.hessians import check_hessian
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
 from modulora_core.spec import Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges, tiled_matmul
-from modulora_kernels import compiled, parity
+from modulora_kernels import compiled, feedback, incoherence, parity
 from modulora_kernels.launching import check_layout, check_tensors
 from modulora_kernels.rotation import rotate
 
@@ -47,6 +48,8 @@ class RotatedQuantizer(Quantizer):
         scales: names of s_in and s_out, fp16, as long as the rows and columns of C without padding.
         unit: the name of the unit, fp32 ``[1]``, which a weight may lack.
         strip: columns of C come in groups of so many.
+        strip_dim: the dimension of the code tensors that counts the groups.
+        code_rows: rows of C that have their codes together.
         tensors: a static method, as :meth:`modulora_kernels.KernelQuantizer.tensors`.
     """
 
@@ -55,6 +58,8 @@ class RotatedQuantizer(Quantizer):
     scales: ClassVar[tuple[str, str]]
     unit: ClassVar[str] = "scale"
     strip: ClassVar[int]
+    strip_dim: ClassVar[int]
+    code_rows: ClassVar[int]
     tensors: ClassVar[Callable[..., Mapping[str, TensorLayout]]]
 
     @abstractmethod
@@ -68,6 +73,12 @@ class RotatedQuantizer(Quantizer):
     @abstractmethod
     def reference_codes(self, C: PackedWeight, start: int, stop: int) -> Tensor:
         """Rows ``[start, stop)`` of C in plain torch, fp32."""
+
+    @abstractmethod
+    def nearest(self, V: Tensor, C: PackedWeight) -> tuple[Mapping[str, Tensor], Tensor]:
+        """Codes of a group of columns, by the names of the code tensors, and their points, fp32.
+
+        The points are those nearest to V, fp32 ``[rows, strip]``, that weights like C can have."""
 
     def block(self, packed: PackedWeight) -> int | None:  # noqa: ARG002
         """The order of Hadamard matrices side by side, or None for one of the whole dimension."""
@@ -187,6 +198,60 @@ class RotatedQuantizer(Quantizer):
             stored[self.unit] = unit
         return PackedWeight(packed.quantizer, packed.format, packed.shape, stored, packed.metadata)
 
+    @property
+    def merges(self) -> bool:
+        return True
+
+    def rounded(
+        self, packed: PackedWeight, V: Tensor, hessian: Tensor, *, damping: float, sweeps: int
+    ) -> PackedWeight:
+        """As the base class, in the rotated basis: C + D rounded with the rotated H.
+
+            D = H_outᵀ diag(1 / (unit s_out)) (V − Ŵ) diag(1 / s_in) H_in
+
+        Rows of C count alike in the error, as if s_out had one magnitude. Codes change only where
+        the new point is nearer.
+        """
+        check_tensors(packed, self.tensors)
+        check_hessian(self.spec.name, V, hessian)
+        like, block, strip = self._codes(packed), self.block(packed), self.strip
+        s_in, s_out = (packed.tensors[name] for name in self.scales)
+        more = [len(s) - n for s, n in zip((s_in, s_out), packed.shape[::-1], strict=True)]
+        D = V - self.dequantize_tile(packed, (0, len(V)), torch.float32)
+        D = F.pad(D, (0, more[0], 0, more[1])) * _reciprocal(s_in)
+        D = rotate(D, in_place=True, block=block).T * _reciprocal(s_out)
+        if self.unit in packed.tensors:
+            D = D * _reciprocal(packed.tensors[self.unit])
+        D = rotate(D.contiguous(), in_place=True, block=block).T
+        H = F.pad(hessian.to(V), (0, more[0], 0, more[0]))
+        H = incoherence.rotated(H, s_in, block)
+
+        wide = -(-len(s_in) // strip) * strip  # the last group may have more columns than Ŵ
+        whole = PackedWeight(
+            like.quantizer, like.format, (like.shape[0], wide), like.tensors, like.metadata
+        )
+        C = self.reference_codes(whole, 0, like.shape[0])
+        target = C + F.pad(D, (0, wide - D.shape[1], 0, len(C) - len(D)))
+        held = {name: tensor.clone() for name, tensor in like.tensors.items()}
+
+        def snap(j: int, T: Tensor) -> Tensor:
+            codes, points = self.nearest(T.contiguous(), whole)
+            now = C[:, j : j + strip]
+            gain = (now - T).square() - (points - T).square()
+            nearer = gain.unflatten(0, (-1, self.code_rows)).sum((1, 2)) > 0
+            for name, new in codes.items():
+                held[name].select(self.strip_dim, j // strip)[nearer] = new[nearer]
+            rows = nearer.repeat_interleave(self.code_rows)
+            now[rows] = points[rows]
+            return now
+
+        H = F.pad(H, (0, wide - len(H)) * 2)
+        feedback.rounded(
+            self.spec.name, target, H, snap, block=strip, damping=damping, sweeps=sweeps
+        )
+        tensors = {**packed.tensors, **held}
+        return PackedWeight(packed.quantizer, packed.format, packed.shape, tensors, packed.metadata)
+
     def _codes(self, packed: PackedWeight) -> PackedWeight:
         held = {n: packed.tensors[n] for n in self.code_tensors if n in packed.tensors}
         C = _CODES.get(packed)
@@ -202,6 +267,12 @@ class RotatedQuantizer(Quantizer):
             tile: Tensor = module.tile(C, (start, stop), dtype)
             return tile
         return self.reference_codes(C, start, stop).to(dtype)
+
+
+def _reciprocal(scale: Tensor) -> Tensor:
+    """1 / s in fp32, and 0 for a scale of 0, under which no code has an effect."""
+    scale = scale.to(torch.float32)
+    return torch.where(scale == 0, scale, 1 / scale)
 
 
 def _padded(x: Tensor, start: int, features: int) -> Tensor:

@@ -217,7 +217,7 @@ def _adapted(
     for site in found:
         stored = checkpoint.record.site(site.name)
         quantizer = checkpoint.quantizer(stored)
-        if not quantizer.snaps:
+        if not quantizer.merges:
             raise OptionError(
                 f"{site.name}: expected a quantizer whose codes can move on a grid, got "
                 f"{quantizer.spec.name}; merge into a dense model with `modulora merge`, or keep "

@@ -157,7 +157,7 @@ def _check_merge(config: RoundsConfig) -> None:
     """
     checkpoint = open_packed(locate(config.model))
     quantizers = [checkpoint.quantizer(site) for site in checkpoint.record.sites]
-    if not any(quantizer.snaps for quantizer in quantizers):
+    if not any(quantizer.merges for quantizer in quantizers):
         names = ", ".join(dict.fromkeys(quantizer.spec.name for quantizer in quantizers))
         raise OptionError(
             f"{config.model}: expected a quantizer whose codes can move on a grid, got {names}; "

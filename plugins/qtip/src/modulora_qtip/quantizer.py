@@ -39,7 +39,7 @@ class QTIP(RotatedQuantizer):
     """QTIP (Tseng, Sun, Hou, De Sa 2024, arXiv 2406.11235)."""
 
     spec = SPEC
-    kernels, strip = KERNELS, TILE
+    kernels, strip, strip_dim, code_rows = KERNELS, TILE, 0, TILE
     code_tensors, scales = ("trellis",), ("suh", "svh")
     format = 1
     Options: ClassVar[type[BaseModel]] = Options
@@ -116,6 +116,11 @@ class QTIP(RotatedQuantizer):
         facts = C.metadata["bits"], C.metadata["states"], C.metadata["code"]
         dense = trellis.decode(C.tensors["trellis"][:, first:last], *facts)
         return dense[start - first * TILE : stop - first * TILE]
+
+    def nearest(self, V: Tensor, C: PackedWeight) -> tuple[Mapping[str, Tensor], Tensor]:
+        facts = {name: C.metadata[name] for name in ("bits", "states", "code")}
+        strings, points = packing.quantize(V, self.options.model_copy(update=facts))
+        return {"trellis": strings}, points
 
 
 def _of_walks(walks: Tensor, like: PackedWeight) -> PackedWeight:

@@ -52,10 +52,7 @@ def solve(
     """
     problem = reference.prepare(weight, hessian, options, output_hessian)
     W, bits = problem.W, options.bits
-    blocks = (len(W), W.shape[1] // BLOCK)
-    codes = torch.empty(blocks, dtype=torch.int16, device=W.device)
-    dtype = {2: None, 3: torch.uint8, 4: torch.int16}[bits]
-    residual = None if dtype is None else torch.empty_like(codes, dtype=dtype)
+    codes, residual = _empty_codes(W, bits)
     L = reference.feedback(problem.H, options.damping)
     P = incoherence.descent(problem.H, BLOCK) if options.rounds else L
 
@@ -68,6 +65,22 @@ def solve(
 
     round_in_turn(SPEC.name, W, problem.H_O, round_rows)
     return reference.solution(problem, codes, residual)
+
+
+def nearest(V: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """The codes of the points nearest to rows of V, ``[M, 8]``, and of their residuals.
+
+    Both are as columns of :class:`~modulora_quip_sharp_e8.reference.Solution`'s, ``[M, 1]``."""
+    codes, residual = _empty_codes(V, bits)
+    _Rounding(V, bits, codes, residual).run(V.new_zeros(BLOCK, BLOCK), lower=True)
+    return codes, residual
+
+
+def _empty_codes(W: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    shape = len(W), W.shape[1] // BLOCK
+    codes = torch.empty(shape, dtype=torch.int16, device=W.device)
+    dtype = {2: None, 3: torch.uint8, 4: torch.int16}[bits]
+    return codes, None if dtype is None else torch.empty_like(codes, dtype=dtype)
 
 
 class _Rounding:

@@ -40,7 +40,7 @@ class QuIPSharpE8(RotatedQuantizer):
     """QuIP# with the E8P12 codebook (Tseng et al. 2024, arXiv 2402.04396)."""
 
     spec = SPEC
-    kernels, strip = KERNELS, BLOCK
+    kernels, strip, strip_dim, code_rows = KERNELS, BLOCK, 1, 1
     code_tensors, scales = ("codes", "residual"), ("input_scale", "output_scale")
     format = 1
     Options: ClassVar[type[BaseModel]] = Options
@@ -95,17 +95,36 @@ class QuIPSharpE8(RotatedQuantizer):
         dense = codebooks.decode(held["codes"], held.get("residual"), C.metadata["bits"])
         return dense[:, : C.shape[1]]
 
+    def nearest(self, V: Tensor, C: PackedWeight) -> tuple[Mapping[str, Tensor], Tensor]:
+        bits = C.metadata["bits"]
+        codes, residual = packing.nearest(V, bits)
+        found = {"codes": codes[:, 0]}
+        if residual is not None:
+            found["residual"] = residual[:, 0]
+        return found, codebooks.decode(codes, residual, bits)
+
     def rescaled(
         self, packed: PackedWeight, input_scale: Tensor, output_scale: Tensor
     ) -> PackedWeight:
         """As the base class. Raises ShapeError: a window."""
-        kernels.check_tensors(packed, tensors)
-        rows, whole = packed.shape[0], packed.metadata["rows"][1]
-        if rows != whole:
-            raise ShapeError(
-                f"quip-sharp-e8: expected a whole weight to rescale, got {rows} of its {whole} rows"
-            )
+        _check_whole(packed, "rescale")
         return super().rescaled(packed, input_scale, output_scale)
+
+    def rounded(
+        self, packed: PackedWeight, V: Tensor, hessian: Tensor, *, damping: float, sweeps: int
+    ) -> PackedWeight:
+        """As the base class. Raises ShapeError: a window."""
+        _check_whole(packed, "round")
+        return super().rounded(packed, V, hessian, damping=damping, sweeps=sweeps)
+
+
+def _check_whole(packed: PackedWeight, purpose: str) -> None:
+    kernels.check_tensors(packed, tensors)
+    rows, whole = packed.shape[0], packed.metadata["rows"][1]
+    if rows != whole:
+        raise ShapeError(
+            f"quip-sharp-e8: expected a whole weight to {purpose}, got {rows} of its {whole} rows"
+        )
 
 
 def tensors(shape: tuple[int, int], bits: int, rows: Sequence[int]) -> dict[str, TensorLayout]:
