@@ -143,7 +143,8 @@ def _sweep(H: Tensor, inverses: Tensor, HE: Tensor, points: Tensor, snap: Snap) 
 def _of_unit_blocks(U: Tensor, block: int) -> Tensor:
     """diag(U_kk)⁻¹ U: the feedback of a block's errors, with the identity in diagonal blocks."""
     rows = U.unflatten(0, (-1, block))
-    return torch.linalg.solve_triangular(diagonal_blocks(U, block), rows, upper=True).flatten(0, 1)
+    unit: Tensor = torch.linalg.solve_triangular(diagonal_blocks(U, block), rows, upper=True)
+    return unit.flatten(0, 1)
 
 
 def factor(quantizer: str, H: Tensor, damping: float) -> tuple[Tensor, float]:
