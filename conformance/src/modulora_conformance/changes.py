@@ -182,8 +182,8 @@ def _shows_warnings() -> bool:
     return bool(caught)
 
 
-LIBRARIES = ("KMP_", "NUMBA_", "PYTEST_", "TORCH", "TRITON_")
-"""Variables that libraries set for themselves when they are imported."""
+LIBRARIES = ("KMP_", "LRU_CACHE_", "NUMBA_", "ONEDNN_", "PYTEST_", "TORCH", "TRITON_")
+"""Variables that libraries set for themselves, and the core for oneDNN, when they begin."""
 
 
 def _environment() -> dict[str, str]:

@@ -45,7 +45,7 @@ class Level:
     """Groups checks.
 
     Attributes:
-        level: ``"L0"`` to ``"L8"``.
+        level: ``"L0"`` to ``"L9"``.
         title: its name. Reports show it with the docstring of the class.
     """
 
@@ -63,6 +63,18 @@ class Level:
 
         threads = request.node.get_closest_marker("threads") is not None
         with kept_settings(), nullcontext() if threads else one_thread():
+            yield
+
+    @pytest.fixture(autouse=True)
+    def _watched(self, request: pytest.FixtureRequest, _threads: None) -> Iterator[None]:
+        """Watch the quantizer's calls, for the checks of level 9."""
+        from modulora_conformance.watching import findings_of, watching
+
+        if "quantizer" not in request.fixturenames:
+            yield
+            return
+        quantizer = request.getfixturevalue("quantizer")
+        with watching(type(quantizer), findings_of(request.node), request.node.name):
             yield
 
 

@@ -192,6 +192,10 @@ class Recorder:
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
+        if is_check(item) and report.when == "call" and report.passed:
+            from modulora_conformance.watching import note_output  # it imports torch
+
+            note_output(item, report.capstdout + report.capstderr)
         if is_check(item) and (report.when == "call" or not report.passed):
             self._record(item, report, None if call.excinfo is None else call.excinfo.value)
         return report

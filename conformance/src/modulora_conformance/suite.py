@@ -15,6 +15,7 @@ from modulora_conformance.levels.devices import Devices
 from modulora_conformance.levels.forms import Forms
 from modulora_conformance.levels.gradients import Gradients
 from modulora_conformance.levels.identity import Identity
+from modulora_conformance.levels.interrupted import Interrupted
 from modulora_conformance.levels.lookups import Lookups
 from modulora_conformance.levels.memory import Memory
 from modulora_conformance.levels.modes import Modes
@@ -29,6 +30,7 @@ from modulora_conformance.levels.serving import Serving
 from modulora_conformance.levels.snapped import Snapped
 from modulora_conformance.levels.state import State
 from modulora_conformance.levels.tiles import Tiles
+from modulora_conformance.levels.watched import Watched
 from modulora_core.spec import Quantizer
 
 
@@ -48,14 +50,16 @@ class QuantizerConformance(
     Modes,
     RealProducts,
     NamedSizes,
+    Interrupted,
     Gradients,
     Memory,
     Persistence,
     Processes,
     Devices,
     Serving,
+    Watched,
 ):
-    """Runs every check, L0 to L8. Subclass it in a test file with the fixture ``quantizer``::
+    """Runs every check, L0 to L9. Subclass it in a test file with the fixture ``quantizer``::
 
         class TestMine(QuantizerConformance):
             @pytest.fixture(params=[{"bits": 2}, {"bits": 4}], ids=str)

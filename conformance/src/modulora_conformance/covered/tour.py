@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ FEW = 2
 
 SECONDS = 60.0
 """A tour ends after so many, whatever is left."""
+
+TOO_LONG = f"it ended after {SECONDS:.0f} s, before the last use"
 
 FAULTS = 3
 """The most messages of a tour that reports show."""
@@ -92,8 +95,7 @@ def tour(
             except Exception as error:
                 faults.setdefault(f"{type(error).__name__}: {error}".partition("\n")[0])
             if time.monotonic() > end:
-                faults.setdefault(f"it ended after {SECONDS:.0f} s, before the last use")
-                break
+                return recorder.get_data().dumps(), [TOO_LONG, *faults][:FAULTS]
     return recorder.get_data().dumps(), [*faults][:FAULTS]
 
 
@@ -107,6 +109,13 @@ def _uses(
     quantizers = [create(name, options) for options in sets]
     first = quantizers[0]
     others = [type(first)(first.Options.model_validate(each)) for each in neighbours(first)]
+    if where == TRITON:  # in minutes all of it; these reach the kernels of each format
+        for quantizer in [*quantizers, *others]:
+            packed = pack(quantizer, gaussian(fit(quantizer, *SHAPES[1]), 0))
+            yield partial(tile, quantizer, packed, torch.bfloat16, 3)
+            yield partial(quantizer.lookup, torch.tensor([3, 0]), packed, torch.bfloat16)
+            for transpose, x in itertools.chain(both_ways(packed, 1), both_ways(packed, 33)):
+                yield partial(quantizer.matmul, x.bfloat16(), packed, transpose)
     few = where != WITHOUT
     rows = (1, 3, 33) if few else (1, 2, 3, 17, 33, 70)
     for number, shape in enumerate(SHAPES[:FEW] if few else SHAPES):
@@ -123,14 +132,14 @@ def _uses(
             yield from _reads(quantizer, packed, rows)
             if (number, quantizer) == (0, first):
                 yield from _forms(quantizer, packed)
-    for options in _options(first, VALUES if where != TRITON else VALUES[3:4]):
+    for options in _options(first, VALUES if where != TRITON else VALUES[4:5]):
         yield partial(_brief, type(first), options)
     for count, out_features, in_features in larger:
         shape = fit(first, out_features, in_features)
         yield from _products(first, pack(first, gaussian(shape, 0)), (count,))
 
 
-VALUES = (0, 1, 3, 24, 96, 2**40)
+VALUES = (-1, 0, 1, 3, 24, 96, 2**40)
 """Of each option: refused, or used once."""
 
 
@@ -147,10 +156,16 @@ def _brief(cls: type[Quantizer], options: dict[str, Any]) -> None:
         quantizer = cls(cls.Options.model_validate(options))
     except ValidationError:
         return
-    packed = pack(quantizer, gaussian(fit(quantizer, 3, 130), 0))
+    weight = gaussian(fit(quantizer, 3, 130), 0)
+    packed = pack(quantizer, weight)
     tile(quantizer, packed)
     for transpose, x in both_ways(packed, 3):
         quantizer.matmul(x, packed, transpose)
+    with torch.inference_mode():
+        tile(quantizer, pack(quantizer, weight))
+    for name in packed.tensors:
+        with suppress(ModuLoRAError):
+            _crafted(quantizer, packed, name)
 
 
 def _calibrations(quantizer: Quantizer, weight: torch.Tensor) -> Iterator[Calibration | None]:

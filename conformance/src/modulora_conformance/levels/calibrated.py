@@ -93,6 +93,39 @@ class Calibrated(Level):
         new.pack(weights[1], moments[1])
         check_same_bytes(first, new.pack(weights[0], moments[0]), "packed by a new instance")
 
+    @pytest.mark.parametrize("factor", [2.0**-12, 2.0**12], ids=lambda f: f"{f:g} H")
+    @needs(TAKEN, REMEMBERED)
+    def test_the_magnitude_of_h_has_no_effect(self, quantizer, factor):
+        """If this fails: H times a power of two packs other bytes.
+
+        Tokens are weighted, and users average differently. Divide H by the mean of its diagonal, so
+        that damping is a share of it.
+        """
+        _skip_without_calibration(quantizer)
+        for shape in ((20, 64), (5, 160)):
+            weight = gaussian(fit(quantizer, *shape), 28)
+            H = correlated(weight.shape[1], 8)
+            expected = quantizer.pack(weight, H)
+            found = quantizer.pack(weight, replace(H, hessian=factor * H.hessian))
+            check_same_bytes(expected, found, f"packed with {factor:g} times H")
+
+    @needs(TAKEN)
+    def test_progress_runs_from_0_to_1(self, quantizer):
+        """If this fails: `pack` tells a share of its work that is not from 0 to 1, or that falls.
+
+        A bar of the command line then jumps.
+        """
+        _skip_without_calibration(quantizer)
+        for shape in ((20, 64), (260, 136)):
+            weight, shares = gaussian(fit(quantizer, *shape), 29), list[float]()
+            H = replace(correlated(weight.shape[1], 9), progress=shares.append)
+            quantizer.pack(weight, H)
+            told = [round(share, 4) for share in shares]
+            assert told == sorted(share for share in told if 0 <= share <= 1), (
+                f"progress of a {list(weight.shape)} weight: expected rising shares from 0 to 1, "
+                f"got {told[:8]}"
+            )
+
     @needs(TAKEN, REMEMBERED)
     def test_calibration_makes_outputs_no_worse(self, quantizer, measurements):
         """If this fails: with the H of correlated inputs, outputs are further off than without H.

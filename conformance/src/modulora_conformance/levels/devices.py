@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import modulora_kernels as kernels
 import pytest
@@ -16,6 +17,8 @@ import torch
 from modulora_kernels import compiled
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from modulora_conformance.cases import (
     DTYPES,
@@ -62,6 +65,24 @@ META = "test_the_meta_device_gives_shapes_and_dtypes"
 VALUES = "test_a_device_without_kernels_gives_the_values_of_the_cpu"
 
 SHAPE = (43, 116)
+
+
+TORCHS = ("aten", "prim", "prims", "quantized", "mkldnn", "modulora")
+"""Namespaces of operations that no plugin registers."""
+
+
+class _Registered(TorchDispatchMode):
+    """Notes the first call of each operation that a plugin registers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace not in TORCHS and str(func) not in self.calls:
+            copied = tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, (args, kwargs))
+            self.calls[str(func)] = func, copied[0], copied[1] or {}
+        return func(*args, **(kwargs or {}))
 
 
 class Devices(Level):
@@ -196,6 +217,30 @@ class Devices(Level):
             assert found[name] is not None, f"compiled {name}: expected a gradient, got none"
             error = relative_error(found[name], exact)
             measurements.at_most(f"compiled {name}", error, GRADIENT[torch.float32].value)
+
+    @needs(FORWARD, TRANSPOSED, LOOKUP)
+    def test_registered_operations_are_as_they_say(self, quantizer):
+        """If this fails: an operation that the plugin registers with torch has a wrong schema.
+
+        It writes to an argument that the schema does not name, or its fake version gives other
+        shapes. `torch.library.opcheck` says which.
+        """
+        found = packed(quantizer, SHAPE)
+        with _Registered() as registered:
+            tile(quantizer, found)
+            quantizer.lookup(torch.tensor([2, 0]), found, torch.float32)
+            for rows in (1, 40):
+                for transpose, x in both_ways(found, rows):
+                    quantizer.matmul(x, found, transpose)
+        if not registered.calls:
+            pytest.skip(f"{NOT_OFFERED}it registers no operation")
+        for func, args, kwargs in registered.calls.values():
+            try:
+                torch.library.opcheck(
+                    func, args, kwargs, test_utils=("test_schema", "test_faketensor")
+                )
+            except Exception as error:
+                pytest.fail(f"{func}: {error}", pytrace=False)
 
     @needs(REGISTERED, READS)
     def test_interpreted_triton_kernels_give_the_dense_products(self, quantizer, measurements):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_conformance.cases import DTYPES, both_ways, packed, tile
+from modulora_conformance.cases import DTYPES, both_ways, fit, gaussian, pack, packed, tile
 from modulora_conformance.changes import same_bits
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.lookups import LOOKUP
@@ -150,6 +150,29 @@ class Forms(Level):
                     error = product_error(y[others], given[others], W, transpose)
                     limit = PRODUCT[dtype].value
                     measurements.at_most("product of the other rows", error, limit, case=case)
+
+    @needs(FORWARD, TRANSPOSED, "test_tiny_and_large_inputs_keep_their_precision")
+    def test_products_beyond_float16_are_inf(self, quantizer):
+        """If this fails: a product that fp16 can't hold is a finite number.
+
+        A gradient scaler looks for Inf, and lowers its scale. Convert a sum once, and do not clamp
+        it.
+        """
+        found = pack(quantizer, 10 * gaussian(fit(quantizer, *EVEN), 65))
+        W, largest = dense(quantizer, found), torch.finfo(torch.float16).max
+        for rows in (1, 2, 40):
+            for transpose, x in both_ways(found, rows, dtype=torch.float16, seed=65):
+                M = W.T if transpose else W
+                given = x.clone()
+                given[rows // 2] = (largest * M[3].sign()).half()  # the largest sum of all
+                y, exact = quantizer.matmul(given, found, transpose), given.double() @ M.T
+                over = exact.abs() > 1.1 * largest
+                assert bool(over.any()), f"{rows} rows: the kit's weight is too small"
+                wrong = y[over] != exact[over].sign() * torch.inf
+                assert not bool(wrong.any()), (
+                    f"{rows} rows, {transpose=}: expected Inf where the sum is beyond "
+                    f"{largest:,.0f}, got {float(y[over][wrong][0]):,.0f}"
+                )
 
 
 def _views(x: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ from modulora_conformance.cases import (
     shapes,
     tile,
 )
-from modulora_conformance.changes import change_in_place, changed_weight, clone
+from modulora_conformance.changes import change_in_place, changed_weight, clone, same_bits
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.lookups import LOOKUP
 from modulora_conformance.levels.packing import GLOBALS
@@ -171,15 +171,19 @@ class Gradients(Level):
     def test_a_changed_code_moves_forward_and_backward_alike(self, quantizer, measurements):
         """If this fails: a product uses a cached weight, or a second copy of the codes.
 
-        `load_state_dict` writes into packed tensors in place. Both directions must see it.
+        `load_state_dict` writes into packed tensors in place. Both directions and `lookup` must see
+        it.
         """
         original = packed(quantizer, SHAPE)
         changed = changed_weight(quantizer, original)
-        W = dense(quantizer, changed)
+        W, ids = dense(quantizer, changed), torch.arange(SHAPE[0])
         for dtype, rows in itertools.product((torch.float64, torch.float32), (3, 70)):
             weight, given = clone(original), problem(original.shape, dtype, rows=(rows,))
             _plain(quantizer, weight, given)  # fills the caches
+            quantizer.lookup(ids, weight, torch.float64)
             change_in_place(weight, changed)
+            found = quantizer.lookup(ids, weight, torch.float64)
+            assert same_bits(found, W[ids]), "rows looked up after a change: expected the new ones"
             case = f"{rows} rows in {dtype}, after a change"
             _check_plain(quantizer, weight, given, W, measurements, case)
 

@@ -178,7 +178,8 @@ class Memory(Level):
     def test_memory_does_not_grow_over_50_steps(self, quantizer, measurements):
         """If this fails: each call leaves something behind.
 
-        Look for a list that grows, a cache without a bound, and a reference to operands.
+        Look for a list that grows, a cache without a bound, one by the number of rows, and a
+        reference to operands.
         """
         weight = packed(quantizer, (64, 512))
         given = problem(weight.shape, torch.float32, rows=(ROWS["few rows"],))
@@ -188,7 +189,7 @@ class Memory(Level):
 
         def steps(n: int) -> None:
             for step in range(n):
-                x = inputs((1 + step % 3,), weight.shape[1], torch.float32, step)
+                x = inputs((1 + step,), weight.shape[1], torch.float32, step)
                 y = output(quantizer, weight, leaves | {"x": x})
                 y.backward(torch.ones_like(y))
                 optimizer.step()

@@ -109,7 +109,7 @@ class Modes(Level):
             error, limit = product_error(y, x, W, transpose), PRODUCT[x.dtype].value
             measurements.at_most(f"product with a mode in {x.dtype}", error, limit, case=case)
 
-    @pytest.mark.parametrize("threads", [1, 3, 8, 16], ids=lambda n: f"{n} threads")
+    @pytest.mark.parametrize("threads", [1, 2, 3, 8, 16], ids=lambda n: f"{n} threads")
     @needs(FORWARD, TRANSPOSED, LOOKUP, "test_reading_leaves_global_state_alone")
     def test_any_number_of_threads_gives_the_same(self, quantizer, measurements, threads):
         """If this fails: a part of the work is lost or done twice with some number of threads.

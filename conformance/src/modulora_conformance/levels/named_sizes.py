@@ -5,14 +5,24 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from modulora_conformance.cases import DTYPES, both_ways, fit, gaussian, identity, pack, tile
-from modulora_conformance.changes import same_bits
+from modulora_conformance.cases import (
+    DTYPES,
+    both_ways,
+    correlated,
+    fit,
+    gaussian,
+    identity,
+    pack,
+    tile,
+)
+from modulora_conformance.changes import check_same_bytes, same_bits, same_packed
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.covered.numbers import numbers_of
 from modulora_conformance.levels.accuracy import END, MARGIN, PROMISED, usual_error
@@ -23,6 +33,7 @@ from modulora_conformance.levels.tiles import RANGES
 from modulora_conformance.oracle import dense, product_error, relative_error
 from modulora_conformance.results import Measurements
 from modulora_conformance.tolerances import PRODUCT
+from modulora_core.errors import WeightError
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
 
 LARGEST = 2**17
@@ -80,6 +91,8 @@ class NamedSizes(Level):
     def test_sizes_drawn_anew_change_nothing(self, quantizer, measurements, request):
         """If this fails: at some size, dtype, stride or number of threads a result is wrong.
 
+        That is a product, a row, a NaN that is lost, or a NaN in a weight that is not refused.
+
         The sizes are drawn from the run's seed, which `--seed` repeats.
         """
         draw = random.Random(f"{request.config.getoption('hypothesis_seed', 0)}")
@@ -90,8 +103,9 @@ class NamedSizes(Level):
                 shape, rows = fit(quantizer, *sides[:: draw.choice((1, -1))]), _log(draw, 300)
                 dtype, count = draw.choice(DTYPES), draw.choice((1, 2, 3, 8, 16))
                 torch.set_num_threads(count)
-                weight = pack(quantizer, gaussian(shape, draw.randrange(2**16)))
-                case = f"{list(shape)}, {rows} rows, {dtype}, {count} threads"
+                with_h = quantizer.spec.calibration != "none" and draw.random() < 0.5
+                case = f"{list(shape)}, {rows} rows, {dtype}, {count} threads, {with_h=}"
+                weight = _packed_anew(quantizer, shape, draw, with_h, case)
                 _check_rows(quantizer, weight, (draw.randrange(shape[0]),), case)
                 W = dense(quantizer, weight)
                 for transpose, x in both_ways(weight, rows, dtype=dtype):
@@ -99,8 +113,33 @@ class NamedSizes(Level):
                     view = wide[:, : x.shape[1]]
                     view.copy_(x)
                     _check_product(quantizer, weight, W, view, transpose, case, measurements)
+                    view[draw.randrange(rows), draw.randrange(x.shape[1])] = torch.nan
+                    lost = quantizer.matmul(view, weight, transpose)[view.isnan().any(1)].isfinite()
+                    assert not bool(lost.any()), f"{case}: expected NaN of an x with NaN"
         finally:
             torch.set_num_threads(threads)
+
+
+def _packed_anew(
+    quantizer: Quantizer, shape: tuple[int, int], draw: random.Random, with_h: bool, case: str
+) -> PackedWeight:
+    """A drawn weight, packed by two threads at once. It is refused with NaN at a drawn place."""
+    weight = gaussian(shape, draw.randrange(2**16))
+    H = correlated(shape[1], draw.randrange(2**16)) if with_h else None
+
+    def packed(_: int = 0) -> PackedWeight:
+        return pack(quantizer, weight) if H is None else quantizer.pack(weight, H)
+
+    with ThreadPoolExecutor(2) as pool:
+        found, other = pool.map(packed, range(2))
+    check_same_bytes(found, other, f"{case}: packed by two threads at once")
+    if with_h and quantizer.wants_calibration and min(shape[0], shape[1] // 4) >= 16:
+        unlike = quantizer.pack(weight, identity(shape[1]))
+        assert not same_packed(found, unlike), f"{case}: expected other bytes with another H"
+    weight[draw.randrange(shape[0]), draw.randrange(shape[1])] = torch.nan
+    with pytest.raises(WeightError):
+        packed()
+    return found
 
 
 def _log(draw: random.Random, most: int) -> int:

@@ -30,6 +30,7 @@ BEFORE = (
     "test_rows_of_a_ragged_weight_equal_the_whole",
     "test_products_of_a_large_weight_equal_the_dense_ones",
 )
+REAL_LAYER = "test_products_of_a_real_layer_equal_the_dense_ones"
 INDICES = "test_products_of_long_weights_equal_the_dense_ones"
 
 

@@ -41,6 +41,7 @@ CALIBRATED = (
     "Importance", "InvertedImportance", "ReversedImportance", "FirstImportance", "SaysItIgnores",
     "IgnoresItsCalibration", "KeepsItsCalibration", "SecondMomentByAddress",
     "UndeclaredGradients", "IgnoredGradients", "WorseByGradients", "CoarseFrom3000Samples",
+    "DampsByANumber", "TellsPercents",
 )  # fmt: skip
 
 BITS = {"NarrowerThanItSays": (2,), "WiderThanItSays": (8,), "Microscaled": (4,)}
