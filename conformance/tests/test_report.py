@@ -57,7 +57,7 @@ def passing(configuration="defaults"):
         outcome(
             f"L{n}", f"check_{n}", configuration=configuration, measured=measured.get(f"L{n}", ())
         )
-        for n in range(9)
+        for n in range(10)
     ]
     reason = f"{HARDWARE}no CUDA device"
     return [*found, outcome("L7", "cuda", "skipped", configuration, reason)]
@@ -79,7 +79,7 @@ def make(checks=None, **fields):
         "branches": Branches(total=20, explained=(BRANCH,)),
         "seed": "1234",
         "environment": {"python": "3.11", "accelerators": [], "packages": {"numba": None}},
-        "about": {f"L{n}": {"title": f"title of L{n}", "text": "About."} for n in range(9)},
+        "about": {f"L{n}": {"title": f"title of L{n}", "text": "About."} for n in range(10)},
         "meanings": {c.check: f"If this fails: look at `{c.check}`." for c in checks},
         "speed": {"defaults": {"shape": (1024, 512), "threads": 2, "timings": [timing]}},
     }
@@ -216,9 +216,9 @@ def test_a_device_that_no_check_ran_on_is_named_everywhere(tmp_path):
     for suffix in ("svg", "html", "md"):
         assert "certified without hardware" in (tmp_path / f"mine.{suffix}").read_text().lower()
     row = cells_of((tmp_path / "mine.md").read_text())[-1]
-    assert row[6:] == ["L0–L8 without cuda", "without hardware (2026.11, 2)"]
+    assert row[6:] == ["L0–L9 without cuda", "without hardware (2026.11, 2)"]
     uncertified = run.model_copy(update={"certified": False})
-    assert verdict(uncertified).words == "L0-L8 passed without hardware"
+    assert verdict(uncertified).words == "L0-L9 passed without hardware"
 
 
 def test_the_terminal_has_a_row_for_each_level_every_failure_and_every_skip(broken):
@@ -252,7 +252,7 @@ def test_a_support_table_has_a_row_for_each_configuration_and_no_markup(broken, 
     write_report(make(), tmp_path)
     headings, _, *found = cells_of((tmp_path / "mine.md").read_text("utf-8"))
     assert headings == list(HEADINGS)
-    expected = ["4.5", "0.095", "-", "whole", "L0–L8", "yes (2026.11, 2)"]
+    expected = ["4.5", "0.095", "-", "whole", "L0–L9", "yes (2026.11, 2)"]
     assert found == [["mine 1.0", name, *expected] for name in CONFIGURATIONS]
     write_report(broken, tmp_path)
     text = (tmp_path / "mine.md").read_text("utf-8")

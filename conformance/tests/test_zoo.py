@@ -23,14 +23,14 @@ def members(kernels):
     return {name: getattr(importlib.import_module(m), name) for name, m in chosen.items()}
 
 
+CHECKS = {name: level.level for name, _, level in checks_of(QuantizerConformance)}
 LEVELS, KERNELS = members(kernels=False), members(kernels=True)
 BROKEN = [name for name in LEVELS if name not in modulora_zoo.SOUND]
-FEW = BROKEN[::12]
-"""A quick sample. The slow tests have all."""
+FEW = [name for name in BROKEN if CHECKS[LEVELS[name].breaks] != "L9"][::12]
+"""A quick sample, without those that other checks must meet. The slow tests have all."""
 BROKEN_KERNELS = [name for name in KERNELS if name not in modulora_zoo.SOUND]
 
 
-CHECKS = {name: level.level for name, _, level in checks_of(QuantizerConformance)}
 NEEDED = {n: needed_by(check, level.level) for n, check, level in checks_of(QuantizerConformance)}
 
 SLOW = {

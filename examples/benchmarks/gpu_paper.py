@@ -79,7 +79,7 @@ def cheapest(call: Call, target: str) -> Call:
 
 def total(call: Call, target: str) -> Counter[str]:
     """The instructions of all threads, by class."""
-    found, all_threads = per_thread(call, compile_call(call, target)), threads(call, target)
+    found, all_threads = per_thread(call, compile_call(call, target)), threads(call)
     return Counter({name: n * all_threads * call.programs for name, n in found.items()})
 
 

@@ -29,7 +29,7 @@ def test_it_passes_the_kit_and_leaves_a_report(conformance, tmp_path):
     result = conformance("-o", "bits=3", "--report", "report")
     assert result["distribution"] == "modulora-half-quadratic"
     assert result["failures"] == []
-    assert result["levels"].keys() == {f"L{level}" for level in range(9)}
+    assert result["levels"].keys() == {f"L{level}" for level in range(10)}
     assert (tmp_path / "report" / "half-quadratic.html").is_file()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -17,6 +18,7 @@ from modulora_core.errors import OptionError
 from modulora_core.progress import Bars
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.loss_trend import loss_in_words
+from modulora_core.training.resuming import check_new
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -83,6 +85,8 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora finetune packed adapter --data notes.txt --steps 100 --resume
     """
     request = checked_request(FinetuneConfig, options, config)
+    if not resume:
+        check_new(Path(request.out))
     from rich.console import Group
 
     from modulora_core.training.finetune import finetune

@@ -136,7 +136,7 @@ class ModuLoRAHfQuantizer(HfQuantizer):
             self.packer.check_complete(model)
         _refuse_offload(getattr(model, "hf_device_map", {}))
         for name, values in model.named_parameters():
-            check_finite(values.detach(), name, model.config.name_or_path)
+            check_finite(values.detach(), name, type(model).__name__)
         if not self.quantization_config.mapped:
             check_scales(model)
         for part in (model.base_model, model.get_output_embeddings()):

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
-from transformers import TrainerState
 
 from modulora_core.checkpoints.outputs import digest, digests_of, sync_folder, write_file
 from modulora_core.errors import CheckpointError
 from modulora_core.models.json_files import read_json
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
 _SEAL = "complete.json"
 
@@ -65,4 +68,6 @@ def remove_half_written(folder: Path) -> None:
 
 def trainer_state(checkpoint: Path) -> TrainerState:
     """The state of transformers' Trainer in a checkpoint."""
+    from transformers import TrainerState  # imports torch, as an early check must not
+
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from modulora_core.checkpoints.outputs import check_output, partial_name, write_file
-from modulora_core.data.examples import Examples
 from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.models.folders import ADAPTER_CONFIG, RUN_FILE
@@ -138,9 +137,9 @@ def record_examples(out: Path, examples: Mapping[str, Any]) -> None:
 def _digests(examples: Mapping[str, Any]) -> dict[str, str]:
     """The SHA-256 of the examples of each source: tokens, or a preference's text."""
     return {
-        name: found.digest
-        if isinstance(found, Examples)
-        else hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        name: hashlib.sha256(json.dumps(found).encode()).hexdigest()
+        if isinstance(found, list)
+        else found.digest
         for name, found in examples.items()
     }
 

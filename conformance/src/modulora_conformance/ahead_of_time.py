@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import triton
-from modulora_kernels.triton.launching import Call, Config, recorded
+from modulora_kernels.triton.launching import Call, Config, recorded, warps_of
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -93,6 +93,16 @@ class Compiled:
     text: str = field(repr=False)
 
 
+@dataclass(frozen=True)
+class _Absent:
+    """The driver of a GPU that is not there: kernels ask it for the target."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
 _COMPILED: dict[tuple[str, str, int, int], Compiled] = {}
 """Compiled kernels by the hash of their source and types, the target, warps and stages."""
 
@@ -126,11 +136,16 @@ def compile_call(call: Call, target: str) -> Compiled:
         constants,
         attrs={place: [["tt.divisibility", WIDEST_ADDRESS]] for place in places},
     )
-    warps, stages = call.config.warps, call.config.stages
+    warps = warps_of(call.config, TARGETS[target].warp_size)
+    stages = call.config.stages
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     key = (source.hash(), target, warps, stages)
     if key not in _COMPILED:
-        built = triton.compile(source, target=TARGETS[target], options=options)
+        triton.runtime.driver.set_active(_Absent(TARGETS[target]))
+        try:
+            built = triton.compile(source, target=TARGETS[target], options=options)
+        finally:
+            triton.runtime.driver.set_active(None)  # Triton then looks for a GPU's
         _COMPILED[key] = _read(built, target)
     return _COMPILED[key]
 
@@ -184,7 +199,7 @@ def _read(built: Any, target: str) -> Compiled:
         text = built.asm["amdgcn"]
         registers, spills = (_amd_number(text, n) for n in ("vgpr_count", "vgpr_spill_count"))
         loads, stores = (_amd_widths(text, access) for access in ("load", "store"))
-        code = text.split("s_endpgm")[0]
+        code = text.split("s_endpgm")[0]  # without masked accesses that are moved behind it
     loop, once = _instructions(code)
     return Compiled(
         target, int(registers), int(spills), built.metadata.shared, loads, stores, loop, once, text

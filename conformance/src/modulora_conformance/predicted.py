@@ -191,9 +191,9 @@ def trips(call: Call) -> int:
     return int(a.get("PARTS", 1))
 
 
-def threads(call: Call, target: str) -> int:
+def threads(call: Call) -> int:
     """The threads of a program."""
-    return call.config.warps * (64 if target.startswith("gfx") else 32)
+    return 32 * call.config.warps
 
 
 def waves(call: Call, compiled: Compiled, card: Card) -> float:
@@ -223,7 +223,7 @@ def seconds_of_call(call: Call, packed: PackedWeight | None, card: Card) -> floa
     """The least time of a launch. Its busiest processor runs ⌈programs / processors⌉ of them."""
     compiled = compile_call(call, card.target)
     executed = per_thread(call, compiled)
-    whole = threads(call, card.target) * -(-call.programs // card.processors)
+    whole = threads(call) * -(-call.programs // card.processors)
     cycles = max(executed[each] * whole / rate for each, rate in RATES.items())
     tensor = executed["flops"] * whole * card.processors / card.flops
     return max(bytes_of(call, packed) / card.bandwidth, cycles / card.hertz, tensor)

@@ -30,7 +30,12 @@ WRONG = {
     "finetune MODEL OUT --data notes.txt --eval-data ./absent": "./absent: expected a file",
     "finetune MODEL OUT --data pydoc --adapter ./absent": "adapter ./absent: expected a folder",
     "finetune MODEL OUT --data pydoc -q tyo": NEAR,
+    "finetune MODEL notes.txt --data pydoc": "expected a folder or nothing, found a file",
+    "finetune MODEL done --data pydoc": "output folder done: it holds a finished adapter",
     "finetune --config run.yaml": ABSENT,
+    "plan MODEL -q tyo": NEAR,
+    "compare MODEL -q tyo": NEAR,
+    "bench tyo": NEAR,
     "evaluate MODEL --data pydoc[90%]": SLICE,
     "generate ./absent Hello": ABSENT,
     "chat MODEL --adapter ./absent": "adapter ./absent: expected a folder or a Hub id",
@@ -43,8 +48,9 @@ WRONG = {
 
 
 def test_a_wrong_request_is_refused_without_torch(tmp_path):
-    for name in ("MODEL", "empty"):
+    for name in ("MODEL", "empty", "done"):
         (tmp_path / name).mkdir()
+    (tmp_path / "done" / "adapter_config.json").write_text("{}")
     (tmp_path / "MODEL" / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to("empty")
     (tmp_path / "notes.txt").write_text("The ship sailed north.")
@@ -61,7 +67,7 @@ def test_a_wrong_request_is_refused_without_torch(tmp_path):
         assert WRONG[words] in message, (words, message)
         assert code == [2], words
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"MODEL", "empty", "link", "notes.txt", "run.yaml"}
+    assert names == {"MODEL", "empty", "done", "link", "notes.txt", "run.yaml"}
 
 
 def test_a_run_is_written_through_a_link(tmp_path):

@@ -10,6 +10,7 @@ from modulora_core.packed import PackedWeight
 
 pytest.importorskip("triton")
 ahead_of_time = pytest.importorskip("modulora_conformance.ahead_of_time")
+predicted = pytest.importorskip("modulora_conformance.predicted")
 
 pytestmark = pytest.mark.slow
 
@@ -43,3 +44,18 @@ def test_kernels_compile_without_spills(target, facts):
     found = ahead_of_time.compile_launches(launches, target)
     assert len(found) == 5
     assert all(code.spills == 0 for code in found)
+
+
+@pytest.mark.parametrize(("rows", "most"), [(1, 8), (64, 12)])
+def test_a_weight_of_the_default_takes_few_instructions(rows, most):
+    from modulora_kernels.triton.launching import recorded
+    from modulora_qtip.kernels import gpu
+
+    with recorded() as calls:
+        gpu.multiply(torch.empty(rows, N), weight(2, 12, "bytes"), False, torch.bfloat16)
+    counts = []
+    for choice in (choice for call in calls for choice in call.choices()):
+        thread = predicted.per_thread(choice, ahead_of_time.compile_call(choice, "sm_90"))
+        threads = choice.programs * predicted.threads(choice)
+        counts.append(thread["all"] * threads / predicted.weights_of(choice))
+    assert min(counts) <= most

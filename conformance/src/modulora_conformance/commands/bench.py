@@ -61,10 +61,12 @@ def command(
         modulora bench NAME -o bits=3 --shape 4096x4096 --rows 1 --rows 2048
         modulora bench NAME --device cuda --dtype bfloat16 --json
     """
+    from modulora_core.registry import create, find
+
+    find(name)
     from modulora_conformance.bench.quantizer_bench import config_for, measure_quantizer
     from modulora_core.distributed import pick_device
     from modulora_core.options import parse_options
-    from modulora_core.registry import create
 
     quantizer = create(name, parse_options(option))
     config = config_for(

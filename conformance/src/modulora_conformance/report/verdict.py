@@ -170,7 +170,7 @@ def _serves(checks: Iterable[Outcome]) -> str:
 
 def _reaches_devices(passed: str) -> bool:
     """Whether levels from L0 on contain L7, which runs on each device."""
-    return passed.endswith(("L7", "L8"))
+    return passed.endswith(("L7", "L8", "L9"))
 
 
 def _levels_text(passed: str, untested: tuple[str, ...]) -> str:

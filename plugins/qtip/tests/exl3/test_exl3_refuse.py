@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError, ModelError
+from modulora_core.hf.load_model import load_model
 from modulora_core.tests.fuzzing import refused_or_runs
 
 
@@ -98,6 +99,12 @@ def test_a_lost_code_mark_is_refused(storage, saved, tmp_path):
     folder = configured(changed(saved, tmp_path / "m", put("mcg", None)), **more)
     with pytest.raises(CheckpointError, match=rf"{UP}: expected the code function mcg by config"):
         open_packed(folder)
+
+
+def test_another_multiplier_is_refused(saved, tmp_path):
+    folder = changed(saved, tmp_path / "m", put("mcg", torch.tensor(5).int()))
+    with pytest.raises(CheckpointError, match=r"mcg: expected the multiplier 0xcbac1fed, got 5"):
+        load_model(folder)
 
 
 def test_sizes_that_padding_does_not_explain_are_refused(saved, tmp_path):

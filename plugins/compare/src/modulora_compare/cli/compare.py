@@ -17,6 +17,7 @@ from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import next_commands, table
 from modulora_core.errors import OptionError, OutputError
 from modulora_core.progress import Bars
+from modulora_core.registry import Choice, find
 
 PAGE = "comparison.html"
 
@@ -71,6 +72,8 @@ def command(
     """
     if not quantizers:
         raise OptionError("-q: expected one quantizer or more, got none")
+    for name in quantizers:
+        find(Choice.parse(name, "-q").quantizer)
     if out.exists() and not out.is_dir():
         raise OutputError(f"--out {out}: expected a folder, got a file; choose another name")
     if eval_data is None and data.endswith("]"):

@@ -38,6 +38,8 @@ class GPUKernels:
         parts: ``parts(packed)`` gives the number of parts into which a row falls.
         widest: the most columns of a block in tiles and products of one row: a power of two. A
             format whose blocks of weights are decoded together may want as many.
+        strip: rows that are decoded together: a power of two up to 32. Blocks begin at multiples
+            of it, and are so high if ``widest`` · ``strip`` is at most 1024.
     """
 
     def __init__(
@@ -47,12 +49,15 @@ class GPUKernels:
         options: Callable[[PackedWeight], Hashable] = lambda _: 0,
         parts: Callable[[PackedWeight], int] = lambda _: 1,
         widest: int = LARGEST,
+        strip: int = 1,
     ) -> None:
         self._decode, self._operands, self._options, self._parts = decode, operands, options, parts
-        self._widest = widest
+        self._widest, self._strip = widest, strip
 
     def tile(self, packed: PackedWeight, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """Rows ``[start, stop)`` of Ŵ, ``[stop - start, in]``, rounded once to ``dtype``."""
+        skipped = rows[0] % self._strip
+        rows = rows[0] - skipped, rows[1]
         out = torch.empty(rows[1] - rows[0], packed.shape[1], dtype=dtype, device=packed.device)
         weight, options = self._operands(packed), self._options(packed)
         write_tile(
@@ -66,7 +71,7 @@ class GPUKernels:
             parts=self._parts(packed),
             widest=self._widest,
         )
-        return out
+        return out[skipped:]
 
     def product(self, x: Tensor, packed: PackedWeight, transpose: bool = False) -> Tensor | None:
         """``x Ŵᵀ``, or ``x Ŵ`` when ``transpose``, in ``x``'s dtype; None to multiply by tiles.

@@ -41,7 +41,8 @@ class Config:
     """A way to run a kernel: warps, stages and constants.
 
     Attributes:
-        warps: of 32 threads (64 on AMD's) in a program.
+        warps: of 32 threads in a program. AMD's of 64 are half as many, so that the weights of a
+            thread are as many.
         stages: iterations of a loop around ``tl.dot`` whose loads are under way. With more than 1,
             every load in it goes through shared memory, lookups in a table too.
         constants: the kernel's constants that go with it, as pairs of name and value.
@@ -50,6 +51,11 @@ class Config:
     warps: int = 4
     stages: int = 1
     constants: tuple[tuple[str, Hashable], ...] = ()
+
+
+def warps_of(config: Config, lanes: int) -> int:
+    """The warps of a program on a GPU whose warps have so many threads."""
+    return max(1, config.warps * 32 // lanes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +138,27 @@ def launch(
     if INTERPRETED.value:
         kernel[grid](*arguments, **constants, **dict(first.constants))
         return
-    with torch.cuda.device(devices.pop()):
+    device = devices.pop()
+    lanes = _lanes(device)
+    with torch.cuda.device(device):
         if len(configs) > 1 and max(map(Tensor.numel, _tensors(arguments))) >= WORTH_TUNING:
             functions = tuple(
                 value for value in constants.values() if isinstance(value, triton.JITFunction)
             )
-            _tuned(kernel, functions, tuple(configs), tuple(key))[grid](
+            _tuned(kernel, functions, tuple(configs), tuple(key), lanes)[grid](
                 *arguments, **constants, enable_fp_fusion=False
             )
         else:
             kernel[grid](
                 *arguments, **constants, **dict(first.constants),
-                num_warps=first.warps, num_stages=first.stages, enable_fp_fusion=False,
+                num_warps=warps_of(first, lanes), num_stages=first.stages, enable_fp_fusion=False,
             )  # fmt: skip
+
+
+@cache
+def _lanes(device: torch.device) -> int:
+    """The threads of a warp."""
+    return torch.cuda.get_device_properties(device).warp_size if torch.version.hip else 32
 
 
 @cache
@@ -153,10 +167,12 @@ def _tuned(
     functions: tuple[Any, ...],  # noqa: ARG001 - a part of the cache's key
     configs: tuple[Config, ...],
     key: tuple[str, ...],
+    lanes: int,
 ) -> Any:
     """Make a tuner of ``kernel`` with these ``functions``; others get a tuner of their own."""
     choices = [
-        triton.Config(dict(c.constants), num_warps=c.warps, num_stages=c.stages) for c in configs
+        triton.Config(dict(c.constants), num_warps=warps_of(c, lanes), num_stages=c.stages)
+        for c in configs
     ]
     return triton.autotune(choices, key=list(key), do_bench=_milliseconds)(kernel)
 

@@ -109,15 +109,21 @@ def command(
     """
     from modulora_core.errors import OptionError
     from modulora_core.options import parse_options
-    from modulora_core.registry import Choice
+    from modulora_core.registry import Choice, find
 
     if option and quantizer is None:
         raise OptionError(f"option {option[0]}: expected -q NAME beside it, got none")
+    chosen = None if quantizer is None else Choice(quantizer, parse_options(option))
+    head = parse_choice(quantize_head, "--quantize-head")
+    embeddings = parse_choice(quantize_embeddings, "--quantize-embeddings")
+    for each in (chosen, head, embeddings):
+        if each is not None and each.quantizer != "none":
+            find(each.quantizer)  # refuses a wrong name before seconds of imports
     request = PlanRequest(
         model=model,
-        quantizer=None if quantizer is None else Choice(quantizer, parse_options(option)),
-        head=parse_choice(quantize_head, "--quantize-head"),
-        embeddings=parse_choice(quantize_embeddings, "--quantize-embeddings"),
+        quantizer=chosen,
+        head=head,
+        embeddings=embeddings,
         config=finetuning({name: value for name, value in fields.items() if value is not None}),
         device=device,  # type: ignore[arg-type]  # PlanRequest checks it
         budget=budget,

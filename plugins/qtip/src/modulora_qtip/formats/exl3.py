@@ -254,6 +254,8 @@ def _weight(
     layout = quantizer.layout(shape)
 
     def unpack(read: Read) -> PackedWeight:
+        for mark in marks:
+            _check_multiplier(read(mark), mark)
         stored = {f"s{side}h": _read_scales(read, name) for side, name in scales.items()}
         return layout.fill({"trellis": read(names[0]), **stored})
 
@@ -273,6 +275,16 @@ def _read_scales(read: Read, name: str) -> Tensor:
     places = torch.arange(16)
     negative = read(name).to(torch.int32)[:, None] >> places & 1
     return (1 - 2 * negative).flatten().to(torch.float16)
+
+
+def _check_multiplier(mark: Tensor, name: str) -> None:
+    """Refuse a code function of another multiplier, which would decode to other weights."""
+    known = CODES[name.rpartition(".")[2]].multiplier
+    if mark.flatten().tolist() != [_signed(known)]:
+        raise CheckpointError(
+            f"{name}: expected the multiplier {known:#x}, got {mark.tolist()}, another code "
+            "function, which is not implemented; quantize the original model"
+        )
 
 
 def _signed(number: int) -> int:

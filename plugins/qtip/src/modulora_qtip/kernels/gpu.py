@@ -1,8 +1,11 @@
 """QTIP's kernels on a GPU, in Triton: tiles of C and products with C.
 
-moves      K bits a weight, from memory once; each word again from the L1 cache
-computes   two loads, a shift, a product and the code function a weight: 15 operations or so
+moves      K bits a weight, from memory once
+computes   a shift, a mask, a product and the code function a weight: 5 operations for bytes
 floor      the bytes of the walks (few rows) or of the tile (tiles) at the rate of memory
+
+A thread decodes the 32 weights of a *run*, four lanes of eight (:mod:`modulora_qtip.trellis`), and
+holds the run's K words and the word before them in registers. So every shift is a constant.
 """
 
 from __future__ import annotations
@@ -13,38 +16,81 @@ import torch
 import triton
 import triton.language as tl
 from modulora_kernels.triton import GPUKernels
+from modulora_kernels.triton.blocks import INTERPRETED
 from torch import Tensor
+from triton.language.target_info import is_cuda
 
 from modulora_core.packed import PackedWeight
 from modulora_qtip import codes
+from modulora_qtip.trellis import TILE
 
-UNIT = {"bytes": 128, "halves": 1, "fused": 1}
-"""By kind of a code: products are with C divided by it, a power of two, and below 4 then."""
+DIVISOR = {"bytes": 7, "halves": 0, "fused": 0}
+"""By kind of a code: products are with C divided by so many powers of two, and below 4 then."""
 
 KINDS = {"bytes": 0, "halves": 1, "fused": 2}
 
-MASK, FLIP = tl.constexpr(codes.MASK - 2**32), tl.constexpr(codes.FLIP)
+MASK, FLIP = tl.constexpr(codes.MASK), tl.constexpr(codes.FLIP)
 FACTOR, OFFSET = tl.constexpr(codes.FACTOR), tl.constexpr(codes.OFFSET)
 
 
 @triton.jit
-def _half(x) -> Any:
-    """The low 16 bits as an fp16 number, in fp32."""
-    return (x & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+def _byte_sum(x, start: tl.constexpr) -> Any:
+    """``start``, whose low ten bits are 0, plus the four bytes of x: uint32."""
+    if not INTERPRETED and is_cuda():
+        # one instruction for six: a product of one row then takes half the time
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.u32 $0, $1, 0x01010101, $2;", "=r,r,r", [x, start],
+            dtype=tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+    pairs = (x & 0xFF00FF) + ((x >> 8) & 0xFF00FF)
+    return ((pairs + (pairs >> 16)) & 0x3FF) | start
 
 
 @triton.jit
-def _value(state, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr, KIND: tl.constexpr) -> Any:
-    """The values of states, int32."""
+def _value(
+    state, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr, KIND: tl.constexpr,
+    DIVISOR: tl.constexpr,
+) -> Any:  # fmt: skip
+    """The values of states, uint32, divided by 2^DIVISOR."""
     x = state * MULTIPLIER + ADDEND
     if KIND == 1:
         x = (x & MASK) ^ FLIP
-        return (_half(x) + _half(x >> 16)).to(tl.float16).to(tl.float32)
-    total = (x & 255) + ((x >> 8) & 255) + ((x >> 16) & 255) + ((x >> 24) & 255)
+        low = (x & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        high = (x >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        return (low + high).to(tl.float32)
+    # one unit of the code is the last bit of 2^(23 - DIVISOR)
+    number = _byte_sum(x, (150 - DIVISOR) << 23).to(tl.float32, bitcast=True)
     if KIND == 0:
-        return (total - 510).to(tl.float32)
+        return number - (2.0**23 + 510) / 2.0**DIVISOR
     # a sum of fp16 products is exact in fp32, so fp16 rounds once
-    return ((total + 1024).to(tl.float32) * FACTOR + OFFSET).to(tl.float16).to(tl.float32)
+    return ((number - (2.0**23 - 1024)) * FACTOR + OFFSET).to(tl.float16).to(tl.float32)
+
+
+@triton.jit
+def _state(words, END: tl.constexpr) -> Any:
+    """The 32 bits of runs before bit END, uint32. ``words`` begin one word before the runs."""
+    N: tl.constexpr = (END - 1) // 32
+    both = (words[N].to(tl.uint64) << 32) | words[N + 1].to(tl.uint64)
+    return (both >> (32 * N + 32 - END)).to(tl.uint32)
+
+
+@triton.jit
+def _weights(words, N: tl.constexpr, OPTIONS: tl.constexpr) -> Any:
+    """Weight N of eight, of each of the four lanes: ``[tiles, runs, 2, 2]``."""
+    K: tl.constexpr = OPTIONS[0]
+    END: tl.constexpr = (N + 1) * K
+    even = tl.join(_state(words, END), _state(words, END + 16 * K))
+    odd = tl.join(_state(words, END + 8 * K), _state(words, END + 24 * K))
+    state = tl.join(even, odd) & ((1 << OPTIONS[1]) - 1)
+    return _value(state, OPTIONS[2], OPTIONS[3], OPTIONS[4], OPTIONS[5])
+
+
+@triton.jit
+def _output(words, FIRST: tl.constexpr, OPTIONS: tl.constexpr) -> Any:
+    """The weights of one output: four of each lane, in the order r / 8, r % 2."""
+    even = tl.join(_weights(words, FIRST, OPTIONS), _weights(words, FIRST + 2, OPTIONS))
+    odd = tl.join(_weights(words, FIRST + 1, OPTIONS), _weights(words, FIRST + 3, OPTIONS))
+    return tl.join(even, odd)
 
 
 @triton.jit
@@ -52,30 +98,29 @@ def decode(
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
 ) -> Any:  # fmt: skip
-    """A block of C for :class:`modulora_kernels.triton.GPUKernels`.
+    """A block of C for :class:`modulora_kernels.triton.GPUKernels`; 16 divides row and col.
 
     ``weight`` is the walks as words, int32, and the number of tiles along the outputs. OPTIONS are
-    K, L, the multiplier and the addend of the code, its kind, and the divisor of C.
+    K, L, the multiplier and the addend of the code, its kind, and the divisor's exponent.
     """
     words, across = weight
     K: tl.constexpr = OPTIONS[0]
-    L: tl.constexpr = OPTIONS[1]
-    o = row + tl.arange(0, BLOCK_OUT)[:, None]
-    i = col + tl.arange(0, BLOCK_IN)[None, :]
-    inside = (o < out_features) & (i < in_features)
-    r = (i & 15).to(tl.int32)
-    c = (o & 15).to(tl.int32)
-    # weight t of a tile, by trellis.POSITION
-    t = (c & 7) * 32 + ((r >> 1) & 3) * 8 + (c >> 3) * 4 + (r >> 3) * 2 + (r & 1)
-    last = t * K + (K - 1)  # the last bit of the state
-    word = last >> 5
-    before = tl.where(word == 0, 8 * K - 1, word - 1)
-    tile = ((i >> 4).to(tl.int64) * across + (o >> 4)) * (8 * K)
-    high = tl.load(words + tile + before, mask=inside, other=0)
-    low = tl.load(words + tile + word, mask=inside, other=0)
-    both = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
-    state = ((both >> (31 - (last & 31)).to(tl.int64)) & ((1 << L) - 1)).to(tl.int32)
-    return _value(state, OPTIONS[2], OPTIONS[3], OPTIONS[4]) * (1.0 / OPTIONS[5])
+    OUT: tl.constexpr = BLOCK_OUT // 16
+    IN: tl.constexpr = BLOCK_IN // 16
+    # a run is outputs c and c + 8 of a tile
+    tile = tl.cast(col >> 4, tl.int32) + tl.arange(0, IN)[:, None]
+    run = tl.cast(row >> 4, tl.int32) * 8 + tl.arange(0, 8 * OUT)[None, :]
+    inside = (tile * 16 < in_features) & (run * 2 < out_features)
+    at = (tile.to(tl.int64) * across * 8 + run) * K
+    before = at + tl.where(run % 8 == 0, 8 * K - 1, -1)
+    held = (tl.load(words + before, mask=inside, other=0).to(tl.uint32, bitcast=True),)
+    for k in tl.static_range(K):
+        word = tl.load(words + at + k, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        held = held + (word,)  # type: ignore[assignment]  # noqa: RUF005
+    w = tl.join(_output(held, 0, OPTIONS), _output(held, 4, OPTIONS))
+    # [tile, run, lane / 2, lane % 2, r / 8, r % 2, c / 8]
+    w = tl.reshape(w, IN, OUT, 8, 4, 2, 2, 2)
+    return tl.reshape(tl.permute(w, 1, 6, 2, 0, 4, 3, 5), BLOCK_OUT, BLOCK_IN)
 
 
 def operands(C: PackedWeight) -> tuple[Tensor | int, ...]:
@@ -84,20 +129,23 @@ def operands(C: PackedWeight) -> tuple[Tensor | int, ...]:
     return walks.view(torch.int32), walks.shape[1]
 
 
-def _options(C: PackedWeight, unit: int) -> tuple[int, ...]:
+def _options(C: PackedWeight, divisor: int) -> tuple[int, ...]:
     code = codes.CODES[C.metadata["code"]]
-    multiplier = code.multiplier - (code.multiplier >> 31 << 32)
     bits, states = C.metadata["bits"], C.metadata["states"]
-    return bits, states, multiplier, code.addend, KINDS[code.kind], unit
+    return bits, states, code.multiplier, code.addend, KINDS[code.kind], divisor
+
+
+def _divisor(C: PackedWeight) -> int:
+    return DIVISOR[codes.CODES[C.metadata["code"]].kind]
 
 
 def unit_of(C: PackedWeight) -> int:
     """The divisor of C in products."""
-    return UNIT[codes.CODES[C.metadata["code"]].kind]
+    return 1 << _divisor(C)
 
 
-tile = GPUKernels(decode, operands, lambda C: _options(C, 1)).tile
-_divided = GPUKernels(decode, operands, lambda C: _options(C, unit_of(C)))
+tile = GPUKernels(decode, operands, lambda C: _options(C, 0), widest=64, strip=TILE).tile
+_divided = GPUKernels(decode, operands, lambda C: _options(C, _divisor(C)), widest=64, strip=TILE)
 
 
 def multiply(x: Tensor, C: PackedWeight, transpose: bool, dtype: torch.dtype) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from modulora_core.cli.finetune import CHECKS_PLACES as CHECKS_PLACES
@@ -11,6 +12,7 @@ from modulora_core.cli.finetune import checked_request, described, note_eval, si
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import next_commands
 from modulora_core.progress import Bars
+from modulora_core.training.resuming import check_new
 from modulora_recover.config import RecoverConfig
 
 PANELS = {
@@ -37,6 +39,8 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora finetune packed adapter --adapter start --data chats.jsonl
     """
     request = checked_request(RecoverConfig, options, config)
+    if not resume:
+        check_new(Path(request.out))
     from rich.console import Group
 
     from modulora_recover.recover import recover
