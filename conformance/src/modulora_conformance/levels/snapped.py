@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modulora_conformance.cases import SPREAD, generator, packed, tile
+from modulora_conformance.cases import SPREAD, correlated, generator, packed, tile
 from modulora_conformance.changes import check_same_bytes, clone
 from modulora_conformance.checks import Level, needs
 from modulora_conformance.levels.tiles import RANGES
@@ -83,8 +83,12 @@ class Snapped(Level):
     ) -> None:
         """If this fails: `snapped` changes scales or zeros, gives other points, or writes to Ŵ.
 
-        Copy all tensors but the codes. Do not call `pack`.
+        Copy all tensors but the codes. Do not call `pack`. The same holds for `rounded`, where
+        weights of several columns share a code: Ŵ changes no byte, and another V codes alone.
         """
+        if quantizer.merges and not quantizer.snaps:
+            _check_rounded(quantizer)
+            return
         weight, V = _case(quantizer)
         before, points = clone(weight), _snap(quantizer, weight, V)
         found = quantizer.snapped(weight, V)
@@ -101,6 +105,22 @@ class Snapped(Level):
         assert torch.equal(back, tile(quantizer, weight)), (
             "snapped, and back to Ŵ: expected Ŵ bit for bit, got other values"
         )
+
+
+def _check_rounded(quantizer: Quantizer) -> None:
+    weight = packed(quantizer, (40, 96))
+    before, W = clone(weight), tile(quantizer, weight)
+    H = correlated(weight.shape[1], 52).hessian
+    same = quantizer.rounded(weight, W, H, damping=0.01, sweeps=1)
+    check_same_bytes(before, same, "Ŵ rounded")
+    V = W + SPREAD / 4 * torch.randn(W.shape, generator=generator(51))
+    found = quantizer.rounded(weight, V, H, damping=0.01, sweeps=1)
+    check_same_bytes(before, weight, "the packed weight after rounding")
+    codes = {name: t for name, t in before.tensors.items() if not t.is_floating_point()}
+    check_same_bytes(before, clone(found, **codes), "scales after rounding")
+    errors = (V - tile(quantizer, found), V - W)
+    left, given = (float((E @ H * E).sum()) for E in errors)
+    assert left < given, f"rounded: expected an error below that of Ŵ, {given:.3g}, got {left:.3g}"
 
 
 def _case(quantizer: Quantizer) -> tuple[PackedWeight, Tensor]:
