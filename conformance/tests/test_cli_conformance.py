@@ -45,7 +45,7 @@ WRONG = {
     "tyo": "did you mean 'toy'",
     "toy -o level=3": "levels",
     "toy -o levels=1000": "levels",
-    "toy --level 9": "--level",
+    "toy --level 10": "--level",
     "toy --level 3 --certified": "--certified: expected every check, got --level 3 too",
     "toy -x -k pack --certified": "--certified: expected every check, got -k and -x too",
     "toy --quick --certified": "--certified: expected every check, got --quick too",

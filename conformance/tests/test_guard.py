@@ -69,8 +69,8 @@ def test_a_part_of_the_kit_certifies_nothing(zoo, tmp_path, capsys):
     assert report["certified"] is False
     assert report["configurations"] == ["group_size=16"]
     assert report["speed"]["group_size=16"]["timings"]
-    assert report["partial"]["defaults"] == [f"L{n}" for n in range(9)]
-    assert report["partial"]["group_size=16"] == [f"L{n}" for n in range(1, 9)]
+    assert report["partial"]["defaults"] == [f"L{n}" for n in range(10)]
+    assert report["partial"]["group_size=16"] == [f"L{n}" for n in range(1, 10)]
     names = {f"zoo-healthy.{suffix}" for suffix in ("html", "json", "md", "svg", "xml")}
     assert {path.name for path in tmp_path.iterdir()} == names
 
