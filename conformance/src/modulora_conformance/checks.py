@@ -65,18 +65,6 @@ class Level:
         with kept_settings(), nullcontext() if threads else one_thread():
             yield
 
-    @pytest.fixture(autouse=True)
-    def _watched(self, request: pytest.FixtureRequest, _threads: None) -> Iterator[None]:
-        """Watch the quantizer's calls, for the checks of level 9."""
-        from modulora_conformance.watching import findings_of, watching
-
-        if "quantizer" not in request.fixturenames:
-            yield
-            return
-        quantizer = request.getfixturevalue("quantizer")
-        with watching(type(quantizer), findings_of(request.node), request.node.name):
-            yield
-
 
 def checks_of(cls: type) -> Iterator[tuple[str, Any, type[Level]]]:
     """Name, function and level of every check that ``cls`` inherits from the kit, by level."""

@@ -174,9 +174,17 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
-        """Record the branches that a check runs, unless the run has a part of the checks alone."""
+        """Watch the calls of a check. Record the branches that it runs too, if all checks run."""
         quantizer = getattr(item, "funcargs", {}).get("quantizer")
-        if self._partial or quantizer is None or not self._config.getoption("--branches"):
+        if quantizer is None or not is_check(item):
+            return (yield)
+        from modulora_conformance.watching import findings_of, watching
+
+        with watching(type(quantizer), findings_of(item), item.name):
+            return (yield from self._recorded(quantizer))
+
+    def _recorded(self, quantizer: Quantizer) -> Generator[None, Any, Any]:
+        if self._partial or not self._config.getoption("--branches"):
             return (yield)
         from modulora_conformance.covered.branches import Source
         from modulora_conformance.covered.recording import recording

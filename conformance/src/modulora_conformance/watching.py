@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import math
 import os
 import random
 import tempfile
@@ -209,21 +210,15 @@ def _surroundings() -> dict[str, object]:
         "the working folder": Path.cwd(),
         "the files in the working folder": sorted(Path().iterdir()),
         "the folder of temporary files": tempfile.gettempdir(),
-        "the number of open files": sum(1 for _ in descriptors.iterdir())
-        if descriptors.exists()
-        else 0,
+        "the number of open files": len(list(descriptors.glob("*"))),
     }
-
-
-def _elements(args: Any) -> int:
-    return int(np.prod(_shape(args), dtype=np.int64)) if _shape(args) else 0
 
 
 def _kept_by(
     method: Callable[..., Any], quantizer: Quantizer, args: Any, kwargs: Any
 ) -> tuple[Any, int]:
     """The result of a call, and the bytes that it kept if that is much of a real weight."""
-    elements = _elements(args)
+    elements = math.prod(_shape(args))
     if elements < REAL:
         return method(quantizer, *args, **kwargs), 0
     with Allocations(_tensors([args, kwargs]).values()) as allocations:

@@ -109,7 +109,7 @@ def _uses(
     quantizers = [create(name, options) for options in sets]
     first = quantizers[0]
     others = [type(first)(first.Options.model_validate(each)) for each in neighbours(first)]
-    if where == TRITON:  # in minutes all of it; these reach the kernels of each format
+    if where == TRITON:  # all uses take minutes, and these reach the kernels of each format
         for quantizer in [*quantizers, *others]:
             packed = pack(quantizer, gaussian(fit(quantizer, *SHAPES[1]), 0))
             yield partial(tile, quantizer, packed, torch.bfloat16, 3)

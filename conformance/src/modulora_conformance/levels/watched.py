@@ -14,7 +14,7 @@ from modulora_conformance.watching import findings_of
 
 
 class Watched(Level):
-    """Every call of every check is watched: arguments, the process, and what is kept."""
+    """No call of any check changes its arguments or the process, or keeps a dense weight."""
 
     level, title = "L9", "every call"
 
@@ -28,10 +28,10 @@ class Watched(Level):
 
     @needs(FORWARD, TRANSPOSED, LOOKUP, GLOBALS, "test_reading_leaves_global_state_alone")
     def test_no_call_of_any_check_changed_the_process(self, quantizer, request):  # noqa: ARG002
-        """If this fails: at some size, dtype or option a call changes what is the user's.
+        """If this fails: at some size, dtype or option a call changes a setting, or prints.
 
-        That is a setting of torch, numpy or Python, the environment, a folder, an open file or the
-        random state. Or it prints.
+        Settings of torch, numpy and Python, the environment, folders, open files and the random
+        state are the user's.
         """
         _fail_by(findings_of(request.node).process)
 

@@ -14,7 +14,7 @@ DRAWN_ROWS = (7, 16, 31, 70)
 
 
 class SortsItsIds(Healthy):
-    """The rows are those of the ids as they are afterwards."""
+    """It sorts the caller's ids, and gives the rows in that order."""
 
     breaks, says = ARGUMENTS, "lookup"
 
