@@ -325,33 +325,13 @@ class Quantizer(ABC):
         other codes. Scales, zeros and signs stay. A point is its own nearest point. V and the
         result are ``[rows, columns]``; merging asks for one column after the other."""
         del packed, rows, columns, V
-        raise self._has_no_grid()
+        raise PluginError(f"{self.spec.name}: expected a quantizer that snaps; merge dense weights")
 
     def snapped(self, packed: PackedWeight, V: Tensor) -> PackedWeight:
         """``packed`` with the codes of the points nearest to V, fp32 ``[out, in]``. Its layout, its
         scales and so its grid stay."""
         del packed, V
-        raise self._has_no_grid()
-
-    @property
-    def merges(self) -> bool:
-        """Whether an adapter can be merged into the codes: by :meth:`snap`, or by :meth:`rounded`
-        where the weights of several columns share a code."""
-        return self.snaps
-
-    def rounded(
-        self, packed: PackedWeight, V: Tensor, hessian: Tensor, *, damping: float, sweeps: int
-    ) -> PackedWeight:
-        """``packed`` with other codes, and a small tr((V − Ŵ) (H + λI) (V − Ŵ)ᵀ). Scales and signs
-        stay, and V = Ŵ changes no byte. V and H are fp32 ``[out, in]`` and ``[in, in]``. λ is
-        ``damping`` times the mean of H's diagonal. ``sweeps`` of coordinate descent come last."""
-        del packed, V, hessian, damping, sweeps
-        raise self._has_no_grid()
-
-    def _has_no_grid(self) -> PluginError:
-        return PluginError(
-            f"{self.spec.name}: expected a quantizer that merges; merge dense weights"
-        )
+        raise PluginError(f"{self.spec.name}: expected a quantizer that snaps; merge dense weights")
 
     def sliced(self, packed: PackedWeight, dim: int, start: int, stop: int) -> PackedWeight | None:
         """The packed weight of rows (``dim`` 0) or columns (1) ``[start, stop)`` of Ŵ, bit for bit.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modulora_kernels.feedback import RoundsBlocks
 from torch import Tensor
 
 from modulora_conformance.cases import SPREAD, correlated, generator, packed, tile
@@ -86,7 +87,7 @@ class Snapped(Level):
         Copy all tensors but the codes. Do not call `pack`. The same holds for `rounded`, where
         weights of several columns share a code: Ŵ changes no byte, and another V codes alone.
         """
-        if quantizer.merges and not quantizer.snaps:
+        if isinstance(quantizer, RoundsBlocks):
             _check_rounded(quantizer)
             return
         weight, V = _case(quantizer)
@@ -107,7 +108,7 @@ class Snapped(Level):
         )
 
 
-def _check_rounded(quantizer: Quantizer) -> None:
+def _check_rounded(quantizer: RoundsBlocks) -> None:
     weight = packed(quantizer, (40, 96))
     before, W = clone(weight), tile(quantizer, weight)
     H = correlated(weight.shape[1], 52).hessian

@@ -15,6 +15,7 @@ other columns stay, Ŵ_k + (E H)_k H_kk⁻¹. With single columns no move makes 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,21 @@ Snap = Callable[[int, Tensor], Tensor]
 """``snap(j, V)``: the points nearest to V, ``[out, block]``, in columns from j on."""
 
 
+class RoundsBlocks(Quantizer):
+    """Rounds with feedback itself: weights of several columns share a code."""
+
+    @abstractmethod
+    def rounded(
+        self, packed: PackedWeight, V: Tensor, hessian: Tensor, *, damping: float, sweeps: int
+    ) -> PackedWeight:
+        """As :func:`rounded_to_grid`. Scales and signs stay, and V = Ŵ changes no byte."""
+
+
+def merges(quantizer: Quantizer) -> bool:
+    """Whether :func:`rounded_to_grid` can move the codes of its packed weights."""
+    return quantizer.snaps or isinstance(quantizer, RoundsBlocks)
+
+
 def rounded_to_grid(
     quantizer: Quantizer,
     packed: PackedWeight,
@@ -47,7 +63,7 @@ def rounded_to_grid(
     """``packed`` with other codes: its grid's Ŵ with a small tr((V − Ŵ) (H + λI) (V − Ŵ)ᵀ).
 
     Args:
-        quantizer: of ``packed``; it :attr:`~modulora_core.spec.Quantizer.merges`.
+        quantizer: of ``packed``; it :func:`merges`.
         V: fp32 ``[out, in]``.
         hessian: H, ``[in, in]``, symmetric, positive semidefinite. Its magnitude has no effect.
         damping: λ, as a share of the mean of H's diagonal.
@@ -57,7 +73,7 @@ def rounded_to_grid(
         ShapeError, WeightError: H does not fit, is not finite, or is no second moment.
     """
     check_hessian(quantizer.spec.name, V, hessian)
-    if not quantizer.snaps:
+    if isinstance(quantizer, RoundsBlocks):
         return quantizer.rounded(packed, V, hessian, damping=damping, sweeps=sweeps)
 
     def snap(j: int, values: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from modulora_core.dense_products import compute_dtype
 from modulora_core.hessians import check_hessian
 from modulora_core.packed import PackedLayout, PackedWeight, TensorLayout, check_rows
-from modulora_core.spec import Quantizer
 from modulora_core.tiles import tile_bytes, tile_ranges, tiled_matmul
 from modulora_kernels import compiled, feedback, incoherence, parity
 from modulora_kernels.launching import check_layout, check_tensors
@@ -33,7 +32,7 @@ _CODES: WeakKeyDictionary[PackedWeight, PackedWeight] = WeakKeyDictionary()
 """C of each weight."""
 
 
-class RotatedQuantizer(Quantizer):
+class RotatedQuantizer(feedback.RoundsBlocks):
     """A quantizer of rotated weights.
 
     The plugin's modules of kernels have three functions, each of which may give None::
@@ -198,14 +197,10 @@ class RotatedQuantizer(Quantizer):
             stored[self.unit] = unit
         return PackedWeight(packed.quantizer, packed.format, packed.shape, stored, packed.metadata)
 
-    @property
-    def merges(self) -> bool:
-        return True
-
     def rounded(
         self, packed: PackedWeight, V: Tensor, hessian: Tensor, *, damping: float, sweeps: int
     ) -> PackedWeight:
-        """As the base class, in the rotated basis: C + D rounded with the rotated H.
+        """As ``RoundsBlocks``, in the rotated basis: C + D rounded with the rotated H.
 
             D = H_outᵀ diag(1 / (unit s_out)) (V − Ŵ) diag(1 / s_in) H_in
 

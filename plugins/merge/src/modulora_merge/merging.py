@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from modulora_kernels.feedback import rounded_to_grid
+from modulora_kernels.feedback import merges, rounded_to_grid
 from torch import Tensor
 
 from modulora_core.arguments import checked
@@ -217,7 +217,7 @@ def _adapted(
     for site in found:
         stored = checkpoint.record.site(site.name)
         quantizer = checkpoint.quantizer(stored)
-        if not quantizer.merges:
+        if not merges(quantizer):
             raise OptionError(
                 f"{site.name}: expected a quantizer whose codes can move on a grid, got "
                 f"{quantizer.spec.name}; merge into a dense model with `modulora merge`, or keep "

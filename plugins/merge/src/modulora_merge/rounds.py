@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modulora_kernels.feedback import merges
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
@@ -157,7 +158,7 @@ def _check_merge(config: RoundsConfig) -> None:
     """
     checkpoint = open_packed(locate(config.model))
     quantizers = [checkpoint.quantizer(site) for site in checkpoint.record.sites]
-    if not any(quantizer.merges for quantizer in quantizers):
+    if not any(merges(quantizer) for quantizer in quantizers):
         names = ", ".join(dict.fromkeys(quantizer.spec.name for quantizer in quantizers))
         raise OptionError(
             f"{config.model}: expected a quantizer whose codes can move on a grid, got {names}; "
