@@ -344,12 +344,13 @@ class Quantizer(ABC):
     def check_shape(self, shape: tuple[int, int]) -> None:
         """Refuse a shape that cannot be packed, before any work.
 
-        Raises ShapeError: the default: a multiple of the spec does not divide it.
+        Raises ShapeError: the default: a side is 0, or a multiple of the spec does not divide it.
         """
         multiples = {"out_features": self.spec.out_multiple, "in_features": self.spec.in_multiple}
         for size, (name, multiple) in zip(shape, multiples.items(), strict=True):
-            if size % multiple:
-                raise ShapeError(f"{self.spec.name}: {name} {size} is not a multiple of {multiple}")
+            if size == 0 or size % multiple:
+                reason = f"{name} {size} is not a positive multiple of {multiple}"
+                raise ShapeError(f"{self.spec.name}: {reason}")
 
     def check_format(self, packed: PackedWeight | PackedLayout) -> None:
         """Refuse a packed format that this version doesn't read, before a checkpoint is loaded.

@@ -124,9 +124,9 @@ def test_the_base_class_refuses_shapes_by_the_specs_multiples(toy):
         spec = QuantizerSpec(**GOOD, out_multiple=2, in_multiple=8)
 
     Eights().check_shape((4, 16))
-    with pytest.raises(ShapeError, match="mine: in_features 12 is not a multiple of 8"):
+    with pytest.raises(ShapeError, match="mine: in_features 12 is not a positive multiple of 8"):
         Eights().check_shape((4, 12))
-    with pytest.raises(ShapeError, match="out_features 3 is not a multiple of 2"):
+    with pytest.raises(ShapeError, match="out_features 3 is not a positive multiple of 2"):
         Eights().check_shape((3, 16))
 
 

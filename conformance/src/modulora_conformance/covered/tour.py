@@ -29,6 +29,7 @@ from modulora_conformance.cases import (
     fit,
     gaussian,
     identity,
+    inputs,
     neighbours,
     pack,
     second_moment,
@@ -44,9 +45,16 @@ WITHOUT, NUMBA, TRITON = "without numba", "numba's functions in Python", "Triton
 """The tours. ``TRITON_INTERPRET`` must be in the environment of the last one."""
 
 SHAPES = ((5, 131), (16, 64), (1, 1), (20, 256), (3, 1030), (70, 33))
-"""Before they fit; an interpreter has the first two."""
+"""Before they fit."""
 
 FEW = 2
+"""All options meet the first shapes."""
+
+SHAPES_OF = {WITHOUT: len(SHAPES), NUMBA: FEW, TRITON: 1}
+"""The shapes of a tour: an interpreter is slow."""
+
+TILED = ((16, 512, 1, 33), (5, 131, 33, 1))
+"""``out``, ``in``, and rows of x in both directions, for each format in Triton's interpreter."""
 
 SECONDS = 60.0
 """A tour ends after so many, whatever is left."""
@@ -110,26 +118,29 @@ def _uses(
     first = quantizers[0]
     others = [type(first)(first.Options.model_validate(each)) for each in neighbours(first)]
     if where == TRITON:  # all uses take minutes, and these reach the kernels of each format
-        for quantizer in [*quantizers, *others]:
-            packed = pack(quantizer, gaussian(fit(quantizer, *SHAPES[1]), 0))
+        for quantizer, (*shape, forth, back) in itertools.product([*quantizers, *others], TILED):
+            packed = pack(quantizer, gaussian(fit(quantizer, *shape), 0))
             yield partial(tile, quantizer, packed, torch.bfloat16, 3)
-            yield partial(quantizer.lookup, torch.tensor([3, 0]), packed, torch.bfloat16)
-            for transpose, x in itertools.chain(both_ways(packed, 1), both_ways(packed, 33)):
-                yield partial(quantizer.matmul, x.bfloat16(), packed, transpose)
+            for transpose, count in ((False, forth), (True, back)):
+                x = inputs((count,), packed.shape[0 if transpose else 1], torch.bfloat16)
+                if quantizer in quantizers:
+                    yield partial(quantizer.matmul, x, packed, transpose)
     few = where != WITHOUT
     rows = (1, 3, 33) if few else (1, 2, 3, 17, 33, 70)
-    for number, shape in enumerate(SHAPES[:FEW] if few else SHAPES):
-        for quantizer in [*quantizers, *others] if number < FEW else [first]:
-            weight = gaussian(fit(quantizer, *shape), 0)
-            for calibration in _calibrations(quantizer, weight) if number < FEW else ():
+    for number, shape in enumerate(SHAPES[: SHAPES_OF[where]]):
+        for quantizer in [*quantizers, *others] if number < FEW and where != TRITON else [first]:
+            weight, whole = gaussian(fit(quantizer, *shape), 0), quantizer is first
+            for calibration in _calibrations(quantizer, weight) if number < FEW and whole else ():
                 yield partial(quantizer.pack, weight, calibration)
-            for other in _weights(weight) if number < FEW else ():
+            for other in _weights(weight) if number < FEW and whole else ():
                 yield partial(pack, quantizer, other)
             try:
                 packed = pack(quantizer, weight)
             except Exception:
                 continue
             yield from _reads(quantizer, packed, rows)
+            for name in packed.tensors if not few else ():
+                yield partial(tile, quantizer, _crafted(packed, name))
             if (number, quantizer) == (0, first):
                 yield from _forms(quantizer, packed)
     for options in _options(first, VALUES if where != TRITON else VALUES[4:5]):
@@ -165,7 +176,7 @@ def _brief(cls: type[Quantizer], options: dict[str, Any]) -> None:
         tile(quantizer, pack(quantizer, weight))
     for name in packed.tensors:
         with suppress(ModuLoRAError):
-            _crafted(quantizer, packed, name)
+            quantizer.check_values(_crafted(packed, name), "a weight")
 
 
 def _calibrations(quantizer: Quantizer, weight: torch.Tensor) -> Iterator[Calibration | None]:
@@ -239,7 +250,7 @@ def _reads(
     yield partial(q.check_values, p, "a weight")
     yield partial(q.check_kernels, p, torch.bfloat16)
     for name in p.tensors:
-        yield partial(_crafted, q, p, name)
+        yield partial(q.check_values, _crafted(p, name), "a weight")
     yield partial(
         q.check_format, PackedWeight(p.quantizer, p.format, (n + 1, m + 1), p.tensors, p.metadata)
     )
@@ -247,12 +258,11 @@ def _reads(
         yield partial(_relabelled, q, p, name)
 
 
-def _crafted(quantizer: Quantizer, packed: PackedWeight, name: str) -> None:
-    """Read a weight with all bits of one tensor set."""
+def _crafted(packed: PackedWeight, name: str) -> PackedWeight:
+    """A weight with all bits of one tensor set."""
     tensor = packed.tensors[name].clone()
     tensor.view(torch.uint8).fill_(255)
-    weight = packed.layout.fill({**packed.tensors, name: tensor})
-    quantizer.check_values(weight, "a weight")
+    return packed.layout.fill({**packed.tensors, name: tensor})
 
 
 def _relabelled(quantizer: Quantizer, packed: PackedWeight, name: str) -> None:

@@ -12,17 +12,19 @@ from hypothesis import strategies as st
 
 from modulora_conformance.cases import (
     SETTINGS,
+    both_ways,
     correlated,
     fit,
     gaussian,
     pack,
     packed,
     shapes,
+    tile,
     weights,
 )
 from modulora_conformance.changes import check_same_bytes, clone, unchanged_globals
 from modulora_conformance.checks import Level, needs
-from modulora_core.errors import WeightError
+from modulora_core.errors import ModuLoRAError, WeightError
 from modulora_core.packed import BITS_OF_DTYPE
 from modulora_core.spec import Promise, Quantizer
 
@@ -150,6 +152,25 @@ class Packing(Level):
         for form, (view, copy) in views.items():
             expected = pack(quantizer, copy)
             check_same_bytes(expected, pack(quantizer, view), f"packed from a {form} weight")
+
+    def test_an_empty_weight_is_packed_or_refused(self, quantizer):
+        """If this fails: a weight without rows or columns stops `pack` with another library's
+        error, or a tile or product of it has a wrong shape. Raise ShapeError, or pack it."""
+        for shape in ((0, 256), (256, 0)):
+            try:
+                found = pack(quantizer, torch.empty(shape))
+            except ModuLoRAError:
+                continue
+            except Exception as error:
+                raise AssertionError(
+                    f"pack of an empty weight, {list(shape)}: expected a packed weight or a "
+                    f"ShapeError, got {type(error).__name__}: {error}"
+                ) from error
+            assert tile(quantizer, found).shape == shape, f"a tile of an empty weight, {shape}"
+            for transpose, x in both_ways(found, 3):
+                y = quantizer.matmul(x, found, transpose)
+                expected = torch.zeros(3, shape[1 if transpose else 0])
+                assert torch.equal(y, expected), f"a product with an empty weight, {shape}"
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
     def test_weights_that_are_not_finite_are_refused(self, quantizer, bad):

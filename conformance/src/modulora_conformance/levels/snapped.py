@@ -10,6 +10,7 @@ from torch import Tensor
 from modulora_conformance.cases import SPREAD, correlated, generator, packed, tile
 from modulora_conformance.changes import check_same_bytes, clone
 from modulora_conformance.checks import Level, needs
+from modulora_conformance.levels.accuracy import usual_error
 from modulora_conformance.levels.tiles import RANGES
 from modulora_conformance.oracle import relative_error
 from modulora_conformance.results import NOT_OFFERED, Measurements
@@ -85,10 +86,11 @@ class Snapped(Level):
         """If this fails: `snapped` changes scales or zeros, gives other points, or writes to Ŵ.
 
         Copy all tensors but the codes. Do not call `pack`. The same holds for `rounded`, where
-        weights of several columns share a code: Ŵ changes no byte, and another V codes alone.
+        weights of several columns share a code: Ŵ changes no byte, and another V codes alone. A V
+        with the same scales and other codes is found again, as closely as `pack` would.
         """
         if isinstance(quantizer, RoundsBlocks):
-            _check_rounded(quantizer)
+            _check_rounded(quantizer, measurements)
             return
         weight, V = _case(quantizer)
         before, points = clone(weight), _snap(quantizer, weight, V)
@@ -108,7 +110,7 @@ class Snapped(Level):
         )
 
 
-def _check_rounded(quantizer: RoundsBlocks) -> None:
+def _check_rounded(quantizer: RoundsBlocks, measurements: Measurements) -> None:
     weight = packed(quantizer, (40, 96))
     before, W = clone(weight), tile(quantizer, weight)
     H = correlated(weight.shape[1], 52).hessian
@@ -117,11 +119,19 @@ def _check_rounded(quantizer: RoundsBlocks) -> None:
     V = W + SPREAD / 4 * torch.randn(W.shape, generator=generator(51))
     found = quantizer.rounded(weight, V, H, damping=0.01, sweeps=1)
     check_same_bytes(before, weight, "the packed weight after rounding")
-    codes = {name: t for name, t in before.tensors.items() if not t.is_floating_point()}
-    check_same_bytes(before, clone(found, **codes), "scales after rounding")
+    check_same_bytes(before, clone(found, **_codes(before)), "scales after rounding")
     errors = (V - tile(quantizer, found), V - W)
     left, given = (float((E @ H * E).sum()) for E in errors)
     assert left < given, f"rounded: expected an error below that of Ŵ, {given:.3g}, got {left:.3g}"
+    V = tile(quantizer, clone(weight, **_codes(packed(quantizer, (40, 96), 53))))
+    error = relative_error(
+        tile(quantizer, quantizer.rounded(weight, V, H, damping=0.01, sweeps=1)), V
+    )
+    measurements.at_most("other codes found by rounding", error, usual_error(quantizer))
+
+
+def _codes(weight: PackedWeight) -> dict[str, Tensor]:
+    return {name: t for name, t in weight.tensors.items() if not t.is_floating_point()}
 
 
 def _case(quantizer: Quantizer) -> tuple[PackedWeight, Tensor]:

@@ -15,7 +15,7 @@ from modulora_core.spec import Promise, QuantizerSpec
 SOUND = (
     "Healthy", "InTriton", "StridedTiles", "Sound", "PerRow", "Floating", "Lattice", "Rotated",
     "Importance", "OwnFunction", "Scaled", "Experts", "RotatedKernels", "Microscaled",
-    "Snapping", "Slicing", "Recorded", "Branching",
+    "Snapping", "Rounding", "Slicing", "Recorded", "Branching",
 )  # fmt: skip
 
 UNMET = ("Hidden",)

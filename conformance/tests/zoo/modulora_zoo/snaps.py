@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from modulora_kernels import feedback
 
 from modulora_zoo.healthy import LEVELS, Healthy, changed
 
@@ -79,3 +80,60 @@ class SnapsInPlace(Snapping):
     def snapped(self, packed, V):
         packed.tensors["codes"].copy_(super().snapped(packed, V).tensors["codes"])
         return packed
+
+
+class Rounding(feedback.RoundsBlocks, Snapping):
+    """Sound: it rounds with feedback itself."""
+
+    def rounded(self, packed, V, hessian, *, damping, sweeps):
+        def snap(j, values):
+            return self.snap(packed, (0, len(V)), (j, j + 1), values)
+
+        points = feedback.rounded(self.spec.name, V, hessian, snap, damping=damping, sweeps=sweeps)
+        return self.snapped(packed, points)
+
+
+class RoundsWithNewScales(Rounding):
+    breaks, says = "test_a_snapped_weight_keeps_its_grid", "scales after rounding"
+
+    def rounded(self, packed, V, hessian, **options):
+        return self.pack(V)
+
+
+class RoundsToFartherPoints(Rounding):
+    breaks, says = "test_a_snapped_weight_keeps_its_grid", "other codes found by rounding"
+
+    def rounded(self, packed, V, hessian, **options):
+        points = super().rounded(packed, V, hessian, **options).tensors["codes"]
+        return changed(packed, codes=torch.where(points > 0xE0, packed.tensors["codes"], points))
+
+
+class RoundsSomeRows(Rounding):
+    """The last rows stay."""
+
+    breaks, says = "test_a_snapped_weight_keeps_its_grid", "other codes found by rounding"
+
+    def rounded(self, packed, V, hessian, **options):
+        codes = super().rounded(packed, V, hessian, **options).tensors["codes"]
+        return changed(packed, codes=torch.cat([codes[:32], packed.tensors["codes"][32:]]))
+
+
+class RoundsOnAndOn(Rounding):
+    """Each rounding moves the first code, so that a second one changes what the first one made."""
+
+    breaks, says = "test_a_snapped_weight_keeps_its_grid", "Ŵ rounded"
+
+    def rounded(self, packed, V, hessian, **options):
+        codes = super().rounded(packed, V, hessian, **options).tensors["codes"]
+        codes[0, 0] ^= 1
+        return changed(packed, codes=codes)
+
+
+class RoundsTheOtherWay(Rounding):
+    """It subtracts what an adapter adds."""
+
+    breaks, says = "test_a_snapped_weight_keeps_its_grid", "expected an error below that of Ŵ"
+
+    def rounded(self, packed, V, hessian, **options):
+        W = self.decode(packed, (0, packed.shape[0]))
+        return super().rounded(packed, 2 * W - V, hessian, **options)

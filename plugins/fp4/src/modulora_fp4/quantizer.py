@@ -57,7 +57,8 @@ class FP4(KernelQuantizer, ScalarGrid):
         return reference.BLOCK[packed.metadata["type"]]
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Raises ShapeError: blocks do not divide the rows."""
+        """As the base class. Raises ShapeError: blocks do not divide the rows."""
+        super().check_shape(shape)
         size = reference.BLOCK[self.options.type]
         if shape[1] % size:
             raise ShapeError(

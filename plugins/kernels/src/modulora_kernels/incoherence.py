@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from modulora_core.dense_products import one_thread
-from modulora_core.errors import WeightError
+from modulora_core.errors import ShapeError, WeightError
 from modulora_core.hessians import check_hessian
 from modulora_kernels import rotation
 
@@ -83,10 +83,15 @@ def prepare(
             I ⊗ H_block, and ``output_scale`` holds the unit of the codebook: ``scale`` is 1.
 
     Raises:
-        ShapeError: a second moment does not fit ``weight``.
+        ShapeError: a second moment does not fit ``weight``, or the weight is empty.
         WeightError: NaN or Inf in one of them, or one is no second moment.
     """
     check_hessian(quantizer, weight, hessian, output_hessian)
+    if not weight.numel():
+        raise ShapeError(
+            f"{quantizer}: expected a weight with rows and columns, got {list(weight.shape)}; "
+            "leave the layer out with --exclude"
+        )
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     W, H = weight.detach().to(dtype), hessian.detach().to(weight.device, dtype)
     H = H / _positive(H.diagonal().mean(dtype=torch.float64).to(dtype))

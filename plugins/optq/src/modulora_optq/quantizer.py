@@ -97,7 +97,7 @@ class OPTQ(KernelQuantizer, ScalarGrid):
         return tensors
 
     def reference_tile(self, packed: PackedWeight, rows: tuple[int, int]) -> Tensor:
-        stored = replace(to_solution(packed, rows), permutation=None)
+        stored = replace(to_solution(packed, *rows), permutation=None)
         return stored.dequantize(Options.of(**packed.metadata))
 
     def dequantize_tile(
@@ -149,7 +149,7 @@ def from_solution(solution: Solution, options: Options) -> PackedWeight:
     return PackedWeight(SPEC.name, OPTQ.format, (out_features, in_features), tensors, metadata)
 
 
-def to_solution(packed: PackedWeight, rows: tuple[int, int] | None = None) -> Solution:
+def to_solution(packed: PackedWeight, start: int = 0, stop: int | None = None) -> Solution:
     """Unpack rows ``[start, stop)``, all by default: the inverse of :func:`from_solution`.
 
     Raises:
@@ -158,7 +158,6 @@ def to_solution(packed: PackedWeight, rows: tuple[int, int] | None = None) -> So
     kernels.check_tensors(packed, OPTQ.tensors)
     _places(packed)
     options, columns, tensors = Options.of(**packed.metadata), packed.shape[1], packed.tensors
-    start, stop = rows or (0, packed.shape[0])
     codes = packing.unpack(tensors["codes"][start:stop], options.bits, columns)
     scales = tensors["scales"][start:stop]
     if options.symmetric:

@@ -67,7 +67,8 @@ class QTIP(RotatedQuantizer):
         return packed_of(solution, (weight.shape[0], weight.shape[1]), self.options)
 
     def check_shape(self, shape: tuple[int, int]) -> None:
-        """Refuse sides that the layout ``exl3`` can't hold. Raises ShapeError."""
+        """As the base class. Raises ShapeError: sides that the layout ``exl3`` can't hold."""
+        super().check_shape(shape)
         block = self.options.block or 1
         for size, side in zip(shape, ("out_features", "in_features"), strict=True):
             if size % block:

@@ -99,7 +99,7 @@ def decode(
     codes, residual, table, units = weight
     BITS: tl.constexpr = OPTIONS[0]
     ALIGN: tl.constexpr = OPTIONS[1]
-    STEP: tl.constexpr = 8 if BLOCK_IN >= 64 else BLOCK_IN // 8
+    STEP: tl.constexpr = min(8, BLOCK_IN // 8)
     blocks = units * ALIGN
     rows = (row + tl.arange(0, BLOCK_OUT))[:, None]
     across = (tl.multiple_of(col // 8, STEP) + tl.arange(0, BLOCK_IN // 8))[None, :]
