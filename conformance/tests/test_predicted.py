@@ -1,12 +1,14 @@
 """Predictions from machine code and arithmetic, for work whose size is known."""
 
+import re
+
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 predicted = pytest.importorskip("modulora_conformance.predicted")
-from modulora_conformance import ahead_of_time  # noqa: E402
+from modulora_conformance import ahead_of_time, gpu  # noqa: E402
 from modulora_conformance.fake_device import fake_cuda  # noqa: E402
 from modulora_kernels.triton.launching import launch  # noqa: E402
 
@@ -116,3 +118,19 @@ def test_decoding_waits_for_nothing_and_launches_four_kernels_a_layer(name):
     assert lookup.waits == product.waits == []
     assert product.operations == ["mm", "addmm", "add"]
     assert len(product.calls) == len(lookup.calls) == 1
+
+
+def test_measured_products_have_the_least_time_beside_them():
+    """And the prediction, of a fake device, leaves no tables in this process."""
+    found = list(gpu.products("nf4", torch.device("cpu"), CARD))
+    titles = [
+        re.match(r"(.*) in \d+ µs \(by arithmetic at least \d+ µs\), ", line) for line in found
+    ]
+    assert [title and title[1] for title in titles] == ["a row", "64 rows", "64 rows, transposed,"]
+    assert not [line for line in gpu.products("nf4", torch.device("cpu")) if "arithmetic" in line]
+
+
+def test_a_card_is_known_by_its_name():
+    assert predicted.card_named("NVIDIA H100 80GB HBM3") is CARD
+    assert predicted.card_named("NVIDIA GeForce GTX 1060") is None
+    assert gpu.card_of(torch.device("cpu")) is None

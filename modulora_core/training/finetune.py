@@ -138,7 +138,8 @@ def finetune(
         OptionError: an option does not fit the model, the device, or the run to resume.
         ModelError: the model is not packed.
         RequestError: the data, the adapter to continue, or the model cannot be used.
-        WorkError: the loss became NaN or infinite. Every other error comes before work starts.
+        WorkError: the loss became NaN, infinite, or that of a guess. Every other error comes before
+            work starts.
         Interrupted: a KeyboardInterrupt, after a signal.
     """
     out = Path(config.out)
@@ -214,6 +215,7 @@ def _train(
         with together():
             if is_first():
                 method.prepare(device, progress)
+        watcher.vocabulary = vocabulary_of(model.config)
         with shown(progress, "training", "steps") as watcher.show:
             started = time.perf_counter()
             with interruption.watched(model):

@@ -40,15 +40,10 @@ def worsening(losses: Sequence[float], eval_loss: float | None, vocabulary: int)
         return ""
     size = _window(len(losses))
     end = fmean(losses[-(size or 1) :])
-    uniform = math.log(vocabulary)
     last, source = (end, "at the end") if eval_loss is None else (eval_loss, "on evaluation data")
-    if last > 0.99 * uniform and last > losses[0] + 0.1 * uniform:
-        return (
-            f"the loss was {losses[0]:.4f} at step 1 and is {last:.4f} {source}; a uniform guess "
-            f"among {vocabulary} tokens has {uniform:.4f}"
-        )
-    if size is None:
-        return ""
+    guessing = _guessing(losses[0], last, source, vocabulary)
+    if guessing or size is None:
+        return guessing
     begin = fmean(losses[:size])
     deviation = math.sqrt((variance(losses[:size]) + variance(losses[-size:])) / size)
     if end - begin > max(0.1, 4 * deviation):
@@ -57,6 +52,23 @@ def worsening(losses: Sequence[float], eval_loss: float | None, vocabulary: int)
             f"(means of the first and last {size} steps)"
         )
     return ""
+
+
+def divergence(losses: Sequence[float], vocabulary: int) -> str:
+    """Describe that the last 5 losses are those of a uniform guess, from step 10 on; or ""."""
+    if len(losses) < 10:
+        return ""
+    return _guessing(losses[0], fmean(losses[-5:]), "in the last 5 steps", vocabulary)
+
+
+def _guessing(first: float, last: float, source: str, vocabulary: int) -> str:
+    uniform = math.log(vocabulary)
+    if last <= 0.99 * uniform or last <= first + 0.1 * uniform:
+        return ""
+    return (
+        f"the loss was {first:.4f} at step 1 and is {last:.4f} {source}; a uniform guess among "
+        f"{vocabulary} tokens has {uniform:.4f}"
+    )
 
 
 def _window(steps: int) -> int | None:

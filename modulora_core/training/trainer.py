@@ -50,6 +50,7 @@ from modulora_core.training.chunked_loss import (
 )
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.interruption import Interruption, Stopped
+from modulora_core.training.loss_trend import divergence
 from modulora_core.training.optimizer_files import load_optimizer, save_optimizer
 from modulora_core.training.readout import read_out
 from modulora_core.training.sharding import split_without_gpus
@@ -306,13 +307,17 @@ class AdapterTrainer(AdapterRun):
 
 
 class Watcher(TrainerCallback):
-    """Reports each step and evaluation, stops at NaN or a signal, and seals checkpoints.
+    """Reports each step and evaluation, seals checkpoints, and stops a run.
+
+    It stops at a signal, at NaN, and when the model does no better than a guess.
 
     Attributes:
-        show: shows the steps. It is set before training: a Trainer takes callbacks when it is made.
+        show: shows the steps; vocabulary: the tokens of the model. Both are set before training: a
+            Trainer takes callbacks when it is made.
     """
 
     show: Progress
+    vocabulary: int
 
     def __init__(
         self, on_step: OnStep | None, on_eval: OnEval | None, interruption: Interruption
@@ -347,6 +352,13 @@ class Watcher(TrainerCallback):
             raise WorkError(
                 f"step {state.global_step}: the loss is {loss}; lower the learning rate, or use "
                 "another dtype"
+            )
+        logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        guessing = "" if loss is None else divergence(logged, self.vocabulary)
+        if guessing:
+            raise WorkError(
+                f"step {state.global_step}: the run diverged: {guessing}; lower the learning rate "
+                f"(lr {args.learning_rate:g})"
             )
         if not state.is_world_process_zero:
             return

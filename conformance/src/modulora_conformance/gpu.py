@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from modulora_kernels.parity import Comparison, compare
@@ -22,12 +26,16 @@ from modulora_core.spec import QuantizerSpec
 from modulora_core.training.chunked_loss import chunked_loss
 from modulora_core.training.gradient_checkpointing import checkpoint_activations
 
+if TYPE_CHECKING:
+    from modulora_conformance.predicted import Card
+
 SHAPES = ((3, 5), (37, 52), (130, 300))
 """Out and in features, before they are made to fit the quantizer: no multiples of a block."""
 
 ROWS = (1, 3, 17, 70)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGE = {"cuda": (4096, 4096), "cpu": (512, 512)}
+MANY = {"cuda": 2048, "cpu": 64}
 TOKENS, NEW_TOKENS = {"cuda": (2, 512), "cpu": (2, 16)}, 16
 
 
@@ -67,18 +75,48 @@ def bandwidth(device: torch.device) -> str:
     return f"copies {2 * source.nbytes / taken / 1e9:.1f} GB/s"
 
 
-def one_row(name: str, device: torch.device) -> str:
-    """How fast one row is multiplied, as decoding does, beside the dense weight."""
-    quantizer = create(name)
-    shape = accepted(quantizer, LARGE[device.type])
+def card_of(device: torch.device) -> Card | None:
+    """The public figures of the GPU, where they are known; the prediction needs triton."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    from modulora_conformance.predicted import card_named
+
+    return card_named(torch.cuda.get_device_name(device))
+
+
+def products(name: str, device: torch.device, card: Card | None = None) -> Iterator[str]:
+    """How fast a row is multiplied, as decoding does, and many rows, beside the dense weight.
+
+    Args:
+        card: its arithmetic gives the least time of each product.
+    """
+    quantizer, kind = create(name), device.type
+    shape = accepted(quantizer, LARGE[kind])
+    cases = [(1, False), (MANY[kind], False), (MANY[kind], True)]
     packed = packed_noise(quantizer, shape).to(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    x = torch.randn(1, shape[1]).to(device, dtype)
+    dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     dense = torch.randn(shape).to(device, dtype)
-    taken = seconds(lambda: quantizer.matmul(x, packed), device)
-    ratio = taken / seconds(lambda: x @ dense.t(), device)
-    rate = packed.nbytes / taken / 1e9
-    return f"a row in {1e6 * taken:.0f} µs, {rate:.1f} GB/s, {ratio:.2f} × dense"
+    least = [] if card is None else _least_seconds(name, shape, cases, card)
+    for number, (rows, transpose) in enumerate(cases):
+        x = torch.randn(rows, shape[1 - transpose]).to(device, dtype)
+        weight = dense if transpose else dense.t()
+        taken = seconds(partial(quantizer.matmul, x, packed, transpose), device)
+        ratio = taken / seconds(partial(torch.matmul, x, weight), device)
+        title = f"{rows} rows" if rows > 1 else "a row"
+        found = f"{title}{', transposed,' * transpose} in {1e6 * taken:.0f} µs"
+        if least:
+            found += f" (by arithmetic at least {1e6 * least[number]:.0f} µs)"
+        yield f"{found}, {packed.nbytes / taken / 1e9:.1f} GB/s, {ratio:.2f} × dense"
+
+
+def _least_seconds(
+    name: str, shape: tuple[int, int], cases: list[tuple[int, bool]], card: Card
+) -> list[float]:
+    from modulora_conformance.predicted import product_seconds
+
+    # in another process: kernels' tables are then on a fake device
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(product_seconds, name, shape, cases, card).result()
 
 
 def training_and_decoding(name: str, device: torch.device) -> str:

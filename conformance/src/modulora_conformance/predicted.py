@@ -5,12 +5,7 @@
 It is a floor: latency, and waiting of one class for another, are ignored. Public figures of the
 card, no measurement::
 
-    with fake_cuda(values=False):
-        packed = quantizer.layout((4096, 4096)).empty("cuda")
-        x = torch.empty(1, 4096, dtype=torch.bfloat16, device="cuda")
-        with Work() as work:
-            quantizer.matmul(x, packed)
-    seconds = predicted_seconds(work, packed, CARDS["H100"])
+    [seconds] = product_seconds("nf4", (4096, 4096), [(1, False)], CARDS["H100"])
 """
 
 from __future__ import annotations
@@ -18,16 +13,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from modulora_conformance.ahead_of_time import Call, Compiled, compile_call, recorded
+from modulora_conformance.fake_device import fake_cuda
+from modulora_core.registry import create
 from modulora_core.spec import PackedWeight
 
 
@@ -55,8 +53,10 @@ class Card:
 CARDS: Mapping[str, Card] = {
     "H100": Card("sm_90", 132, 1.83e9, 3.35e12, 989e12, 64),
     "4090": Card("sm_89", 128, 2.52e9, 1.008e12, 165e12, 48),
+    "A100": Card("sm_80", 108, 1.41e9, 2.039e12, 312e12, 64),
 }
-"""H100 SXM: NVIDIA's "H100 Tensor Core GPU Architecture". RTX 4090: its "Ada GPU Architecture"."""
+"""Each by a part of its name. H100 SXM, RTX 4090 and A100 of 80 GB: NVIDIA's "H100 Tensor Core GPU
+Architecture", "Ada GPU Architecture" and "A100 Tensor Core GPU"."""
 
 RATES: Mapping[str, int] = {
     "all": 128, "float": 128, "integer": 64, "memory": 32, "conversion": 16,
@@ -239,6 +239,33 @@ def predicted_seconds(work: Work, packed: PackedWeight | None, card: Card) -> fl
     """The least time of all work: kernels, products of matrices, and torch's other operations."""
     kernels = sum(seconds_of_call(fastest(call, packed, card), packed, card) for call in work.calls)
     return kernels + work.flops / card.flops + work.moved / card.bandwidth
+
+
+def card_named(name: str) -> Card | None:
+    """The card that a device's name contains; None of others."""
+    return next((card for key, card in CARDS.items() if key in name), None)
+
+
+def product_seconds(
+    name: str, shape: tuple[int, int], products: Sequence[tuple[int, bool]], card: Card
+) -> list[float]:
+    """The least time of products in bf16 with a weight that quantizer ``name`` packs.
+
+    Tables that the quantizer keeps are then of the fake device. So call it in a process of its own.
+
+    Args:
+        products: rows of x, and whether the weight is transposed.
+    """
+    quantizer, found = create(name), list[float]()
+    with fake_cuda(values=False):
+        packed = quantizer.layout(shape).empty("cuda")
+        for rows, transpose in products:
+            x = torch.empty(rows, shape[1 - transpose], dtype=torch.bfloat16, device="cuda")
+            for _ in range(2):  # the second product finds tables in their caches
+                with Work() as work:
+                    quantizer.matmul(x, packed, transpose)
+            found.append(predicted_seconds(work, packed, card))
+    return found
 
 
 def dense_seconds(shape: tuple[int, int], rows: int, card: Card) -> float:

@@ -4,8 +4,12 @@ import math
 import random
 
 import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from modulora_core.training.loss_trend import worsening
+from modulora_core.errors import WorkError
+from modulora_core.training.interruption import Interruption
+from modulora_core.training.loss_trend import divergence, worsening
+from modulora_core.training.trainer import Watcher
 
 VOCABULARY = 49152
 UNIFORM = math.log(VOCABULARY)
@@ -50,3 +54,22 @@ def test_a_loss_that_rose_by_more_than_batches_differ_is_worse():
 )
 def test_noise_is_not_worse(losses):
     assert worsening(losses, None, VOCABULARY) == ""
+
+
+def test_a_run_stops_when_its_model_only_guesses(tmp_path):
+    watcher = Watcher(None, None, Interruption())
+    watcher.vocabulary, watcher.show = VOCABULARY, lambda *_: None
+    losses = [*noisy(*[3.0] * 8), *[UNIFORM] * 10]
+    state, arguments = TrainerState(), TrainingArguments(str(tmp_path), learning_rate=0.1)
+    facts = {"learning_rate": 0.1, "tokens_per_second": 1.0, "memory_bytes": 1}
+    with pytest.raises(
+        WorkError, match=r"step 13: the run diverged: .* in the last 5 steps; .*0\.1"
+    ):
+        for state.global_step, loss in enumerate(losses, 1):
+            state.log_history.append({"loss": loss})
+            watcher.on_log(arguments, state, TrainerControl(), {"loss": loss, **facts})
+
+
+def test_a_random_model_that_begins_with_a_guess_does_not_diverge():
+    assert divergence([UNIFORM] * 20, VOCABULARY) == ""
+    assert divergence(noisy(*[3.0] * 50), VOCABULARY) == ""

@@ -10,6 +10,7 @@ from modulora_compare.cli.compare import PAGE
 from modulora_compare.comparison import measure as comparison
 from modulora_compare.comparison.measure import Measured, Method, Request, compare, difference
 from modulora_compare.comparison.page import page
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from safetensors.torch import load_file, save_file
 
 from modulora_core.cli import main
@@ -93,6 +94,16 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(request_, tmp_path
     assert "<script" not in text
     assert "<polyline" not in text  # a line would join quantizers that have nothing in common
     assert 'data-head="perplexity"' in text  # a narrow page has each row as a list
+
+
+def test_a_packed_original_has_steps_for_its_finetuning(request_, tmp_path):
+    file = write_tiny_gguf("llama", tmp_path / "model.gguf", "Q8_0")
+    steps: list[tuple[str, int, int]] = []
+    request = replace(request_, model=str(file), quantizers=())
+    (tmp_path / "out").mkdir()
+    [original] = compare(request, tmp_path / "out", False, lambda *call: steps.append(call))
+    assert original.after is not None
+    assert [call[1:] for call in steps] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_few_segments_make_no_claim():

@@ -225,6 +225,7 @@ def test_a_short_text_and_a_used_place_are_refused(
     (tmp_path / "used" / "notes").touch()
     with pytest.raises(OutputError, match="expected it new or empty"):
         merged(packed, tmp_path / "used", adapter, text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt", "used"]
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -263,3 +264,46 @@ def test_the_command_prints_the_comparison(
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity_merged"] < found["perplexity_of_base"]
     assert 0 < found["effect_kept"] < 1.2
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_an_interrupted_merge_continues_to_the_same_bytes(
+    kind: str, trained: Trained, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was merged is not merged again; another request is refused."""
+    packed, adapter = trained("nf4")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    if kind == "file":
+        packed, whole, out = (tmp_path / f"{name}.gguf" for name in ("packed", "whole", "out"))
+        write_tiny_gguf("llama", packed, "Q4_0")
+        adapter = adapter_of(packed, tmp_path / "adapter", std=0.5)
+    quiet, rounded, calls = {"held_back": 0}, merging.rounded_to_grid, list[int]()
+
+    def counted(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        if stops and len(calls) == 9:  # q, k, v and o are done
+            raise KeyboardInterrupt
+        return rounded(*given, **options)
+
+    stops = list[bool]()
+    monkeypatch.setattr(merging, "rounded_to_grid", counted)
+    expected = merged(packed, whole, adapter, text, **quiet)
+    of_whole = len(calls)
+    calls.clear()
+    stops.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        merged(packed, out, adapter, text, **quiet)
+    assert [*tmp_path.glob("out*")] == [tmp_path / f"{out.name}.merging"]
+    with pytest.raises(OutputError, match="unfinished merge; go on with it with --resume"):
+        merged(packed, out, adapter, text, **quiet)
+    with pytest.raises(OptionError, match="got another options; ask for the same"):
+        merged(packed, out, adapter, text, gain=1, resume=True, **quiet)
+    stops.clear()
+    calls.clear()
+    made = merged(packed, out, adapter, text, resume=True, **quiet)
+    assert len(calls) <= of_whole - 4
+    assert (made.weights, made.changed) == (expected.weights, expected.changed)
+    files = [whole] if kind == "file" else [*whole.glob("*.safetensors")]
+    for file in files:
+        assert file.read_bytes() == (out / file.name if out.is_dir() else out).read_bytes()
+    assert not [*tmp_path.glob("*.merging")]

@@ -3,6 +3,8 @@
 test_qtip_triton.py runs it in a process with ``TRITON_INTERPRET=1``, which Triton reads once.
 """
 
+import math
+
 import pytest
 import torch
 from modulora_conformance.interpreted_kernels import poison_new_memory
@@ -29,7 +31,7 @@ def poisoned(monkeypatch):
 
 def random_C(tiles, bits, states, code, generator):
     strings = torch.randint(
-        -(2**15), 2**15, (*tiles, 16 * bits), generator=generator, dtype=torch.int16
+        -(2**15), 2**15, (*tiles, trellis.units(bits)), generator=generator, dtype=torch.int16
     )
     facts = {"bits": bits, "states": states, "code": code, "hadamard": "full"}
     C = PackedWeight("qtip", 1, (16 * tiles[1], 16 * tiles[0]), {"trellis": strings}, facts)
@@ -37,17 +39,17 @@ def random_C(tiles, bits, states, code, generator):
 
 
 @pytest.mark.parametrize("code", codes.CODES)
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [*range(1, 9), 1.5, 2.5, 3.5, 7.5])
 def test_tiles_of_every_width_and_code_are_the_definitions(bits, code, generator):
-    for states in (bits + 6, 16):
+    for states in (math.ceil(bits) + 6, 16):
         C, dense = random_C((3, 2), bits, states, code, generator)
         assert torch.equal(gpu.tile(C, (0, 32), torch.float32), dense)
         assert torch.equal(gpu.tile(C, (5, 30), torch.bfloat16), dense[5:30].bfloat16())
 
 
-@pytest.mark.parametrize("code", ["bytes", "mcg", "mul1"])
-def test_products_are_products_with_the_definition(code, generator):
-    C, dense = random_C((33, 1), 2, 12, code, generator)
+@pytest.mark.parametrize(("bits", "code"), [(2, "bytes"), (2, "mcg"), (2, "mul1"), (2.5, "mul1")])
+def test_products_are_products_with_the_definition(bits, code, generator):
+    C, dense = random_C((33, 1), bits, 12, code, generator)
     for dtype, n in COUNTS:
         for transpose, M in ((False, dense.T.double()), (True, dense.double())):
             x = torch.randn(n, len(M), generator=generator)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from modulora_conformance.fixtures import generator, layer, one_thread, plain_torch  # noqa: F401
+from modulora_qtip import trellis
 from modulora_qtip.reference import Solution
 
 
@@ -14,7 +15,7 @@ def random_solution():
         numbers = torch.Generator().manual_seed(0)
         block = options.block or 1
         M, N = (-(-n // block) * block for n in shape)
-        walks = (-(-N // 16), -(-M // 16), 16 * options.bits)
+        walks = (-(-N // 16), -(-M // 16), trellis.units(options.bits))
 
         def scales(n):
             signs = torch.where(torch.randn(n, generator=numbers) > 0, 1.0, -1.0)

@@ -1,5 +1,7 @@
 """CPU kernels and plain torch against the definition: tiles and products of random walks."""
 
+import math
+
 import modulora_kernels as kernels
 import pytest
 import torch
@@ -20,19 +22,19 @@ def in_turn(names):
 
 def random_C(bits, states, code, generator):
     strings = torch.randint(
-        -(2**15), 2**15, (5, 3, 16 * bits), generator=generator, dtype=torch.int16
+        -(2**15), 2**15, (5, 3, trellis.units(bits)), generator=generator, dtype=torch.int16
     )
     facts = {"bits": bits, "states": states, "code": code, "hadamard": "full"}
     C = PackedWeight("qtip", 1, (48, 80), {"trellis": strings}, facts)
     return C, trellis.decode(strings, bits, states, code)
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", [*range(1, 9), 1.5, 2.5, 3.5, 7.5])
 @pytest.mark.parametrize("code", in_turn(codes.CODES))
 def test_tiles_of_every_width_and_code_are_the_definitions(bits, code, generator):
     pytest.importorskip("numba")
     module = kernels.for_device(KERNELS, torch.device("cpu"))
-    for states in (bits + 6, 16):
+    for states in (math.ceil(bits) + 6, 16):
         C, dense = random_C(bits, states, code, generator)
         assert torch.equal(module.tile(C, (0, 48), torch.float32), dense)
         assert torch.equal(module.tile(C, (5, 37), torch.float32), dense[5:37])
@@ -41,13 +43,14 @@ def test_tiles_of_every_width_and_code_are_the_definitions(bits, code, generator
 
 @pytest.mark.parametrize("path", ["kernels", "torch"])
 @pytest.mark.parametrize("shape", [(128, 256), (100, 130)])
+@pytest.mark.parametrize("bits", [2.5, 4])
 def test_blocks_of_128_are_rotated_apart_and_padding_is_cut(
-    path, shape, request, random_solution, generator
+    path, shape, bits, request, random_solution, generator
 ):
     if path == "torch":
         request.getfixturevalue("plain_torch")
 
-    options = Options(bits=4, layout="exl3", code="mul1")
+    options = Options(bits=bits, layout="exl3", code="mul1")
     solution = random_solution(shape, options)
     packed = packed_of(solution, shape, options)
     ones = torch.ones_like(solution.scale)

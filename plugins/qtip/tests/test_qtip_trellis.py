@@ -1,30 +1,38 @@
 """Bit strings, states and tiles, by their definition."""
 
+import math
+
 import pytest
 import torch
 from modulora_qtip import codes, trellis
 from modulora_qtip.trellis import T
 
+RATES = [*range(1, 9), 1.5, 2.5, 3.5, 7.5]
 
-def bits_of(string, K):
+
+def bits_of(string):
     """The bits of a tile in their order, by the format's words."""
     halves = [h & 0xFFFF for h in string.tolist()]
-    words = [halves[i] | halves[i + 1] << 16 for i in range(0, 16 * K, 2)]
+    words = [halves[i] | halves[i + 1] << 16 for i in range(0, len(halves), 2)]
     return "".join(f"{word:032b}" for word in words)
 
 
-@pytest.mark.parametrize("K", range(1, 9))
+@pytest.mark.parametrize("K", RATES)
 @pytest.mark.parametrize("L", [10, 12, 16])
 def test_a_state_is_the_bits_of_the_circular_string_that_end_with_its_weight(K, L, generator):
-    string = torch.randint(-(2**15), 2**15, (16 * K,), generator=generator, dtype=torch.int16)
-    ring = bits_of(string, K) * 2
-    expected = [int(ring[(at := T * K + (t + 1) * K - L) : at + L], 2) for t in range(T)]
+    units = int(16 * K)
+    string = torch.randint(-(2**15), 2**15, (units,), generator=generator, dtype=torch.int16)
+    ring = bits_of(string) * 2
+    ends = [len(ring) // 2 + math.floor((t + 1) * K) for t in range(T)]
+    expected = [int(ring[end - L : end], 2) for end in ends]
     assert trellis.states(string, K, L).tolist() == expected
 
 
-@pytest.mark.parametrize("K", range(1, 9))
+@pytest.mark.parametrize("K", RATES)
 def test_packed_walks_have_their_states(K, generator):
-    strings = torch.randint(-(2**15), 2**15, (3, 2, 16 * K), generator=generator, dtype=torch.int16)
+    strings = torch.randint(
+        -(2**15), 2**15, (3, 2, int(16 * K)), generator=generator, dtype=torch.int16
+    )
     assert torch.equal(trellis.pack(trellis.states(strings, K, 16), K), strings)
     assert torch.equal(trellis.pack(trellis.states(strings, K, 10), K), strings)
 

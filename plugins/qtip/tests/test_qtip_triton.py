@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from modulora_conformance.interpreted_kernels import run_interpreted
+from modulora_qtip import trellis
 
 from modulora_core.packed import PackedWeight
 
@@ -23,13 +24,15 @@ def test_interpreted_kernels_give_the_values_of_the_definition():
 
 def weight(bits, states, code):
     """Walks of an ordinary size, whose values nothing reads."""
-    walks = torch.empty(N // 16, N // 16, 16 * bits, dtype=torch.int16)
+    walks = torch.empty(N // 16, N // 16, trellis.units(bits), dtype=torch.int16)
     facts = {"bits": bits, "states": states, "code": code, "hadamard": "full"}
     return PackedWeight("qtip", 1, (N, N), {"trellis": walks}, facts)
 
 
 @pytest.mark.parametrize("target", list(ahead_of_time.TARGETS))
-@pytest.mark.parametrize("facts", [(2, 12, "bytes"), (3, 16, "mcg"), (4, 16, "mul1")])
+@pytest.mark.parametrize(
+    "facts", [(2, 12, "bytes"), (2.5, 16, "mul1"), (3, 16, "mcg"), (4, 16, "mul1")]
+)
 def test_kernels_compile_without_spills(target, facts):
     from modulora_qtip.kernels import gpu
 

@@ -27,6 +27,7 @@ def distortion(options, rows, scale, generator):
     [
         (2, 12, "bytes", 0.97, 0.0735),
         (1, 10, "bytes", 0.9, 1.25 * 4**-1),
+        (2.5, 12, "bytes", 0.97, 1.26 * 4**-2.5),
         (3, 12, "bytes", 0.97, 1.26 * 4**-3),
         (4, 12, "bytes", 0.94, 1.35 * 4**-4),
     ],
@@ -36,7 +37,10 @@ def test_distortion_of_a_gaussian_is_near_the_bound(bits, states, code, scale, l
     assert 4.0**-bits < found <= limit
 
 
-@pytest.mark.parametrize(("bits", "states"), [(1, 10), (2, 10), (3, 10), (4, 10), (6, 12)])
+@pytest.mark.parametrize(
+    ("bits", "states"),
+    [(1, 10), (1.5, 10), (2, 10), (2.5, 10), (3, 10), (3.5, 10), (4, 10), (6, 12)],
+)
 def test_walks_are_as_good_as_the_references(bits, states, generator):
     options = Options(bits=bits, states=states)
     w = torch.randn(64, 16, generator=generator) * codes.CODES[options.code].deviation
@@ -46,15 +50,19 @@ def test_walks_are_as_good_as_the_references(bits, states, generator):
     assert ratio < 1.03, "the overlap is decided near the seam"
 
 
-def test_viterbi_finds_the_best_of_all_walks(generator):
-    """Brute force over all walks of three weights with six bits of state."""
-    L, k, n = 6, 2, 3
+@pytest.mark.parametrize(("bits", "shifts"), [(2, (4, 2, 0)), (1.5, (3, 1, 0)), (2.5, (5, 2, 0))])
+def test_viterbi_finds_the_best_of_all_walks(bits, shifts, generator):
+    """Brute force over all walks of three weights with six bits of state.
+
+    Weight t begins ``shifts[t]`` bits before the end: with halves t = 1 has a bit more than t = 2.
+    """
+    L = 6
     C = torch.randn(1 << L, generator=generator)
-    w = torch.randn(1, n, generator=generator)
-    found = reference.viterbi(w, C, k)
+    w = torch.randn(1, len(shifts), generator=generator)
+    found = reference.viterbi(w, C, bits)
     errors = {}
-    for string in range(1 << (L + k * (n - 1))):
-        states = [string >> (k * (n - 1 - t)) & ((1 << L) - 1) for t in range(n)]
+    for string in range(1 << (L + shifts[0])):
+        states = [string >> shift & ((1 << L) - 1) for shift in shifts]
         errors[tuple(states)] = float((C[states] - w[0]).square().sum())
     assert tuple(found[0].tolist()) == min(errors, key=errors.__getitem__)
 

@@ -50,8 +50,16 @@ from modulora_core.models.sites import LinearSite, find_sites
 from modulora_core.models.system_errors import usable_path
 from modulora_core.progress import Display, Progress, shown
 from modulora_core.spec import Calibration, PackedWeight, Quantizer
+from modulora_core.version import VERSION
 from modulora_merge.adapted import adapted_source
 from modulora_merge.copying import Copy, copy_of
+from modulora_merge.unfinished import (
+    Unfinished,
+    digest_of,
+    digest_of_deltas,
+    files_of,
+    unfinished,
+)
 
 SAMPLES, SEQ_LEN, HELD_BACK = 16, 512, 8
 """Segments of the text that H comes from, their tokens, and the segments that judge the result."""
@@ -125,6 +133,7 @@ def merge_packed(
     sweeps: int = SWEEPS,
     gain: float = GAIN,
     seed: int = 0,
+    resume: bool = False,
     progress: Display = True,
 ) -> PackedMerge:
     """Write ``model`` with ``adapter`` merged into its packed weights: format, types, sizes stay.
@@ -144,6 +153,8 @@ def merge_packed(
         gain: multiplies the adapter's change before rounding. Layers whose grid is fine enough to
             keep the larger change get a smaller one.
         seed: for the choice of segments.
+        resume: continue an interrupted call with the same arguments. ``OUT.merging`` has the
+            parameters that it merged.
         progress: called with a phase, the finished count and the total; by default a bar on a
             terminal, and False shows none.
 
@@ -151,7 +162,8 @@ def merge_packed(
         OptionError: a packed weight has no grid to move on, or a run of several processes.
         AdapterError: it does not fit the model, or changes a layer outside of the blocks.
         DataError: the text is too short.
-        RequestError: the model can't be read, its format is only read, or ``out`` holds something.
+        RequestError: the model can't be read, its format is only read, ``out`` holds something, or
+            without ``resume`` there is an interrupted call.
         WorkError: an input of a layer is NaN or Inf.
     """
     started, model = time.perf_counter(), os.fspath(model)
@@ -174,12 +186,19 @@ def merge_packed(
         )
     held, ids = ids[:held_back], ids[held_back:]
     text = CalibrationText(CalibrationConfig(calibration, seq_len=seq_len), ids)
-    with copy_of(checkpoint, out) as copy:
+    request = {
+        "model": files_of(checkpoint.path), "adapter": digest_of_deltas(deltas),
+        "text": digest_of(ids), "options": [damping, sweeps, gain], "version": VERSION,
+    }  # fmt: skip
+    with (
+        unfinished(out, request, resume=resume) as parts,
+        copy_of(checkpoint, out) as copy,
+    ):
         with (
             shown(progress, "merging", "layers") as show,
             tempfile.TemporaryDirectory() as folder,
         ):
-            merger = _Merger(checkpoint, copy, len(linears), damping, sweeps, gain, show)
+            merger = _Merger(checkpoint, copy, parts, len(linears), damping, sweeps, gain, show)
             BlockWalk(source, text, linears, merger, pick_device(), Path(folder)).run()
         found = None
         if held_back:
@@ -231,12 +250,14 @@ class _Merger(BlockVisitor):
     """Rounds each adapted parameter to its grid, and writes it into the copy.
 
     Attributes:
+        parts: the parameters that are merged already.
         total: the number of adapted parameters.
         weights, changed: weights seen, and weights with another value than before.
     """
 
     checkpoint: PackedCheckpoint
     copy: Copy
+    parts: Unfinished
     total: int
     damping: float
     sweeps: int
@@ -249,17 +270,12 @@ class _Merger(BlockVisitor):
     def pack(
         self, name: str, matrices: Sequence[Tensor], calibrations: Iterable[Calibration | None]
     ) -> PackedMatrices:
-        stored = self.checkpoint.parameters[name]
-        assert isinstance(stored, PackedSite)
-        quantizer, merged = self.checkpoint.quantizer(stored), list[PackedWeight]()
+        quantizer, merged = self._quantizer(name), list[PackedWeight]()
         given = zip(self.checkpoint.packed(name), matrices, calibrations, strict=True)
         for before, V, calibration in given:
             assert calibration is not None
-            after = self._merged(quantizer, before.to(V.device), V.float(), calibration.hessian)
-            self.weights += V.numel()
-            merged.append(after)
-        self.done += 1
-        self.progress("merging", self.done, self.total)
+            packed = before.to(V.device)
+            merged.append(self._merged(quantizer, packed, V.float(), calibration.hessian))
         return PackedMatrices(name, quantizer, merged)
 
     def _merged(
@@ -277,11 +293,31 @@ class _Merger(BlockVisitor):
             if not kept > OVERSHOT:
                 break
             gain = max(1.0, gain / kept)
-        self.changed += int(made.count_nonzero())
         return after
 
+    def is_written(self, name: str) -> bool:
+        return self.parts.has(name)
+
+    def read(self, name: str) -> PackedMatrices:
+        before = [*self.checkpoint.packed(name)]
+        return PackedMatrices(name, self._quantizer(name), self.parts.read(name, before))
+
     def write(self, packed: PackedMatrices) -> None:
-        self.copy.replace(packed.name, packed.matrices)
+        name, quantizer = packed.name, packed.quantizer
+        if not self.is_written(name):
+            self.parts.write(name, packed.matrices)
+        self.copy.replace(name, packed.matrices)
+        for before, after in zip(self.checkpoint.packed(name), packed.matrices, strict=True):
+            made, W = _values(quantizer, after), _values(quantizer, before.to(after.device))
+            self.weights += W.numel()
+            self.changed += int((made != W).count_nonzero())
+        self.done += 1
+        self.progress("merging", self.done, self.total)
+
+    def _quantizer(self, name: str) -> Quantizer:
+        stored = self.checkpoint.parameters[name]
+        assert isinstance(stored, PackedSite)
+        return self.checkpoint.quantizer(stored)
 
 
 def _values(quantizer: Quantizer, packed: PackedWeight) -> Tensor:

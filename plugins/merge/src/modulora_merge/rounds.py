@@ -125,7 +125,7 @@ def finetune_packed(
             made = merge_packed(
                 model, merged, adapter=adapter, calibration=_merge_text(config),
                 samples=config.merge_samples, seq_len=config.merge_seq_len, held_back=0,
-                seed=config.seed, progress=progress,
+                seed=config.seed, resume=resume, progress=progress,
             )  # fmt: skip
             changed.append(made.changed / made.weights)
             if n:

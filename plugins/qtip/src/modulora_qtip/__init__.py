@@ -7,10 +7,10 @@ from modulora_core.spec import Promise, QuantizerSpec
 
 SPEC = QuantizerSpec(
     name="qtip",
-    summary="QTIP: 1 to 8 bits, rotated weights, 256 at a time as a walk on a trellis",
+    summary="QTIP: 1 to 8 bits and halves, rotated weights, 256 at a time as a walk on a trellis",
     location="modulora_qtip.quantizer:QTIP",
     protocol=2,
-    bits=(1, 2, 3, 4, 5, 6, 7, 8),
+    bits=(1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8),
     calibration="required",
     output_hessian=True,
     devices=("cpu", "cuda"),

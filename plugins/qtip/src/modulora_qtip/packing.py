@@ -63,7 +63,7 @@ def solve(
     problem = reference.prepare(weight, hessian, options, output_hessian)
     W = problem.W
     strings = W.new_empty(
-        (W.shape[1] // TILE, W.shape[0] // TILE, TILE * options.bits), dtype=torch.int16
+        (W.shape[1] // TILE, W.shape[0] // TILE, trellis.units(options.bits)), dtype=torch.int16
     )
     L = incoherence.feedback(SPEC.name, problem.H, TILE, options.damping)
     P = incoherence.descent(problem.H, TILE) if options.sweeps else L
@@ -120,12 +120,12 @@ def quantize(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     if module is None:
         (strings,), values = reference.quantize(x, options)
         return strings, values
-    k, L = options.bits, options.states
-    C = codes.table(options.code, L, x.device)
+    C = codes.table(options.code, options.states, x.device)
     (w,) = trellis.to_sequences(x)
     walks = torch.empty(w.shape, dtype=torch.int32, device=x.device)
     kernels.launch(
-        module.walks, min(len(w), torch.get_num_threads()), w.contiguous(), MARGIN, C, k, walks
-    )
+        module.walks, min(len(w), torch.get_num_threads()), w.contiguous(), MARGIN, C,
+        trellis.new_bits(options.bits), walks,
+    )  # fmt: skip
     found = walks.long()
-    return trellis.pack(found, k), trellis.from_sequences(C[found][None])
+    return trellis.pack(found, options.bits), trellis.from_sequences(C[found][None])

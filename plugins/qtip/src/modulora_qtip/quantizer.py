@@ -10,7 +10,8 @@ wide::
 
     Ŵ = scale · diag(svh) H_out C H_inᵀ diag(suh), its first rows and columns    C: decoded walks
 
-Metadata: ``bits``; ``states``, the bits of a state; ``code``, a name in :mod:`modulora_qtip.codes`.
+Metadata: ``bits``, a multiple of ½; ``states``, the bits of a state; ``code``, a name in
+:mod:`modulora_qtip.codes`.
 ``hadamard`` is ``"full"`` for matrices as wide as the dimension, or ``"128"`` for blocks of 128.
 """
 
@@ -98,7 +99,7 @@ class QTIP(RotatedQuantizer):
 
     @staticmethod
     def tensors(
-        shape: tuple[int, int], bits: int, states: int, code: str, hadamard: str
+        shape: tuple[int, int], bits: float, states: int, code: str, hadamard: str
     ) -> dict[str, TensorLayout]:
         return tensors(shape, bits, states, code, hadamard)
 
@@ -130,24 +131,26 @@ def _of_walks(walks: Tensor, like: PackedWeight) -> PackedWeight:
 
 
 def tensors(
-    shape: tuple[int, int], bits: int, states: int, code: str, hadamard: str
+    shape: tuple[int, int], bits: float, states: int, code: str, hadamard: str
 ) -> dict[str, TensorLayout]:
     """The packed tensors of a weight of this shape, by name.
 
     Raises:
         TypeError, ValueError: metadata that this plugin does not write.
     """
-    if type(bits) is not int or type(states) is not int:  # 2.0 and True equal cached keys
-        raise TypeError(f"bits and states: expected whole numbers, got {bits!r} and {states!r}")
+    # 2.0 and True equal cached keys
+    kind = int if bits in range(1, 9) else float
+    if type(bits) is not kind or type(states) is not int:
+        raise TypeError(f"bits and states: expected numbers, got {bits!r} and {states!r}")
     return _tensors(shape, bits, states, code, hadamard)
 
 
 @cache
 def _tensors(
-    shape: tuple[int, int], bits: int, states: int, code: str, hadamard: str
+    shape: tuple[int, int], bits: float, states: int, code: str, hadamard: str
 ) -> dict[str, TensorLayout]:
-    if not 1 <= bits <= 8:
-        raise ValueError(f"bits: expected 1 to 8, got {bits}")
+    if not 1 <= bits <= 8 or 2 * bits % 1:
+        raise ValueError(f"bits: expected 1 to 8 in steps of a half, got {bits}")
     if not bits <= states <= trellis.LARGEST_STATE:
         raise ValueError(f"states: expected {bits} to {trellis.LARGEST_STATE}, got {states}")
     if code not in codes.CODES:
@@ -156,7 +159,7 @@ def _tensors(
         raise ValueError(f"hadamard: expected one of {', '.join(BLOCKS)}, got {hadamard!r}")
     block = BLOCKS[hadamard] or 1
     M, N = (-(-n // block) * block for n in shape)
-    tiles = (-(-N // TILE), -(-M // TILE), TILE * bits)
+    tiles = (-(-N // TILE), -(-M // TILE), trellis.units(bits))
     found = {
         "trellis": TensorLayout("int16", tiles),
         "suh": TensorLayout("float16", (N,)),

@@ -3,7 +3,7 @@
 Symbols of QTIP (Tseng, Sun, Hou, De Sa 2024, arXiv 2406.11235):
 
     W, H      the weight, [M, N], and E[x xᵀ]; W̃ and H̃ in the rotated basis            section 2
-    k, L      bits of a weight, and of a state                                       section 2.3
+    k, L      bits of a weight, and of a state; k may be a half more                section 2.3
     T         weights of a sequence, 256: a tile of T_x × T_y = 16 × 16                section 4
     s_t       the state of weight t, 0 ≤ s_t < 2^L; its value is C[s_t]             section 2.3
     C         the code: a function that computes values, no table                    section 3.1
@@ -17,6 +17,7 @@ All is computed in fp64 if W is fp64, else in fp32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import torch
 from modulora_kernels import incoherence, rotation
 from modulora_kernels.incoherence import Problem
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from modulora_qtip import SPEC, codes, trellis
@@ -40,12 +41,23 @@ EXL3_STATES, EXL3_BLOCK, EXL3_CODES = 16, 128, ("3inst", "mcg", "mul1")
 """Of the layout ``exl3``: bits of a state, order of Hadamard matrices, code functions."""
 
 
+EXL3_HALVES = (1.5, 2.5, 3.5)
+"""The bits that ExLlamaV3 has besides whole ones, with the code mul1."""
+
+
+def is_exl3_rate(bits: float, code: str) -> bool:
+    """Whether ExLlamaV3 has so many bits of a weight with this code."""
+    return bits == int(bits) or (bits in EXL3_HALVES and code == "mul1")
+
+
 class Options(BaseModel):
     """How a weight is quantized. The defaults measured best (README, Quality)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    bits: int = Field(2, ge=1, le=8, description="bits of a weight, from 1 to 8")
+    bits: float = Field(
+        2, ge=1, le=8, multiple_of=0.5, description="bits of a weight, 1 to 8 in steps of a half"
+    )
     states: int = Field(
         12, ge=10, le=16, description="bits of a state: more are better, and slower to quantize"
     )
@@ -68,22 +80,27 @@ class Options(BaseModel):
         gt=0.1,
         lt=10,
         description="root mean square of the rotated weights, in units of the code's deviation; "
-        "by default 0.95, 0.92 at 3 bits, and 0.88 with more",
+        "by default 0.95, 0.92 with more than 2 bits, and 0.88 with more than 3",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="of the random signs")
     layout: Literal["full", "exl3"] = Field(
         "full",
-        description="exl3: one that ExLlamaV3 reads, with 16 states, the code mcg by default, and "
-        "Hadamard matrices 128 wide",
+        description="exl3: one that ExLlamaV3 reads, with 16 states, the code mul1 by default, "
+        "and Hadamard matrices 128 wide",
     )
+
+    @field_validator("bits")
+    @classmethod
+    def _whole(cls, bits: float) -> float:
+        return int(bits) if bits.is_integer() else bits  # 2.0 would be other metadata than 2
 
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("layout") == "exl3":
-            return {"states": EXL3_STATES, "code": "mcg", **data}
-        if isinstance(data, Mapping) and data.get("bits") in (7, 8):
-            return {"states": data["bits"] + SPARE_BITS, **data}
+            return {"states": EXL3_STATES, "code": "mul1", **data}
+        if isinstance(data, Mapping) and data.get("bits") in (6.5, 7, 7.5, 8):
+            return {"states": math.ceil(data["bits"]) + SPARE_BITS, **data}
         return data
 
     @model_validator(mode="after")
@@ -93,17 +110,24 @@ class Options(BaseModel):
                 f"layout exl3: expected states={EXL3_STATES} and a code, one of "
                 f"{', '.join(EXL3_CODES)}, got states={self.states} and code={self.code}"
             )
-        if self.states < self.bits + SPARE_BITS:
+        if self.layout == "exl3" and not is_exl3_rate(self.bits, self.code):
             raise ValueError(
-                f"states: expected at least bits + {SPARE_BITS} = {self.bits + SPARE_BITS}, "
-                f"got {self.states}"
+                f"layout exl3: expected whole bits, or {', '.join(map(str, EXL3_HALVES))} with the "
+                f"code mul1, got bits={self.bits} and code={self.code}"
+            )
+        least = math.ceil(self.bits) + SPARE_BITS
+        if self.states < least:
+            raise ValueError(
+                f"states: expected at least bits + {SPARE_BITS} = {least}, got {self.states}"
             )
         return self
 
     @property
     def scale(self) -> float:
         """:attr:`codebook_scale`, or its default: with more bits the code's ends limit errors."""
-        return self.codebook_scale or {1: 0.95, 2: 0.95, 3: 0.92}.get(self.bits, 0.88)
+        return self.codebook_scale or next(
+            scale for most, scale in ((2, 0.95), (3, 0.92), (8, 0.88)) if self.bits <= most
+        )
 
     @property
     def block(self) -> int | None:
@@ -158,47 +182,47 @@ def prepare(
     )
 
 
-def viterbi(w: Tensor, C: Tensor, k: int, overlap: Tensor | None = None) -> Tensor:
+def viterbi(w: Tensor, C: Tensor, bits: float, overlap: Tensor | None = None) -> Tensor:
     """The walks with the least squared error (section 2.3): states, int64 ``[n, T]``.
 
     Args:
         w: sequences, ``[n, T]``.
         C: the values of all states, ``[2^L]``.
-        k: bits of a weight.
-        overlap: int64 ``[n]``, L − k bits with which each walk begins and ends; None for any.
+        bits: of a weight; with halves, k_t is less for even t, and T is even.
+        overlap: int64 ``[n]``, L − k_0 bits with which each walk begins and ends; None for any.
     """
     n, length = w.shape
     s = torch.arange(len(C), device=w.device)
-    ends = len(C) >> k
-    # E[u], the least error of a walk so far whose last state ends in the L − k bits of u
-    E = w.new_zeros(n, ends)
+    k = [trellis.new_bits(bits)[t % 2] for t in range(length + 1)]
+    # E[u], the least error of a walk so far whose last state ends in the L − k_t bits of u
+    E = w.new_zeros(n, len(C) >> k[0])
     if overlap is not None:
         E.fill_(torch.inf).scatter_(1, overlap[:, None], 0)
     choices = []
     for t in range(length):
-        errors = E[:, s >> k] + (w[:, t, None] - C).square()  # of walks that end in s, [n, 2^L]
-        # states that end in u differ in their first k bits
-        E, choice = errors.unflatten(1, (-1, ends)).min(dim=1)
+        errors = E[:, s >> k[t]] + (w[:, t, None] - C).square()  # of walks that end in s, [n, 2^L]
+        # states that end in u differ in their first bits
+        E, choice = errors.unflatten(1, (-1, len(C) >> k[t + 1])).min(dim=1)
         choices.append(choice.to(torch.uint8))
     u = E.argmin(dim=1) if overlap is None else overlap
     walk = []
-    for choice in reversed(choices):
-        state = choice.gather(1, u[:, None])[:, 0].long() * ends + u
+    for t in reversed(range(length)):
+        state = choices[t].gather(1, u[:, None])[:, 0].long() * (len(C) >> k[t + 1]) + u
         walk.append(state)
-        u = state >> k
+        u = state >> k[t]
     return torch.stack(walk[::-1], dim=1)
 
 
-def tail_biting(w: Tensor, C: Tensor, k: int) -> Tensor:
+def tail_biting(w: Tensor, C: Tensor, bits: float) -> Tensor:
     """Circular walks (algorithm 4): states ``[n, T]`` whose end overlaps their start.
 
     The walk of the sequence rotated by T/2 passes the seam in its middle. Its overlap there is
     then required of the start and the end.
     """
     half = w.shape[1] // 2
-    rotated = viterbi(w.roll(half, dims=1), C, k)
-    overlap = rotated[:, half - 1] & ((len(C) >> k) - 1)
-    return viterbi(w, C, k, overlap)
+    rotated = viterbi(w.roll(half, dims=1), C, bits)
+    overlap = rotated[:, half - 1] & ((len(C) >> trellis.new_bits(bits)[0]) - 1)
+    return viterbi(w, C, bits, overlap)
 
 
 def quantize(x: Tensor, options: Options) -> tuple[Tensor, Tensor]:

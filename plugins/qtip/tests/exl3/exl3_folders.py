@@ -54,7 +54,7 @@ def mixed(name: str, number: int) -> dict[str, Any]:
     return {"bits": bits, "code": code, "signs": number % 5 == 4}
 
 
-def alike(bits: int, code: str) -> Choice:
+def alike(bits: float, code: str) -> Choice:
     """The same for all layers but the head, which has 6 bits."""
     return lambda name, _: {"bits": 6 if name == "lm_head" else bits, "code": code}
 
@@ -159,7 +159,7 @@ def _write_config(
                 }
                 | _bias(path, stored),
                 "quant_format": "exl3",
-                "bits_per_weight": made["trellis"].shape[-1] // 16,
+                "bits_per_weight": made["trellis"].shape[-1] / 16,
                 **{f"{c}_multiplier": m for c, m in MULTIPLIERS.items() if c in made},
             }
             for path, made in written.items()

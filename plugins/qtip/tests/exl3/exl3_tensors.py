@@ -14,11 +14,14 @@ from torch import Tensor
 
 CODES = ("3inst", "mcg", "mul1")
 BITS = range(1, 9)
+HALVES = (1.5, 2.5, 3.5)
+"""With the code mul1 alone."""
+
 MULTIPLIERS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
 
 
 def random_layer(
-    shape: tuple[int, int], bits: int, code: str, *, seed: int = 0, signs: bool = False
+    shape: tuple[int, int], bits: float, code: str, *, seed: int = 0, signs: bool = False
 ) -> dict[str, Tensor]:
     """Random tensors of a layer ``[out, in]``, whose weights are about 1 / √in.
 
@@ -27,7 +30,8 @@ def random_layer(
     """
     numbers = np.random.RandomState(seed)  # a stream that numpy never changes
     out, width = shape
-    words = numbers.randint(-(2**15), 2**15, (width // 16, out // 16, 16 * bits), dtype=np.int16)
+    tiles = width // 16, out // 16, int(16 * bits)
+    words = numbers.randint(-(2**15), 2**15, tiles, dtype=np.int16)
     tensors = {"trellis": torch.from_numpy(words)}
     for side, n, mean in (("u", width, width**-0.5), ("v", out, 1.0)):
         if signs:
@@ -45,14 +49,15 @@ def inner(tensors: dict[str, Tensor]) -> NDArray[np.float16]:
     """The decoded trellis, fp16 ``[in, out]``, in the rotated basis."""
     trellis: NDArray[Any] = tensors["trellis"].numpy().view(np.uint16)
     rows, columns, words = trellis.shape
-    bits = words // 16
-    ordered = trellis.reshape(rows, columns, 8 * bits, 2)[..., ::-1]  # high halves first
+    size = 16 * words
+    ordered = trellis.reshape(rows, columns, words // 2, 2)[..., ::-1]  # high halves first
     stream = np.unpackbits(np.ascontiguousarray(ordered.astype(">u2")).view(np.uint8))
-    stream = stream.reshape(rows, columns, 256 * bits)
+    stream = stream.reshape(rows, columns, size)
     code = next((name for name in MULTIPLIERS if name in tensors), "3inst")
     W = np.empty((rows, 16, columns, 16), np.float16)
     for t in range(256):
-        places = (t * bits + bits - 16 + np.arange(16)) % (256 * bits)
+        end = (t + 1) * words // 16  # rounded down: odd weights have the bit more
+        places = (end - 16 + np.arange(16)) % size
         state = stream[..., places].astype(np.uint64) @ (1 << np.arange(15, -1, -1)).astype("u8")
         lane, i = divmod(t, 8)
         row, column = 2 * (lane % 4) + (i % 2) + 8 * (i % 4 // 2), lane // 4 + 8 * (i // 4)

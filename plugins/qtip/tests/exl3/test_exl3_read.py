@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from exl3_folders import alike, mixed, save_exl3
-from exl3_tensors import BITS, CODES, inner, random_layer, weight
+from exl3_tensors import BITS, CODES, HALVES, inner, random_layer, weight
 from modulora_qtip import trellis
 from modulora_qtip.formats.exl3 import EXL3
 from modulora_qtip.quantizer import QTIP
@@ -26,6 +26,10 @@ def experts(name, number):
     """Experts are packed alike, but their gates, ups and downs differ."""
     bits = {"gate_proj": 2, "up_proj": 3, "down_proj": 4}
     return {"bits": bits.get(name.rpartition(".")[2], 5), "code": "mcg", "signs": number == 1}
+
+
+def halves(_, number):
+    return {"bits": HALVES[number % 3], "code": "mul1"}
 
 
 def read(tensors):
@@ -53,11 +57,13 @@ def test_every_width_and_code_decodes_as_by_gptqmodel(name):
     assert float((found - peer).abs().max()) < 2**-11 * float(W.abs().max())
 
 
+EVERY = [(bits, code) for bits in BITS for code in CODES] + [(bits, "mul1") for bits in HALVES]
+
+
 @pytest.mark.parametrize("signs", [False, True])
-@pytest.mark.parametrize("code", CODES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("bits", "code"), EVERY)
 def test_every_value_is_by_the_description(bits, code, signs):
-    tensors = random_layer((256, 128), bits, code, seed=100 + bits, signs=signs)
+    tensors = random_layer((256, 128), bits, code, seed=100 + int(2 * bits), signs=signs)
     packed, expected = read(tensors), weight(tensors)
     C = trellis.decode(packed.tensors["trellis"], bits, 16, code)
     assert torch.equal(C.T.half(), torch.from_numpy(inner(tensors)))
@@ -77,6 +83,7 @@ def test_every_value_is_by_the_description(bits, code, signs):
         (mixed, {"storage": False}),
         (mixed, {"in_config": False}),
         (alike(2, "mcg"), {"tie_word_embeddings": True}),
+        (halves, {}),
         (alike(3, "mul1"), {"vocab_size": 603, "intermediate_size": 200}),
         (alike(2, "3inst"), {"architecture": "phi3"}),
         (
@@ -92,8 +99,8 @@ def test_every_value_is_by_the_description(bits, code, signs):
         (experts, {"architecture": "qwen3_moe"}),
     ],
     ids=[
-        "mixed", "no-tensor-storage", "quantization_config.json", "tied", "padded", "fused",
-        "in-parts", "experts",
+        "mixed", "no-tensor-storage", "quantization_config.json", "tied", "halves", "padded",
+        "fused", "in-parts", "experts",
     ],
 )  # fmt: skip
 def test_a_folder_is_the_model_that_it_holds(choice, options, tmp_path):

@@ -44,9 +44,9 @@ def walks(*shape):
 
 BAD = {
     "9 bits": (put("trellis", walks(8, 16, 144)), r"trellis: expected 16 K numbers .* from 1 to 8"),
-    "half a bit": (
-        put("trellis", walks(8, 16, 40)),
-        rf"{UP}: expected whole bits, got 2\.5: ExLlamaV3 1\.6 writes halves",
+    "4.5 bits": (put("trellis", walks(8, 16, 72)), r"from 1 to 8 bits, or 1\.5, 2\.5 or 3\.5"),
+    "half a bit of another code": (
+        put("trellis", walks(8, 16, 40)), rf"{UP}: expected the code mul1 for 2\.5 bits, got mcg"
     ),
     "a table": (
         lambda tensors: tensors.update({"model.embed_tokens.trellis": walks(8, 16, 32)}),

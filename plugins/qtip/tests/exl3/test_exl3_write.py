@@ -34,7 +34,8 @@ def written(packed):
 
 
 @pytest.mark.parametrize(
-    ("bits", "code", "limit"), [(2, "mcg", 0.29), (1, "3inst", 0.55), (3, "mul1", 0.15)]
+    ("bits", "code", "limit"),
+    [(2, "mcg", 0.29), (1, "3inst", 0.55), (3, "mul1", 0.15), (2.5, "mul1", 0.21)],
 )
 def test_a_packed_weight_is_what_the_description_reads(bits, code, limit):
     generator = torch.Generator().manual_seed(0)
@@ -54,8 +55,12 @@ def test_a_packed_weight_is_what_the_description_reads(bits, code, limit):
 
 @pytest.mark.parametrize(
     ("choice", "sizes"),
-    [(mixed, {}), (alike(2, "3inst"), {"vocab_size": 603, "intermediate_size": 200})],
-    ids=["mixed", "padded"],
+    [
+        (mixed, {}),
+        (alike(2.5, "mul1"), {}),
+        (alike(2, "3inst"), {"vocab_size": 603, "intermediate_size": 200}),
+    ],
+    ids=["mixed", "halves", "padded"],
 )
 def test_a_folder_is_written_as_it_was_read(choice, sizes, tmp_path):
     save_exl3(tmp_path / "m", choice=choice, **sizes)

@@ -147,7 +147,9 @@ def compare(
     for words in request.quantizers:
         Choice.parse(words, "-q").create()
     every = (None, *request.quantizers)
-    steps = Steps(progress, on_step, 1 + len(request.quantizers) * (4 if request.steps else 2))
+    more = 2 if request.steps else 0  # finetuning and measuring again
+    of_original = 1 + more * isinstance(open_model(request.model), PackedCheckpoint)
+    steps = Steps(progress, on_step, of_original + len(request.quantizers) * (2 + more))
     return [measure(request, folder, words, steps) for words in every]
 
 

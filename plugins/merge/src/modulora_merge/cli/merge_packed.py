@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from modulora_core.cli.arguments import Adapter, Model, Seed, argument, option
+from modulora_core.cli.arguments import Adapter, Model, Resume, Seed, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
@@ -36,6 +36,7 @@ def command(
     seq_len: SeqLen = None,
     held_back: HeldBack = None,
     seed: Seed = 0,
+    resume: Resume = False,
 ) -> Report:
     """Merge an adapter into the packed weights of its model.
 
@@ -44,7 +45,7 @@ def command(
     decoder block is dense at a time.
 
     The command then compares MODEL, MODEL with the adapter beside it, and OUT, on segments of the
-    text that merging did not see.
+    text that merging did not see. An interrupted merge continues with --resume.
 
     Examples:
         modulora merge-packed smollm2-nf4 merged --adapter my-adapter --calibration notes.txt
@@ -65,7 +66,7 @@ def command(
     merged = merge_packed(
         model, out, adapter=adapter, calibration=calibration, samples=samples or SAMPLES,
         seq_len=seq_len or SEQ_LEN, held_back=HELD_BACK if held_back is None else held_back,
-        seed=seed, progress=Bars(terminal().progress),
+        seed=seed, resume=resume, progress=Bars(terminal().progress),
     )  # fmt: skip
     name = shlex.quote(str(out))
     following = next_commands(f"modulora evaluate {name}", f"modulora chat {name}")

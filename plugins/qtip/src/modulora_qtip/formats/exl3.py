@@ -2,7 +2,8 @@
 
 Tensors of a linear layer ``M``, whose weight is ``[out, in]``, both multiples of 128::
 
-    M.trellis         int16 [in / 16, out / 16, 16 K]    walks of K bits a weight, 1 to 8
+    M.trellis         int16 [in / 16, out / 16, 16 K]    walks of K bits a weight, 1 to 8;
+                                                         with mul1 also 1.5, 2.5 and 3.5
     M.suh, M.svh      fp16  [in], [out]                  scales of inputs and outputs, with signs
     M.su, M.sv        int16 [in / 16], [out / 16]        older files: signs alone, 1 for −1
     M.mcg or M.mul1   int32                              chooses the code function; else 3inst
@@ -39,11 +40,17 @@ from modulora_qtip import SPEC
 from modulora_qtip.codes import CODES
 from modulora_qtip.quantizer import QTIP
 from modulora_qtip.reference import EXL3_BLOCK as BLOCK
-from modulora_qtip.reference import EXL3_CODES, EXL3_STATES, Options
+from modulora_qtip.reference import (
+    EXL3_CODES,
+    EXL3_HALVES,
+    EXL3_STATES,
+    Options,
+    is_exl3_rate,
+)
 from modulora_qtip.trellis import TILE
 
 FORMAT = "exl3"
-BITS = range(1, 9)
+BITS = (*range(1, 9), *EXL3_HALVES)
 
 MARKS = tuple(code for code in EXL3_CODES if code != "3inst")
 """The names of tensors whose presence chooses a code function."""
@@ -59,7 +66,7 @@ HEAD = "lm_head"
 
 
 class EXL3(CheckpointFormat):
-    """Trellis-coded weights of 1 to 8 bits, which may differ between layers."""
+    """Trellis-coded weights of 1 to 8 bits and some halves, which may differ between layers."""
 
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -84,6 +91,11 @@ class EXL3(CheckpointFormat):
             _check_kind(module)
             shape, bits = _check_trellis(module, tensors)
             mark = _mark(module, names, config)
+            if not is_exl3_rate(bits, mark or "3inst"):
+                raise CheckpointError(
+                    f"{module}: expected the code mul1 for {bits} bits, got {mark or '3inst'}; "
+                    "download the model again"
+                )
             options = _options(bits, mark or "3inst")
             quantizer = quantizers.setdefault(options, QTIP(options))
             scales = {
@@ -163,7 +175,9 @@ def _check_kind(module: str) -> None:
         )
 
 
-def _check_trellis(module: str, tensors: Mapping[str, TensorLayout]) -> tuple[tuple[int, int], int]:
+def _check_trellis(
+    module: str, tensors: Mapping[str, TensorLayout]
+) -> tuple[tuple[int, int], float]:
     """``(out, in)`` and the bits of a layer. Raises CheckpointError if its trellis is malformed."""
     name = f"{module}.trellis"
     trellis = tensors[name]
@@ -171,15 +185,10 @@ def _check_trellis(module: str, tensors: Mapping[str, TensorLayout]) -> tuple[tu
     if trellis.dtype != "int16" or len(trellis.shape) != 3:
         raise CheckpointError(f"{name}: expected int16 [in / 16, out / 16, 16 K], got {got}")
     rows, columns, words = trellis.shape
-    bits, rest = divmod(words, TILE)
-    if rest == TILE // 2:
+    bits = words / TILE
+    if bits not in BITS:
         raise CheckpointError(
-            f"{module}: expected whole bits, got {words / TILE:g}: ExLlamaV3 1.6 writes halves, "
-            "which this version does not read; take a revision with whole bits"
-        )
-    if rest or bits not in BITS:
-        raise CheckpointError(
-            f"{name}: expected 16 K numbers for each tile, K from {BITS[0]} to {BITS[-1]} bits, "
+            f"{name}: expected 16 K numbers for each tile, K from 1 to 8 bits, or 1.5, 2.5 or 3.5, "
             f"got {got}"
         )
     shape = columns * TILE, rows * TILE
@@ -232,7 +241,7 @@ def _scales(module: str, side: str, n: int, tensors: Mapping[str, TensorLayout])
     return signs
 
 
-def _options(bits: int, code: str) -> Options:
+def _options(bits: float, code: str) -> Options:
     return Options.model_validate({"bits": bits, "code": code, "layout": "exl3"})
 
 

@@ -1,6 +1,7 @@
 """QTIP's kernels on a CPU, by numba: tiles of C, and products with C.
 
-``strings`` are int16 ``[inputs / 16, outputs / 16, 16 K]``, the bit strings of tiles.
+``strings`` are int16 ``[inputs / 16, outputs / 16, 16 K]``, the bit strings of tiles; ``twice`` is
+2 K.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from modulora_qtip.kernels.decoding import (
     low_column,
     pair,
     shifts_of,
+    step_of,
     walks_of,
     words_of_tiles,
 )
@@ -32,17 +34,19 @@ def _put(values, row, start, out):
 
 @jit(borrows=True)
 def _decode(weight, lanes, row, start, columns, out):
-    strings, K = weight[0], weight[1]
+    strings, twice = weight[0], weight[1]
     across, words = strings.shape[1], words_of_tiles()
-    shifts, code = shifts_of(K), code_of(weight)
+    shifts, code = shifts_of(twice), code_of(weight)
     for b in range(row // TILE, (row + len(out) + TILE - 1) // TILE):
         for first in range(0, columns // TILE, TOGETHER):
             count = min(TOGETHER, columns // TILE - first)
-            copy_tiles(strings, (start // TILE + first) * across + b, count, across, K, words, 0)
+            copy_tiles(
+                strings, (start // TILE + first) * across + b, count, across, twice, words, 0
+            )
             for i in range(count):
                 at = (first + i) * TILE
                 for p in range(8):
-                    of = i * line_of(K) + p * K
+                    of = i * line_of(twice) + p * step_of(twice)
                     one, two = pair(words, of, of + 1, shifts, lanes, code)
                     o = b * TILE + p - row
                     _put(low_column(one, two), o, at, out)
@@ -52,7 +56,7 @@ def _decode(weight, lanes, row, start, columns, out):
 @jit(borrows=True)
 def decode(weight, row, start, columns, out):
     """Columns ``start ...``, multiples of 16, of the rows of C from ``row`` on, for CPUKernels."""
-    if weight[1] == 2:
+    if weight[1] == 4:
         _decode(weight, None, row, start, columns, out)
     else:
         _decode(weight, lanes_of(weight[1]), row, start, columns, out)

@@ -6,7 +6,9 @@ or less of two neighbouring words, shifted together. Its place depends on K and 
 So a vector is two permutations of words, a shift and the code function. At 2 bits a vector's new
 bits are one word: memory repeats it, and no lane is moved.
 
-The words of a tile are copied beside the last one, which is also before the first.
+The words of a tile are copied beside the last one, which is also before the first. At k + ½ bits
+every second pair begins in the middle of a word. So the copy has k + 2 words for each pair: the 32
+bits before it, and its own.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from modulora_qtip import codes
 from modulora_qtip.trellis import TILE
 
 TOGETHER = 64
-"""Tiles whose words are copied at once: at most 20 KiB."""
+"""Tiles whose words are copied at once: at most 22 KiB."""
 
 _AHEAD = 8  # tiles that are loaded into the cache before they are read
 
@@ -48,13 +50,15 @@ SUMS_BYTES = "+avx512vnni" in str(cpu_target.target_context.codegen().magic_tupl
 
 
 def _geometry() -> tuple[Any, Any]:
-    """By K: words before and at the end of a state, counted from the word before a pair's; shifts.
+    """By 2 K: words before and at the end of a state, and shifts.
 
-    Both int32, ``[K, half of the pair, ...]`` flat, as the kernels read them.
+    Words count from the one before a pair's. Both int32, ``[2 K, half of the pair, ...]`` flat, as
+    the kernels read them.
     """
     words, shifts = [], []
-    for K in range(9):
-        last = (np.arange(2 * LANES) + 1) * K - 1  # the last bit of a state, from the pair's first
+    for twice in range(17):
+        # the last bit of a state, from the pair's first
+        last = (np.arange(2 * LANES) + 1) * twice // 2 - 1
         at = np.maximum(last, 0) // 32
         words += [at[:LANES], at[:LANES] + 1, at[LANES:], at[LANES:] + 1]
         shifts += [31 - last[:LANES] % 32, 31 - last[LANES:] % 32]
@@ -73,6 +77,14 @@ def _move(context, builder, kinds, source, at, words, to):
     """``(source, at, words, to)``: eight words of 32 bits from ``source[at]`` on, int16."""
     eight = builder.load(place(context, builder, kinds[0], source, at, _EIGHT), align=2)
     builder.store(eight, place(context, builder, kinds[2], words, to, _EIGHT), align=4)
+
+
+@operation(lambda words, _to, high, low: types.void(words, _I64, high, low))
+def _join(context, builder, kinds, words, to, high, low):
+    """``(words, to, high, low)``: a word of two int16."""
+    high, low = (builder.zext(half, _INT) for half in (high, low))
+    word = builder.or_(builder.shl(high, _INT(16)), low)
+    builder.store(word, place(context, builder, kinds[0], words, to, _INT), align=4)
 
 
 @operation(
@@ -173,29 +185,52 @@ _KINDS = {"bytes": None, "halves": np.int32(0), "fused": np.float32(0)}
 
 
 def walks_of(C: PackedWeight) -> tuple[Any, ...]:
-    """The ``weight`` of kernels: strings, K, a state's mask, and the code function."""
+    """The ``weight`` of kernels: strings, 2 K, a state's mask, and the code function."""
     facts = C.metadata
     function = codes.CODES[facts["code"]]
     multiplier = np.uint32(function.multiplier).view(np.int32)
     mask = np.int32((1 << facts["states"]) - 1)
     addend = np.int32(function.addend) if function.addend else None
-    return (C.tensors["trellis"], facts["bits"], mask, multiplier, addend, _KINDS[function.kind])
+    twice = int(2 * facts["bits"])
+    return (C.tensors["trellis"], twice, mask, multiplier, addend, _KINDS[function.kind])
 
 
 @jit()
-def line_of(K):
+def step_of(twice):
+    """Words from a pair to the next one in a line."""
+    return (twice >> 1) + 2 * (twice & 1)
+
+
+@jit()
+def line_of(twice):
     """Words of a copied tile, with room for a vector after the last pair."""
-    return 8 * K + LANES
+    return 8 * step_of(twice) + LANES
 
 
 @jit(borrows=True)
-def copy_tiles(strings, first, count, apart, K, words, line):
+def _copy_pairs(strings, at, twice, words, to):
+    """Copy a tile of k + ½ bits from ``strings[at]`` on: each pair's words after the one before."""
+    size = TILE // 2 * twice  # int16 of a tile, the low half of a word first
+    for p in range(8):
+        unit = p * twice - 2 + size
+        for k in range(step_of(twice)):
+            high, low = (unit + 2 * k) % size, (unit + 2 * k + 1) % size
+            high, low = strings[at + (high ^ 1)], strings[at + (low ^ 1)]
+            _join(words, to + p * step_of(twice) + k, high, low)
+
+
+@jit(borrows=True)
+def copy_tiles(strings, first, count, apart, twice, words, line):
     """Copy the words of tiles ``first``, ``first + apart``, … to lines of ``words``, fp32.
 
     ``line`` is the first of them. A line begins with the tile's last word.
     """
+    flat, K = strings.reshape(strings.size), twice >> 1
     for i in range(count):
-        at, to = (first + i * apart) * TILE * K, (line + i) * line_of(K)
+        at, to = (first + i * apart) * (TILE // 2) * twice, (line + i) * line_of(twice)
+        if twice & 1:
+            _copy_pairs(flat, at, twice, words, to)
+            continue
         for k in range(K):
             prefetch(strings, at + _AHEAD * apart * TILE * K + 16 * k)
             _move(strings, at + 16 * k, words, to + 1 + 8 * k)
@@ -210,16 +245,16 @@ def code_of(weight):
 
 
 @jit(borrows=True)
-def shifts_of(K):
+def shifts_of(twice):
     """For :func:`pair`: how far both vectors' states are shifted."""
-    to = 2 * LANES * K
+    to = 2 * LANES * twice
     return load(_SHIFTS, to), load(_SHIFTS, to + LANES)
 
 
 @jit(borrows=True)
-def lanes_of(K):
+def lanes_of(twice):
     """For :func:`pair`, except at 2 bits: the words of both vectors."""
-    at = 4 * LANES * K
+    at = 4 * LANES * twice
     return (
         load(_WORDS, at), load(_WORDS, at + LANES),
         load(_WORDS, at + 2 * LANES), load(_WORDS, at + 3 * LANES),
@@ -248,5 +283,5 @@ def pair(words, before, at, shifts, lanes, code):
     )
 
 
-words_of_tiles = on_stack(TOGETHER * line_of.py_func(8), np.float32)
+words_of_tiles = on_stack(TOGETHER * (8 * 9 + LANES), np.float32)
 """Room for the words of :data:`TOGETHER` tiles."""

@@ -5,7 +5,9 @@ computes   a shift, a mask, a product and the code function a weight: 5 operatio
 floor      the bytes of the walks (few rows) or of the tile (tiles) at the rate of memory
 
 A thread decodes the 32 weights of a *run*, four lanes of eight (:mod:`modulora_qtip.trellis`), and
-holds the run's K words and the word before them in registers. So every shift is a constant.
+holds the run's K words and the word before them in registers. So every shift is a constant. At
+k + ½ bits every second run begins in the middle of a word: its words are then put together from
+halves of neighbours.
 """
 
 from __future__ import annotations
@@ -77,10 +79,10 @@ def _state(words, END: tl.constexpr) -> Any:
 @triton.jit
 def _weights(words, N: tl.constexpr, OPTIONS: tl.constexpr) -> Any:
     """Weight N of eight, of each of the four lanes: ``[tiles, runs, 2, 2]``."""
-    K: tl.constexpr = OPTIONS[0]
-    END: tl.constexpr = (N + 1) * K
-    even = tl.join(_state(words, END), _state(words, END + 16 * K))
-    odd = tl.join(_state(words, END + 8 * K), _state(words, END + 24 * K))
+    TWICE: tl.constexpr = OPTIONS[0]
+    END: tl.constexpr = (N + 1) * TWICE // 2
+    even = tl.join(_state(words, END), _state(words, END + 8 * TWICE))
+    odd = tl.join(_state(words, END + 4 * TWICE), _state(words, END + 12 * TWICE))
     state = tl.join(even, odd) & ((1 << OPTIONS[1]) - 1)
     return _value(state, OPTIONS[2], OPTIONS[3], OPTIONS[4], OPTIONS[5])
 
@@ -94,6 +96,17 @@ def _output(words, FIRST: tl.constexpr, OPTIONS: tl.constexpr) -> Any:
 
 
 @triton.jit
+def _moved(held, odd, WORDS: tl.constexpr) -> Any:
+    """The words of runs, where those of ``odd`` ones begin in the middle of a word."""
+    found = (tl.where(odd, (held[0] << 16) | (held[1] >> 16), held[0]),)
+    for k in tl.static_range(1, WORDS):
+        word = tl.where(odd, (held[k] << 16) | (held[k + 1] >> 16), held[k])
+        found = found + (word,)  # type: ignore[assignment]  # noqa: RUF005
+    last = tl.where(odd, held[WORDS] << 16, held[WORDS])
+    return found + (last,)  # noqa: RUF005
+
+
+@triton.jit
 def decode(
     weight, row, col, out_features, in_features,
     OPTIONS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
@@ -101,22 +114,27 @@ def decode(
     """A block of C for :class:`modulora_kernels.triton.GPUKernels`; 16 divides row and col.
 
     ``weight`` is the walks as words, int32, and the number of tiles along the outputs. OPTIONS are
-    K, L, the multiplier and the addend of the code, its kind, and the divisor's exponent.
+    2 K, L, the multiplier and the addend of the code, its kind, and the divisor's exponent.
     """
     words, across = weight
-    K: tl.constexpr = OPTIONS[0]
+    TWICE: tl.constexpr = OPTIONS[0]
+    WORDS: tl.constexpr = (TWICE + 1) // 2
     OUT: tl.constexpr = BLOCK_OUT // 16
     IN: tl.constexpr = BLOCK_IN // 16
     # a run is outputs c and c + 8 of a tile
     tile = tl.cast(col >> 4, tl.int32) + tl.arange(0, IN)[:, None]
     run = tl.cast(row >> 4, tl.int32) * 8 + tl.arange(0, 8 * OUT)[None, :]
     inside = (tile * 16 < in_features) & (run * 2 < out_features)
-    at = (tile.to(tl.int64) * across * 8 + run) * K
-    before = at + tl.where(run % 8 == 0, 8 * K - 1, -1)
+    at = tile.to(tl.int64) * across * 8 + run
+    # a shift would hide the alignment of whole words
+    at = (at * TWICE) >> 1 if TWICE % 2 == 1 else at * (TWICE // 2)
+    before = at + tl.where(run % 8 == 0, 4 * TWICE - 1, -1)
     held = (tl.load(words + before, mask=inside, other=0).to(tl.uint32, bitcast=True),)
-    for k in tl.static_range(K):
+    for k in tl.static_range(WORDS):
         word = tl.load(words + at + k, mask=inside, other=0).to(tl.uint32, bitcast=True)
         held = held + (word,)  # type: ignore[assignment]  # noqa: RUF005
+    if TWICE % 2 == 1:
+        held = _moved(held, run % 2 == 1, WORDS)
     w = tl.join(_output(held, 0, OPTIONS), _output(held, 4, OPTIONS))
     # [tile, run, lane / 2, lane % 2, r / 8, r % 2, c / 8]
     w = tl.reshape(w, IN, OUT, 8, 4, 2, 2, 2)
@@ -132,7 +150,7 @@ def operands(C: PackedWeight) -> tuple[Tensor | int, ...]:
 def _options(C: PackedWeight, divisor: int) -> tuple[int, ...]:
     code = codes.CODES[C.metadata["code"]]
     bits, states = C.metadata["bits"], C.metadata["states"]
-    return bits, states, code.multiplier, code.addend, KINDS[code.kind], divisor
+    return int(2 * bits), states, code.multiplier, code.addend, KINDS[code.kind], divisor
 
 
 def _divisor(C: PackedWeight) -> int:

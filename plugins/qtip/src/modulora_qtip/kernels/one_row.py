@@ -41,6 +41,7 @@ from modulora_qtip.kernels.decoding import (
     pair,
     repeat_eight,
     shifts_of,
+    step_of,
     walks_of,
     words_of_tiles,
 )
@@ -84,14 +85,14 @@ def _add_pair(words, before, at, shifts, lanes, code, x, x_2, total):
 
 
 @jit(borrows=True)
-def _add_tiles(words, place, depth, count, K, lanes, code, x, sums, to):
+def _add_tiles(words, place, depth, count, twice, lanes, code, x, sums, to):
     """Add products of ``depth`` tiles of inputs to ``count`` tiles of outputs, from ``to`` on.
 
     ``place`` is the first tile's place in ``words``, the distance to the next one of outputs and of
     inputs, and the distance from a tile to the word before it.
     """
     start, beside, below, before = place
-    shifts = shifts_of(K)
+    shifts, step = shifts_of(twice), step_of(twice)
     for j in range(count):
         at = start + j * beside
         a, b = load(sums, to), load(sums, to + LANES)
@@ -101,13 +102,13 @@ def _add_tiles(words, place, depth, count, K, lanes, code, x, sums, to):
         for i in range(depth):
             y, z = load(x, 2 * TILE * i), load(x, 2 * TILE * i + LANES)
             a = _add_pair(words, at + before, at, shifts, lanes, code, y, z, a)
-            b = _add_pair(words, at + K - 1, at + K, shifts, lanes, code, y, z, b)
-            c = _add_pair(words, at + 2 * K - 1, at + 2 * K, shifts, lanes, code, y, z, c)
-            d = _add_pair(words, at + 3 * K - 1, at + 3 * K, shifts, lanes, code, y, z, d)
-            e = _add_pair(words, at + 4 * K - 1, at + 4 * K, shifts, lanes, code, y, z, e)
-            f = _add_pair(words, at + 5 * K - 1, at + 5 * K, shifts, lanes, code, y, z, f)
-            g = _add_pair(words, at + 6 * K - 1, at + 6 * K, shifts, lanes, code, y, z, g)
-            h = _add_pair(words, at + 7 * K - 1, at + 7 * K, shifts, lanes, code, y, z, h)
+            b = _add_pair(words, at + step - 1, at + step, shifts, lanes, code, y, z, b)
+            c = _add_pair(words, at + 2 * step - 1, at + 2 * step, shifts, lanes, code, y, z, c)
+            d = _add_pair(words, at + 3 * step - 1, at + 3 * step, shifts, lanes, code, y, z, d)
+            e = _add_pair(words, at + 4 * step - 1, at + 4 * step, shifts, lanes, code, y, z, e)
+            f = _add_pair(words, at + 5 * step - 1, at + 5 * step, shifts, lanes, code, y, z, f)
+            g = _add_pair(words, at + 6 * step - 1, at + 6 * step, shifts, lanes, code, y, z, g)
+            h = _add_pair(words, at + 7 * step - 1, at + 7 * step, shifts, lanes, code, y, z, h)
             at += below
         store(sums, to, a)
         store(sums, to + LANES, b)
@@ -123,28 +124,28 @@ def _add_tiles(words, place, depth, count, K, lanes, code, x, sums, to):
 @jit(borrows=True)
 def _add_strings(weight, begin, stop, x, sums):
     """Add all products, of 2 bits: words come from the bit strings."""
-    strings, K = weight[0], weight[1]
-    tiles, across, code, tile = strings.shape[0], strings.shape[1], code_of(weight), 8 * K
+    strings, twice = weight[0], weight[1]
+    tiles, across, code, tile = strings.shape[0], strings.shape[1], code_of(weight), 4 * twice
     for first in range(0, tiles, _DEEP):
         depth, inputs = min(_DEEP, tiles - first), x[2 * TILE * first :]
         place = (first * across + begin) * tile, tile, across * tile, tile - 1
-        _add_tiles(strings, place, depth, stop - begin, K, None, code, inputs, sums, 0)
+        _add_tiles(strings, place, depth, stop - begin, twice, None, code, inputs, sums, 0)
 
 
 @jit(borrows=True)
 def _add_lines(weight, begin, stop, x, sums):
     """Add all products: words come from copies."""
-    strings, K = weight[0], weight[1]
+    strings, twice = weight[0], weight[1]
     tiles, across, words = strings.shape[0], strings.shape[1], words_of_tiles()
-    code, line, lanes = code_of(weight), line_of(K), lanes_of(K)
+    code, line, lanes = code_of(weight), line_of(twice), lanes_of(twice)
     place = 1, line, _WIDE * line, -1
     for first in range(0, tiles, _DEEP):
         depth, inputs = min(_DEEP, tiles - first), x[2 * TILE * first :]
         for o in range(begin, stop, _WIDE):
             count, to = min(_WIDE, stop - o), (o - begin) * _SUMS
             for i in range(depth):
-                copy_tiles(strings, (first + i) * across + o, count, 1, K, words, _WIDE * i)
-            _add_tiles(words, place, depth, count, K, lanes, code, inputs, sums, to)
+                copy_tiles(strings, (first + i) * across + o, count, 1, twice, words, _WIDE * i)
+            _add_tiles(words, place, depth, count, twice, lanes, code, inputs, sums, to)
 
 
 @jit(borrows=True)
@@ -163,7 +164,7 @@ def _forward(weight, begin, stop, x, z):
     for first in range(begin, stop, _ACROSS):
         last = min(first + _ACROSS, stop)
         sums[:] = 0
-        if weight[1] == 2:
+        if weight[1] == 4:
             _add_strings(weight, first, last, x, sums)
         else:
             _add_lines(weight, first, last, x, sums)
@@ -184,11 +185,11 @@ def _put_inputs(total, first, z):
 
 
 @jit(borrows=True)
-def _add_outputs(words, place, count, K, lanes, code, x, totals):
+def _add_outputs(words, place, count, twice, lanes, code, x, totals):
     """Add products of ``count`` tiles of outputs to the four sums of a tile of inputs."""
     start, beside, before = place
     a, b, c, d = totals
-    shifts = shifts_of(K)
+    shifts, step = shifts_of(twice), step_of(twice)
     for j in range(count):
         at, of = start + j * beside, 4 * TILE * j
         last = at + before
@@ -197,33 +198,33 @@ def _add_outputs(words, place, count, K, lanes, code, x, totals):
             one, two = pair(words, last, at, shifts, lanes, code)
             a, b = multiply_add(one, y, a), multiply_add(two, y, b)
             y = repeat_eight(x, of + 8 * p + 8, a)
-            one, two = pair(words, at + K - 1, at + K, shifts, lanes, code)
+            one, two = pair(words, at + step - 1, at + step, shifts, lanes, code)
             c, d = multiply_add(one, y, c), multiply_add(two, y, d)
-            last, at = at + 2 * K - 1, at + 2 * K
+            last, at = at + 2 * step - 1, at + 2 * step
     return a, b, c, d
 
 
 @jit(borrows=True)
 def _sums_of_strings(weight, i, x):
     """The four sums of tile ``i`` of inputs, of 2 bits: words come from the bit strings."""
-    strings, K, zero = weight[0], weight[1], splat(np.float32(0))
-    across, tile = strings.shape[1], 8 * K
+    strings, twice, zero = weight[0], weight[1], splat(np.float32(0))
+    across, tile = strings.shape[1], 4 * twice
     place = i * across * tile, tile, tile - 1
     totals = zero, zero, zero, zero
-    return _add_outputs(strings, place, across, K, None, code_of(weight), x, totals)
+    return _add_outputs(strings, place, across, twice, None, code_of(weight), x, totals)
 
 
 @jit(borrows=True)
 def _sums_of_lines(weight, i, x):
     """The four sums of tile ``i`` of inputs: words come from copies."""
-    strings, K, zero = weight[0], weight[1], splat(np.float32(0))
-    across, words, code, lanes = strings.shape[1], words_of_tiles(), code_of(weight), lanes_of(K)
-    place = 1, line_of(K), -1
+    strings, twice, zero = weight[0], weight[1], splat(np.float32(0))
+    across, words, code = strings.shape[1], words_of_tiles(), code_of(weight)
+    lanes, place = lanes_of(twice), (1, line_of(twice), -1)
     totals = zero, zero, zero, zero
     for first in range(0, across, TOGETHER):
         count, outputs = min(TOGETHER, across - first), x[4 * TILE * first :]
-        copy_tiles(strings, i * across + first, count, 1, K, words, 0)
-        totals = _add_outputs(words, place, count, K, lanes, code, outputs, totals)
+        copy_tiles(strings, i * across + first, count, 1, twice, words, 0)
+        totals = _add_outputs(words, place, count, twice, lanes, code, outputs, totals)
     return totals
 
 
@@ -231,7 +232,7 @@ def _sums_of_lines(weight, i, x):
 def _transposed(weight, begin, stop, x, z):
     """``z[16 begin : 16 stop] = Cᵀ x`` for outputs of :func:`_spread_outputs`."""
     for i in range(begin, stop):
-        if weight[1] == 2:
+        if weight[1] == 4:
             a, b, c, d = _sums_of_strings(weight, i, x)
         else:
             a, b, c, d = _sums_of_lines(weight, i, x)

@@ -5,6 +5,9 @@ state s follows the end s div 2^k, so one fused loop goes from E_t to E_{t+1}::
 
     E_{t+1}[u] = min_j  E_t[s div 2^k] + (w_t − C[s])²        s = j 2^(L−k) + u,  j < 2^k
 
+With k + ½ bits, odd weights have a bit more than even ones: s div 2^k is by the bits of weight t,
+and j and u by those of weight t + 1.
+
     computes   five operations for sixteen states: expand E_t, subtract, multiply and add, mark,
                minimum
     moves      C and two E through a cache; a byte for each u and t, the choice of j
@@ -70,21 +73,25 @@ def _store_marks(context, builder, kinds, out, at, a, kept):
 
 
 @jit(borrows=True)
-def _forward(w, first, count, C, k, E, choices):
+def _forward(w, first, count, C, new, E, choices):
     """Walk ``count`` weights of the circle ``w`` from ``first`` on; ``E[0]`` has the beginning.
 
     Args:
-        E: fp32 ``[2, 2^(L−k) + 16]``, in turn E_t and E_{t+1}.
-        choices: uint8 ``[count or more, 2^(L−k)]``, written.
+        first, count: even.
+        new: k of even and of odd weights.
+        E: fp32 ``[2, 2^(L−k) + 16]`` for the smaller k, in turn E_t and E_{t+1}.
+        choices: uint8 ``[count or more, 2^(L−k)]`` for the smaller k, written.
 
     Returns:
         the best end.
     """
-    ends, width, half = C.size >> k, E.shape[1], 2 * LANES >> k
-    low, high = load(_SPREAD, 2 * LANES * k), load(_SPREAD, 2 * LANES * k + LANES)
-    zero = low - low
-    kept = zero - np.int32(1 << k)
+    width, most = E.shape[1], choices.shape[1]
     for t in range(count):
+        k, following = (new[1], new[0]) if t & 1 else new
+        ends, half = C.size >> following, 2 * LANES >> k
+        low, high = load(_SPREAD, 2 * LANES * k), load(_SPREAD, 2 * LANES * k + LANES)
+        zero = low - low
+        kept = zero - np.int32(1 << following)
         before, after = (t & 1) * width, (1 - (t & 1)) * width
         x = splat(w[(first + t) % w.size])
         for u in range(0, ends, TOGETHER):
@@ -103,7 +110,7 @@ def _forward(w, first, count, C, k, E, choices):
                 d = load(C, s + 3 * LANES) - x
                 o = _least(_marked(multiply_add(d, d, lookup(walks, high)), kept, j), o)
                 j = j + np.int32(1)
-            line = t * ends + u
+            line = t * most + u
             store(E, after + u, p)
             store(E, after + u + LANES, q)
             store(E, after + u + 2 * LANES, r)
@@ -112,47 +119,48 @@ def _forward(w, first, count, C, k, E, choices):
             _store_marks(choices, line + LANES, q, kept)
             _store_marks(choices, line + 2 * LANES, r, kept)
             _store_marks(choices, line + 3 * LANES, o, kept)
-    return np.argmin(E[count & 1, :ends])
+    return np.argmin(E[0, : C.size >> new[0]])
 
 
 @jit(borrows=True)
-def _back(count, ends, k, choices, u, states):
-    """The walk that ends in ``u``, from its last state to its first."""
+def _back(count, size, new, choices, u, states):
+    """The walk that ends in ``u``, from its last state to its first. ``size`` is that of C."""
     for t in range(count - 1, -1, -1):
-        states[t] = choices[t, u] * ends + u
+        k, following = (new[1], new[0]) if t & 1 else new
+        states[t] = choices[t, u] * (size >> following) + u
         u = states[t] >> k
 
 
 @jit(borrows=True)
-def _walk(w, margin, C, k, E, choices, states):
+def _walk(w, margin, C, new, E, choices, states):
     """A circular walk: the best over the seam gives the overlap, and the best with it follows."""
-    ends = C.size >> k
+    ends = C.size >> new[0]
     E[0, :ends] = 0
-    end = _forward(w, w.size - margin, 2 * margin, C, k, E, choices)
-    _back(2 * margin, ends, k, choices, end, states)
+    end = _forward(w, w.size - margin, 2 * margin, C, new, E, choices)
+    _back(2 * margin, C.size, new, choices, end, states)
     overlap = states[margin - 1] & (ends - 1)
     E[0, :ends] = _IMPOSSIBLE
     E[0, overlap] = 0
-    _forward(w, 0, w.size, C, k, E, choices)
-    _back(w.size, ends, k, choices, overlap, states)
+    _forward(w, 0, w.size, C, new, E, choices)
+    _back(w.size, C.size, new, choices, overlap, states)
 
 
 @jit(parallel=True)
-def walks(threads, w, margin, C, k, states):
+def walks(threads, w, margin, C, new, states):
     """The circular walks of sequences, whatever the number of threads.
 
     Args:
         w: fp32 ``[n, T]``.
-        margin: weights on each side of the seam that decide on the overlap, at most T / 2.
+        margin: weights on each side of the seam that decide on the overlap, even, at most T / 2.
         C: the values of all states, fp32 ``[2^L]``, L ≥ k + 6.
-        k: bits of a weight.
+        new: k of even and of odd weights, the smaller one first.
         states: int32 ``[n, T]``, written.
     """
     for index in prange(threads):
         begin, stop = share(index, threads, len(w))
-        ends = C.size >> k
+        ends = C.size >> new[0]
         E = scratch(2, ends + LANES, np.float32)
         E[:] = 0
         choices = scratch(w.shape[1], ends, np.uint8)
         for i in range(begin, stop):
-            _walk(w[i], margin, C, k, E, choices, states[i])
+            _walk(w[i], margin, C, new, E, choices, states[i])

@@ -1,0 +1,98 @@
+"""Files that llama.cpp quantized are merged into, and llama.cpp decodes and runs the result.
+
+Where llama-cpp-python is installed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
+from modulora_merge import merging
+
+from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
+from modulora_core.hf.load_model import load_model
+from modulora_core.hf.save_adapter import save_adapter
+from modulora_core.lora.adapted import adapter_layers
+from modulora_core.lora.adapting import add_lora
+from modulora_core.lora.settings import LoRASettings
+
+llama_cpp = pytest.importorskip("llama_cpp")
+
+TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}
+"""llama.cpp's numbers of file types (``llama_ftype``). Those with K mix types of blocks."""
+
+
+def by_llama_cpp(source: Path, out: Path, type: int) -> Path:
+    """llama.cpp's own conversion to a type; 0 is F32."""
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.allow_requantize = type, True
+    failed = llama_cpp.llama_model_quantize(
+        str(source).encode(), str(out).encode(), ctypes.byref(settings)
+    )
+    assert not failed
+    return out
+
+
+def values(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a file in F32, by the gguf package."""
+    return {
+        t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors
+    }
+
+
+def of_llama_cpp(path: Path, ids: list[int]) -> torch.Tensor:
+    found = llama_cpp.Llama(
+        str(path), n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0
+    )  # fmt: skip
+    found.eval(ids)
+    return torch.from_numpy(np.array(found.scores[: len(ids)]))
+
+
+def of_ours(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
+    return logits
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("type", TYPES)
+def test_llama_cpp_decodes_and_runs_the_merged_file_as_we_do(
+    type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = write_tiny_gguf("llama", tmp_path / "dense.gguf", wide=True)
+    base = by_llama_cpp(dense, tmp_path / "base.gguf", TYPES[type])
+    model = load_model(base)
+    add_lora(model, LoRASettings(rank=2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            B = layer.parameters_of("default")["lora_B"]
+            B.copy_(torch.randn(B.shape, generator=generator))
+    save_adapter(model, tmp_path / "adapter")
+    ids = torch.randint(3, 60, (24, 32), generator=generator)
+    monkeypatch.setattr(merging, "token_segments", lambda *_, **__: ids)
+    monkeypatch.setattr(PackedCheckpoint, "tokenizer", lambda _: None)
+    out = tmp_path / "merged.gguf"
+    made = merging.merge_packed(
+        base, out, adapter=tmp_path / "adapter", calibration="", held_back=0, progress=False
+    )
+    assert made.changed > 0
+    assert out.stat().st_size == base.stat().st_size
+    tested = list(range(5, 45))
+    found = of_ours(load_model(out), tested)
+    before = of_ours(load_model(base), tested)
+    decoded = by_llama_cpp(out, tmp_path / "decoded.gguf", 0)
+    ours, theirs = values(out), values(decoded)
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        np.testing.assert_array_equal(ours[name], expected, err_msg=name)
+    # in F32 llama.cpp rounds no activations
+    assert (of_llama_cpp(decoded, tested) - found).norm() < 1e-4 * found.norm()
+    rounded = of_llama_cpp(base, tested) - before  # what it rounds before merging
+    assert (of_llama_cpp(out, tested) - found).norm() < 2 * rounded.norm()
