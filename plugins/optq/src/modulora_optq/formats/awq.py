@@ -96,6 +96,7 @@ class AWQ(FormatReader):
                 act_order=False,
                 static_groups=False,
                 range_search=False,
+                half_zeros=False,
             )
         )
         found = dict[str, ForeignWeight]()
