@@ -118,8 +118,8 @@ def _uses(
     first = quantizers[0]
     others = [type(first)(first.Options.model_validate(each)) for each in neighbours(first)]
     if where == TRITON:  # all uses take minutes, and these reach the kernels of each format
-        for quantizer, (*shape, forth, back) in itertools.product([*quantizers, *others], TILED):
-            packed = pack(quantizer, gaussian(fit(quantizer, *shape), 0))
+        for quantizer, (out, into, forth, back) in itertools.product([*quantizers, *others], TILED):
+            packed = pack(quantizer, gaussian(fit(quantizer, out, into), 0))
             yield partial(tile, quantizer, packed, torch.bfloat16, 3)
             for transpose, count in ((False, forth), (True, back)):
                 x = inputs((count,), packed.shape[0 if transpose else 1], torch.bfloat16)
