@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import modulora_kernels as kernels
 import torch
@@ -56,19 +57,17 @@ class Descent:
         self._order = torch.argsort(problem.group, stable=True)
         self._M = problem.M[self._order[:, None], self._order]
         self._size, self._options = options.group(len(self._M)), options
-        self._steps: list[tuple[Callable[..., None], int]]
         compiled = kernels.load("modulora_optq.kernels.solve", self._M.device)
+        kernel, chains = _change_codes, _change_chains
         if compiled is not None:
-            kind = torch.int64 if self._M.dtype == torch.float64 else torch.int32
-            like = torch.zeros(1, dtype=kind)
-            self._steps = [
-                (partial(kernels.launch, compiled.change_codes), BLOCK),
-                (lambda *given: kernels.launch(compiled.change_chains, *given, like), CHAIN_BLOCK),
-            ]
-        elif self._M.is_cpu:
-            self._steps = [(_change_codes, BLOCK), (_change_chains, CHAIN_BLOCK)]
-        else:  # a GPU would wait for a kernel in each of a chain's steps
-            self._steps = [(_change_codes, BLOCK)]
+            kernel = partial(kernels.launch, compiled.change_codes)
+            bits = torch.int64 if self._M.dtype == torch.float64 else torch.int32
+            like = torch.zeros(1, dtype=bits)
+
+            def chains(*arguments: Any) -> None:
+                kernels.launch(compiled.change_chains, *arguments, like)
+
+        self._steps = (kernel, BLOCK), (chains, CHAIN_BLOCK)
 
     def improve(self, W: Tensor, q: Tensor, s: Tensor, z: Tensor) -> None:
         """Change the codes and scales of some rows.
