@@ -43,7 +43,7 @@ from modulora_optq.reference import (
 BLOCK = 128
 """The columns of a block. One product a block takes its changes to the other columns."""
 
-CHAIN_BLOCK = 2048
+CHAIN_BLOCK = 1024
 """The same for chains, which stay inside a block, and take time in proportion to it."""
 
 ROWS = 1024

@@ -32,20 +32,20 @@ def _fp16(x: float) -> float:
 
 
 @jit(fastmath=("reassoc", "contract"), borrows=True)
-def _error(w: Any, loss: Any, s: Any, z: Any, shift: Any, maxq: Any) -> Any:
+def _error(w: Any, loss: Any, s: Any, z: Any, maxq: Any) -> Any:
     """Σ_j loss_j (w_j − ŵ_j)². It multiplies by 1 / s: no code depends on it, only a choice."""
     number = w.dtype.type  # a Python number would make the whole loop fp64
     reciprocal, low, high = number(1) / s, -z, maxq - z
     total = number(0)
     for j in range(w.size):
-        step = min(max(np.rint(w[j] * reciprocal + shift) - shift, low), high)
+        step = min(max(np.rint(w[j] * reciprocal), low), high)
         error = w[j] - s * step
         total += loss[j] * error * error
     return total
 
 
 @jit()
-def _grid(w: Any, loss: Any, symmetric: bool, half: Any, shares: Any, maxq: Any) -> tuple[Any, Any]:
+def _grid(w: Any, loss: Any, symmetric: bool, shares: Any, maxq: Any) -> tuple[Any, Any]:
     """``reference.grid`` of one row of a group."""
     number = w.dtype.type
     low, high = min(w.min(), number(0)), max(w.max(), number(0))
@@ -56,14 +56,12 @@ def _grid(w: Any, loss: Any, symmetric: bool, half: Any, shares: Any, maxq: Any)
     least, best_s, best_z = number(np.inf), number(0), number(0)
     for share in shares:
         s = number(_fp16((high * share - low * share) / maxq))
-        middle = np.rint(-(low * share) / s - half)
-        if symmetric:
-            middle = (maxq + 1) / 2 - half - half
+        middle = (maxq + 1) / 2 if symmetric else np.rint(-(low * share) / s)
         for shift in (0, -1, 1):
             if shift != 0 and (symmetric or shares.size == 1):
                 continue
-            z = number(min(max(middle + shift, 0), maxq)) + half
-            error = _error(w, loss, s, z, half, maxq)
+            z = number(min(max(middle + shift, 0), maxq))
+            error = _error(w, loss, s, z, maxq)
             if error < least or best_s == 0:
                 least, best_s, best_z = error, s, z
     return best_s, best_z
@@ -71,14 +69,14 @@ def _grid(w: Any, loss: Any, symmetric: bool, half: Any, shares: Any, maxq: Any)
 
 @jit(parallel=True)
 def grids(
-    W: Any, loss: Any, symmetric: bool, half: Any, shares: Any, maxq: Any, S: Any, Z: Any, g: int
+    W: Any, loss: Any, symmetric: bool, shares: Any, maxq: Any, S: Any, Z: Any, g: int
 ) -> None:
     """``reference.grid`` of the group W, ``[out, columns]``, to column ``g`` of S and Z.
 
-    ``half``, ½ or 0, and ``maxq`` are arrays of one number, in W's dtype.
+    ``maxq`` is an array of one number, in W's dtype.
     """
     for o in prange(W.shape[0]):
-        S[o, g], Z[o, g] = _grid(W[o], loss, symmetric, half[0], shares, maxq[0])
+        S[o, g], Z[o, g] = _grid(W[o], loss, symmetric, shares, maxq[0])
 
 
 @jit(fastmath=("contract",), borrows=True)
@@ -91,8 +89,8 @@ def _compensate(w: Any, e: float, U: Any, j: int, stop: int) -> None:
 
 @jit(parallel=True)
 def block(
-    W: Any, U: Any, group: Any, size: int, loss: Any, symmetric: bool, half: Any, shares: Any,
-    maxq: Any, start: int, stop: int, S: Any, Z: Any, Q: Any, E: Any,
+    W: Any, U: Any, group: Any, size: int, loss: Any, symmetric: bool, shares: Any, maxq: Any,
+    start: int, stop: int, S: Any, Z: Any, Q: Any, E: Any,
 ) -> None:  # fmt: skip
     """Quantize columns ``[start, stop)`` of W: codes to Q, errors to E, ``[out, stop - start]``.
 
@@ -101,14 +99,14 @@ def block(
     block only.
     """
     for o in prange(W.shape[0]):
-        w, top, shift = W[o], maxq[0], half[0]
+        w, top = W[o], maxq[0]
         for j in range(start, stop):
             g = group[j]
             if size != 0 and j % size == 0:
-                found = _grid(w[j : j + size], loss[j : j + size], symmetric, shift, shares, top)
+                found = _grid(w[j : j + size], loss[j : j + size], symmetric, shares, top)
                 S[o, g], Z[o, g] = found
             s, z = S[o, g], Z[o, g]
-            code = min(max(np.rint(w[j] / s + shift) + (z - shift), W.dtype.type(0)), top)
+            code = min(max(np.rint(w[j] / s) + z, W.dtype.type(0)), top)
             e = (w[j] - s * (code - z)) / U[j, j]
             Q[o, j], E[o, j - start] = np.uint8(code), e
             _compensate(w, e, U, j, stop)
