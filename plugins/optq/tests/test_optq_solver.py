@@ -6,9 +6,7 @@ import pytest
 import torch
 from modulora_conformance.fixtures import without_kernels
 from modulora_optq import reference, solver
-from modulora_optq.descent import Descent
 from modulora_optq.options import Options
-from modulora_optq.reference import Problem
 
 DYNAMIC = {"static_groups": False}
 CHOICES = [
@@ -143,51 +141,6 @@ def test_a_sweep_makes_no_row_worse_and_most_better(choice, path):
     for before, after in pairwise(found):
         assert bool((after <= before * (1 + 1e-9)).all())
     assert int((found[1] < 0.999 * found[0]).sum()) > len(W) / 2
-
-
-def test_two_codes_change_together_where_neither_may_change_alone(path):
-    M = torch.tensor([[1.0, 0.5], [0.5, 1.0]], dtype=torch.float64)
-    W = torch.tensor([[0.6, -0.6], [0.6, -0.6], [0.4, -0.4]], dtype=torch.float64)
-    s, z = torch.ones(2, 3, 1, dtype=torch.float64)
-    q = torch.tensor([[1, 1], [1, 0], [1, 1]], dtype=torch.uint8)
-    unit = torch.tensor([[1.0, -1.0]], dtype=torch.float64)  # from w = (0.6, −0.6) to (−0.4, 0.4)
-    alone = W[:1] - torch.tensor([[1.0, 0.0]])
-    for moved, better in ((alone, False), (W[:1] - unit, True)):
-        assert (float(((moved @ M) * moved).sum() < ((W[:1] @ M) * W[:1]).sum())) == better
-    order = torch.arange(2)
-    Descent(Problem(W, M, M, order, order * 0), Options(bits=2, sweeps=1)).improve(W, q, s, z)
-    assert q.tolist() == [[2, 0], [2, 0], [1, 1]]
-
-
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_chains_of_the_kernel_are_plain_torchs_in_fp64(choice, monkeypatch):
-    pytest.importorskip("numba")
-    W, H = layer(16, 200, torch.float64)
-    options = Options(**choice)
-    compiled = solver.solve(W, H, options)
-    without_kernels(monkeypatch)
-    plain = solver.solve(W, H, options)
-    assert torch.equal(compiled.codes, plain.codes)
-    assert torch.equal(compiled.scales, plain.scales)
-
-
-@pytest.mark.parametrize("kind", ["one input", "no input", "zeros", "equal rows"])
-def test_degenerate_weights_and_moments_give_finite_values(kind, path):
-    W, H = layer(8, 64, torch.float32)
-    if kind == "zeros":
-        W = torch.zeros_like(W)
-    elif kind == "equal rows":
-        W = torch.full_like(W, 0.25)
-    else:
-        x = torch.zeros(64)
-        x[5] = float(kind == "one input")
-        H = torch.outer(x, x)
-    solution = solver.solve(W, H, Options(bits=2))
-    W_hat = solution.dequantize(Options(bits=2))
-    assert bool(W_hat.isfinite().all())
-    assert bool((solution.codes <= 3).all())
-    if kind in ("zeros", "no input"):
-        assert bool((W_hat == 0).all())
 
 
 @pytest.mark.parametrize("sweeps", [0, 2])

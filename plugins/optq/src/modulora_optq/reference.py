@@ -43,15 +43,6 @@ STEPS = 24
 SMALLEST_SHARE = 0.4
 """The tried ranges lie evenly between the whole range and this share of it, which is excluded."""
 
-CHAIN = 8
-"""The most codes of a chain. With 4 the descent gains a tenth less."""
-
-HOPEFUL = 0.3
-"""A chain begins where its first step costs at most 1 − this share of s² M_jj."""
-
-ENOUGH = 1e-6
-"""A chain must gain this share of s² M_jj of its first step: more than rounding."""
-
 
 @dataclass(frozen=True, slots=True)
 class Solution:

@@ -15,9 +15,8 @@ import numpy as np
 from modulora_kernels import jit
 from numba import prange
 
-from modulora_optq.reference import CHAIN, ENOUGH, HOPEFUL, LARGEST_SCALE, SMALLEST_SCALE
+from modulora_optq.reference import LARGEST_SCALE, SMALLEST_SCALE
 
-_SEARCHED = 64  # columns in each of which the least cost is known, so that fewer are compared
 _FP16_DIGITS = 11
 _FP16_LEAST_EXPONENT = -13  # of math.frexp, whose mantissa is in [0.5, 1): 2⁻¹⁴ is the least normal
 
@@ -125,99 +124,3 @@ def change_codes(R: Any, M: Any, Q: Any, S: Any, maxq: Any, start: int, size: in
                 _compensate(r, change, M, j, R.shape[1])
             r[j] = change
             Q[o, start + j] = np.uint8(new)
-
-
-@jit(borrows=True)
-def _put_prices(code: int, top: Any, own: Any, k: int, up: Any, down: Any) -> None:
-    """The price of a step of code k but for its gain, s² M_kk; infinite without room."""
-    infinite = up.dtype.type(np.inf)
-    up[k] = own[k] if code < top else infinite
-    down[k] = own[k] if code > 0 else infinite
-
-
-@jit(fastmath=("contract",), borrows=True)
-def _put_costs(r: Any, twice_s: Any, up: Any, down: Any, cost: Any) -> None:
-    """The error that the better step of each code adds."""
-    for k in range(r.size):
-        gain = twice_s[k] * r[k]
-        cost[k] = min(up[k] - gain, down[k] + gain)
-
-
-@jit(borrows=True)
-def _place_of_least(bits: Any) -> int:
-    """The first place of the least float, whose bits change.
-
-    LLVM makes no vectors of a minimum of floats. So the low bits of negative numbers are turned,
-    and whole numbers are compared.
-    """
-    number = bits.dtype.type
-    sign = number(8 * bits.itemsize - 1)
-    others = ~(number(1) << sign)
-    for k in range(bits.size):
-        bits[k] ^= (bits[k] >> sign) & others
-    least, place = bits[0], 0
-    for start in range(0, bits.size, _SEARCHED):
-        part, lowest = bits[start : start + _SEARCHED], bits[start]
-        for k in range(part.size):
-            lowest = min(lowest, part[k])
-        if lowest < least:
-            least, place = lowest, start
-    while bits[place] != least:
-        place += 1
-    return place
-
-
-@jit(fastmath=("contract",), borrows=True)
-def _subtract(r: Any, change: Any, M_k: Any) -> None:
-    for k in range(r.size):
-        r[k] -= change * M_k[k]
-
-
-@jit(parallel=True)
-def change_chains(
-    R: Any, M: Any, Q: Any, S: Any, maxq: Any, start: int, size: int, bits: Any
-) -> None:
-    """``descent._change_chains``: a thread takes one row through the block.
-
-    ``bits`` is a whole number of as many bits as R's, ``[1]``.
-    """
-    columns, number = R.shape[1], R.dtype.type
-    half, enough, infinite = number(0.5), number(ENOUGH), number(np.inf)
-    for o in prange(R.shape[0]):
-        r, top, work = R[o], maxq[0], np.empty((6, columns), R.dtype)
-        twice_s, own, up, down, left, moved = work[0], work[1], work[2], work[3], work[4], work[5]
-        cost = np.empty(columns, R.dtype)
-        chain, steps = np.empty(CHAIN, np.int64), np.empty(CHAIN, R.dtype)
-        for j in range(columns):
-            s = S[o, (start + j) // size]
-            twice_s[j], own[j], moved[j] = s + s, s * s * M[j, j], number(0)
-            _put_prices(Q[o, start + j], top, own, j, up, down)
-        for j in range(columns):
-            gain = twice_s[j] * r[j]
-            total = min(up[j] - gain, down[j] + gain)
-            if not total <= number(1 - HOPEFUL) * own[j]:
-                continue
-            bound, length, k = -enough * own[j], 0, j
-            left[:] = r
-            while True:
-                gain = twice_s[k] * left[k]
-                chain[length] = k
-                steps[length] = number(1) if up[k] - gain <= down[k] + gain else number(-1)
-                length += 1
-                if total < bound or length == CHAIN:
-                    break
-                up[k] = down[k] = infinite
-                _subtract(left, half * twice_s[k] * steps[length - 1], M[k])
-                _put_costs(left, twice_s, up, down, cost)
-                k = _place_of_least(cost.view(bits.dtype))
-                gain = twice_s[k] * left[k]
-                total += min(up[k] - gain, down[k] + gain)
-            for i in range(length):
-                k = chain[i]
-                if total < bound:
-                    change = half * twice_s[k] * steps[i]
-                    _subtract(r, change, M[k])
-                    moved[k] += change
-                    Q[o, start + k] = np.uint8(number(Q[o, start + k]) + steps[i])
-                _put_prices(Q[o, start + k], top, own, k, up, down)
-        r[:] = moved
