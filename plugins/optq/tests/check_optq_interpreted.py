@@ -30,7 +30,7 @@ class TestInterpreted(InterpretedKernels):
     @pytest.fixture(params=CASES, ids=str)
     def weight(self, request, random_solution):
         bits, size, symmetric, permuted, shape = request.param
-        options = Options(bits=bits, group_size=size, symmetric=symmetric, half_zeros=bits == 2)
+        options = Options(bits=bits, group_size=size, symmetric=symmetric)
         solution = random_solution(shape, options, permuted)
         return OPTQ(options), from_solution(solution, options), solution.dequantize(options)
 

@@ -32,20 +32,16 @@ some_options = st.builds(
     bits=st.sampled_from(BITS),
     group_size=st.just(-1) | st.integers(16, 200),
     symmetric=st.booleans(),
-    half_zeros=st.booleans(),
     damping=st.just(0.1),
 )
 
 
 def by_definition(solution, options):
-    """Ŵ, fp32, in numpy: float(code − zero) · float(scale), each column in its own place.
-
-    A zero is ½ more than stored, if the options say so.
-    """
+    """Ŵ, fp32, in numpy: float(code − zero) · float(scale), each column in its own place."""
     columns = np.arange(solution.codes.shape[1])
     group = columns // (len(columns) if options.group_size == -1 else options.group_size)
     codes, zeros = (t.numpy().astype(np.int32) for t in (solution.codes, solution.zeros))
-    steps = (codes - zeros[:, group] - options.half_zeros / 2).astype(np.float32)
+    steps = (codes - zeros[:, group]).astype(np.float32)
     stored = steps * solution.scales.numpy().astype(np.float32)[:, group]
     W = np.empty_like(stored)
     W[:, columns if solution.permutation is None else solution.permutation.numpy()] = stored

@@ -35,7 +35,7 @@ def nearest(w, s, z, bits):
 def test_the_loop_is_optimal_brain_quantization_in_a_fixed_order(bits, group_size):
     """Equations 2 and 3, with H_F⁻¹ inverted again for the columns that are left."""
     W, H = layer()
-    options = Options(bits=bits, group_size=group_size, damping=0.05, half_zeros=False, **PLAIN)
+    options = Options(bits=bits, group_size=group_size, damping=0.05, **PLAIN)
     solution = reference.solve(W, H, options)
     size = 16 if group_size == 16 else 40
     damped = H + 0.05 * H.diagonal().mean() * torch.eye(40, dtype=H.dtype)
@@ -63,36 +63,20 @@ def test_U_is_the_upper_cholesky_factor_of_the_damped_inverse(damping):
     assert torch.allclose(U.T @ U @ (H + damping * identity), identity, atol=1e-9)
 
 
-@pytest.mark.parametrize("half", [0, 0.5])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_search_takes_the_least_weighted_error_of_all_candidates(symmetric, half):
+def test_the_search_takes_the_least_weighted_error_of_all_candidates(symmetric):
     W = layer(rows=5, columns=20)[0]
     loss = torch.linspace(0.1, 3, 20, dtype=torch.float64)
-    options = Options(bits=3, symmetric=symmetric, half_zeros=bool(half))
+    options = Options(bits=3, symmetric=symmetric)
     s, z = reference.grid(W, loss, options)
     for o in range(5):
         tried = []
         for each_s, each_z in reference.candidates(W[o : o + 1], options):
-            assert float(each_z) % 1 == half
-            step = ((W[o] / each_s + each_z).round()).clamp(0, 7) - each_z
+            step = ((W[o] / each_s).round() + each_z).clamp(0, 7) - each_z
             tried.append(
                 (float((loss * (W[o] - each_s * step) ** 2).sum()), float(each_s), float(each_z))
             )
         assert min(tried, key=lambda t: t[0])[1:] == (float(s[o]), float(z[o]))
-
-
-def test_half_zeros_give_two_bits_as_many_levels_below_zero_as_above():
-    W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    H, found = torch.eye(64, dtype=torch.float64), {}
-    for half in (False, True):
-        options = Options(bits=2, half_zeros=half)
-        solution = reference.solve(W, H, options)
-        W_hat = solution.dequantize(options).double()
-        found[half] = float((W - W_hat).square().mean())
-        levels = (W_hat / solution.scales.double()).unique()
-        assert set((levels % 1).tolist()) == {half / 2}
-    # of a Gaussian, four levels at best leave 0.1175 (Max 1960), and fewer of each row's 64 here
-    assert found[True] < 0.1175 < found[False]
 
 
 def test_static_groups_take_their_grids_from_the_given_weight():

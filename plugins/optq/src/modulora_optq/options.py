@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 SMALLEST_GROUP = 16
 WHOLE_ROW = -1
@@ -24,12 +23,6 @@ class Options(BaseModel):
     )
     symmetric: bool = Field(
         False, description="fix the zero point in the middle: saves its bits, costs quality"
-    )
-    half_zeros: bool = Field(
-        False,
-        description="zero points halfway between whole numbers: 2 bits then have as many levels "
-        "below zero as above, which no other tool reads; by default true with 2 bits, unless "
-        "symmetric",
     )
     act_order: bool = Field(
         True,
@@ -63,24 +56,15 @@ class Options(BaseModel):
             raise ValueError(f"expected {SMALLEST_GROUP} or more, or {WHOLE_ROW}")
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _defaults(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and data.get("bits") == 2 and not data.get("symmetric"):
-            return {"half_zeros": True, **data}
-        return data
-
     @classmethod
     def of(cls, **metadata: Any) -> Self:
         """The options that a packed weight's metadata record. Raises ValueError for others."""
-        stored = {k: v for k, v in metadata.items() if k != "permuted"}
-        return cls.model_validate({"half_zeros": False, **stored})
+        return cls.model_validate({k: v for k, v in metadata.items() if k != "permuted"})
 
     def metadata(self, permuted: bool) -> dict[str, Any]:
         """The metadata of a packed weight."""
         recorded = self.model_dump(include={"bits", "group_size", "symmetric"})
-        half = {"half_zeros": True} if self.half_zeros else {}
-        return recorded | half | {"permuted": permuted}
+        return recorded | {"permuted": permuted}
 
     @property
     def maxq(self) -> int:
@@ -89,13 +73,8 @@ class Options(BaseModel):
 
     @property
     def middle(self) -> int:
-        """The stored zero point of a symmetric weight."""
-        return int(2 ** (self.bits - 1)) - self.half_zeros
-
-    @property
-    def shift(self) -> float:
-        """A zero point is its stored number and this: ½ or 0."""
-        return 0.5 if self.half_zeros else 0.0
+        """The zero point of a symmetric weight."""
+        return int(2 ** (self.bits - 1))
 
     def group(self, columns: int) -> int:
         """Columns of a group, at least 1, in a weight of so many. The last group may be short."""

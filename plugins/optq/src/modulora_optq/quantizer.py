@@ -4,11 +4,10 @@ Packed tensors; :mod:`modulora_optq.packing` has ``row_bytes`` and the arrangeme
 
     codes        uint8 [out, row_bytes(in, bits)]       columns in the stored order
     scales       fp16 [out, groups]                     of groups of consecutive stored columns
-    zeros        uint8 [out, row_bytes(groups, bits)]   unless symmetric: the middle, 2^(bits − 1)
+    zeros        uint8 [out, row_bytes(groups, bits)]   unless symmetric: each is 2^(bits − 1)
     permutation  int32 [in]                             if permuted: the column of each stored one
 
-Metadata: ``bits``, ``group_size``, ``symmetric``, ``permuted``; ``half_zeros`` if true: zeros are ½
-more than stored, and the middle is 2^(bits − 1) − ½.
+Metadata: ``bits``, ``group_size``, ``symmetric``, ``permuted``.
 """
 
 from __future__ import annotations
@@ -79,17 +78,11 @@ class OPTQ(KernelQuantizer, ScalarGrid):
     @staticmethod
     @lru_cache(maxsize=256)  # a model has few shapes, lookups as many as batches have lengths
     def tensors(
-        shape: tuple[int, int],
-        bits: int,
-        group_size: int,
-        symmetric: bool,
-        permuted: bool,
-        half_zeros: bool = False,
+        shape: tuple[int, int], bits: int, group_size: int, symmetric: bool, permuted: bool
     ) -> dict[str, TensorLayout]:
         options = Options.of(bits=bits, group_size=group_size, symmetric=symmetric)
-        for name, value in (("permuted", permuted), ("half_zeros", half_zeros)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: expected true or false, got {value!r}")
+        if not isinstance(permuted, bool):
+            raise TypeError(f"permuted: expected true or false, got {permuted!r}")
         out_features, in_features = shape
         groups = options.groups(in_features)
         row, row_of_zeros = (packing.row_bytes(n, options.bits) for n in (in_features, groups))
@@ -126,10 +119,10 @@ class OPTQ(KernelQuantizer, ScalarGrid):
         column = torch.arange(*columns, device=packed.device)
         group = (column if places is None else places[column]) // options.group(packed.shape[1])
         scales = packed.tensors["scales"][slice(*rows)]
-        zeros: Tensor | float = options.middle + options.shift
+        zeros: Tensor | float = float(options.middle)
         if not options.symmetric:
             stored = packed.tensors["zeros"][slice(*rows)]
-            zeros = packing.unpack(stored, options.bits, scales.shape[1])[:, group] + options.shift
+            zeros = packing.unpack(stored, options.bits, scales.shape[1])[:, group].float()
         levels = torch.arange(options.maxq + 1, dtype=torch.float32, device=packed.device)
         return Grid(levels, scales[:, group].float(), zeros)
 

@@ -8,8 +8,7 @@ Symbols of OPTQ (Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv 2210.17323), s
     U     upper triangular, (H + λI)⁻¹ = Uᵀ U: all of H that the loop needs         section 3.3
     M     H + λI, for the descent after the loop (descent.py)
     q     a code, 0 … maxq = 2^bits − 1
-    s, z  scale and zero point of a group of columns: ŵ = s (q − z); z is a whole number, and ½ more
-          with half_zeros
+    s, z  scale and zero point of a group of columns: ŵ = s (q − z)
     e     (w_j − ŵ_j) / U_jj: the error of column j, which later columns
           compensate                                                                equation 2
 
@@ -44,21 +43,12 @@ STEPS = 24
 SMALLEST_SHARE = 0.4
 """The tried ranges lie evenly between the whole range and this share of it, which is excluded."""
 
-CHAIN = 8
-"""The most codes of a chain. Longer ones gain little, for their time."""
-
-HOPEFUL = 0.3
-"""A chain begins where its first step costs at most 1 − this share of s² M_jj."""
-
-ENOUGH = 1e-6
-"""A chain must gain this share of s² M_jj of its first step: more than rounding."""
-
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """A quantized weight, Ŵ[o, permutation[k]] = scales[o, g] · (codes[o, k] − zeros[o, g] − h).
+    """A quantized weight, Ŵ[o, permutation[k]] = scales[o, g] · (codes[o, k] − zeros[o, g]).
 
-    Stored column k is in group g = k // group size; h is the options' ``shift``.
+    Stored column k is in group g = k // group size.
 
     Attributes:
         codes: uint8 ``[out, in]``, 0 … maxq, columns in the stored order.
@@ -78,7 +68,6 @@ class Solution:
         columns = self.codes.shape[1]
         group = torch.arange(columns, device=self.codes.device) // options.group(columns)
         steps = self.codes.to(torch.float32) - self.zeros.to(torch.float32)[:, group]
-        steps -= options.shift
         W = self.scales.to(torch.float32)[:, group] * steps
         if self.permutation is None:
             return W
@@ -183,8 +172,7 @@ def solve(weight: Tensor, hessian: Tensor, options: Options) -> Solution:
 
 def quantize(w: Tensor, s: Tensor, z: Tensor, options: Options) -> Tensor:
     """The codes nearest to ``w``; a tie takes the even step from zero."""
-    shift = options.shift
-    return (torch.round(w / s + shift) + (z - shift)).clamp(0, options.maxq)
+    return (torch.round(w / s) + z).clamp(0, options.maxq)
 
 
 def grid(W: Tensor, loss: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -221,13 +209,12 @@ def candidates(W: Tensor, options: Options) -> Iterator[tuple[Tensor, Tensor]]:
     if options.symmetric:
         high = torch.maximum(-low, high)
         low = -high
-    half = options.shift
     for share in shares(options):
         s = (high * share - low * share) / options.maxq
         s = s.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(torch.float16).to(W.dtype)
         if options.symmetric:
-            yield s, torch.full_like(s, options.middle + half)
+            yield s, torch.full_like(s, options.middle)
             continue
-        z = torch.round(-(low * share) / s - half)
+        z = torch.round(-(low * share) / s)
         for shift in (0, -1, 1) if options.range_search else (0,):
-            yield s, (z + shift).clamp(0, options.maxq) + half
+            yield s, (z + shift).clamp(0, options.maxq)

@@ -133,8 +133,7 @@ class _Compiled(_Torch):
         self.compiled, dtype = compiled, problem.W.dtype
         shares = torch.tensor(reference.shares(options), dtype=dtype, device="cpu")
         maxq = torch.tensor([float(options.maxq)], dtype=dtype, device="cpu")
-        half = torch.tensor([options.shift], dtype=dtype, device="cpu")
-        self.search = int(options.symmetric), half, shares, maxq
+        self.search = int(options.symmetric), shares, maxq
 
     def grid(self, g: int) -> None:
         columns = self.problem.group == g

@@ -96,7 +96,6 @@ class AWQ(FormatReader):
                 act_order=False,
                 static_groups=False,
                 range_search=False,
-                half_zeros=False,
             )
         )
         found = dict[str, ForeignWeight]()

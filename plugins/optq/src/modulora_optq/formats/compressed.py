@@ -35,7 +35,7 @@ from modulora_core.models.formats import (
 from modulora_core.spec import PackedWeight, TensorLayout
 from modulora_optq import SPEC
 from modulora_optq.formats import words
-from modulora_optq.formats.gptq import check_whole_zeros, permutation_of
+from modulora_optq.formats.gptq import permutation_of
 from modulora_optq.options import SMALLEST_GROUP, WHOLE_ROW, Options
 from modulora_optq.quantizer import OPTQ, from_solution, to_solution
 from modulora_optq.reference import Solution
@@ -68,7 +68,6 @@ class PackQuantized(GroupedFormat):
                     "act_order": permutation is not None,
                     "static_groups": False,
                     "range_search": False,
-                    "half_zeros": False,
                 }
             )
             quantizer = quantizers.setdefault(options, OPTQ(options))
@@ -81,7 +80,6 @@ class PackQuantized(GroupedFormat):
 
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:
         self.check_packed_by(SPEC.name, weight)
-        check_whole_zeros(self.spec.name, weight)
         (rows, columns), options = weight.layout.shape, Options.of(**weight.layout.metadata)
         if weight.layout.metadata["permuted"]:
             raise ModelError(

@@ -78,7 +78,6 @@ class GPTQ(CheckpointFormat):
 
     def plan(self, weight: StoredWeight) -> dict[str, TensorLayout]:
         self.check_packed_by(SPEC.name, weight)
-        check_whole_zeros(self.spec.name, weight)
         (out_features, in_features), metadata = weight.layout.shape, weight.layout.metadata
         bits, groups = metadata["bits"], weight.layout.tensors["scales"].shape[1]
         rows, columns = (words.words_for(n, bits) for n in (in_features, out_features))
@@ -119,15 +118,6 @@ class GPTQ(CheckpointFormat):
         if self.spec.name == V1 and not all(layer.sym for layer in layers.values()):
             writers.append(READABLE_ZEROS)
         return compose(layers, kept, self.spec.name, writers)
-
-
-def check_whole_zeros(name: str, weight: StoredWeight) -> None:
-    """Refuse zero points between whole numbers, which no other tool's format has."""
-    if Options.of(**weight.layout.metadata).half_zeros:
-        raise ModelError(
-            f"its zero points are halfway between whole numbers; {name} has whole ones. Quantize "
-            "with half_zeros=false"
-        )
 
 
 def _check_shapes(
@@ -210,7 +200,6 @@ def _options(layer: Layer, zeros: Tensor, permutation: Tensor | None, columns: i
         act_order=layer.desc_act or permutation is not None,
         static_groups=layer.desc_act and permutation is None and layer.group(columns) < columns,
         range_search=False,
-        half_zeros=False,
     )
 
 

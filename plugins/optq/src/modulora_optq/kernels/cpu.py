@@ -43,15 +43,15 @@ _zeros_room = on_stack(_GROUPS + 3 * LANES, np.float32)
 def operands(packed: PackedWeight) -> tuple[Any, ...]:
     """The ``weight`` of the kernels.
 
-    Codes, scales, zeros (none if symmetric), bits, the shift of zeros, columns of a group, columns,
-    and two tables: :func:`chunks_of` and :func:`groups_of`.
+    Codes, scales, zeros (none if symmetric), bits, columns of a group, columns, and two tables:
+    :func:`chunks_of` and :func:`groups_of`.
     """
     options, tensors, columns = Options.of(**packed.metadata), packed.tensors, packed.shape[1]
     codes, scales, bits = tensors["codes"], tensors["scales"], options.bits
     zeros = codes[:, :0] if options.symmetric else tensors["zeros"]
     group = options.group(columns)
     tables = chunks_of(scales.shape[1], bits), groups_of(columns, group, bits)
-    return codes, scales, zeros, bits, np.float32(options.shift), group, columns, *tables
+    return codes, scales, zeros, bits, group, columns, *tables
 
 
 @jit(borrows=True)
@@ -102,13 +102,13 @@ def _decode_runs(work, at, end, last, bits):
 @jit(borrows=True)
 def _decode_piece(weight, o, i, size, out, to):
     """Columns ``[i, i + size)`` of row o to ``out[to]`` on, which is flat."""
-    codes, scales, zeros, bits, half, group, n, chunks, _ = weight
+    codes, scales, zeros, bits, group, n, chunks, _ = weight
     width, third_width = (2, 1) if bits == 3 else (bits, bits)
     part, high_part = (n * width + 7) // 8, (n * third_width + 7) // 8
     s, z, first = _scales_room(), _zeros_room(), i // group
     count = (i + size - 1) // group + 1 - first
     put_scales(scales[o, first : first + count], s)
-    put_zeros(zeros, o, 1, bits, half, chunks, scales.shape[1], first, count, z, LANES, 0)
+    put_zeros(zeros, o, 1, bits, chunks, scales.shape[1], first, count, z, LANES, 0)
     p, h, begin = i // part, i // high_part, o * codes.shape[1] + i
     low, shift, low_end = begin - p * part, width * p, (p + 1) * part - i
     high, third, high_end = begin - h * high_part, h, (h + 1) * high_part - i
@@ -146,7 +146,7 @@ def _decode_piece(weight, o, i, size, out, to):
 @jit(borrows=True)
 def decode(weight, row, start, columns, out):
     """Columns ``start ...`` of the rows from ``row`` on, for :class:`CPUKernels`."""
-    codes, n = weight[0], weight[6]
+    codes, n = weight[0], weight[5]
     flat, row_bytes = out.reshape(out.size), codes.shape[1]
     for piece in range(0, columns, _PIECE):
         size, i = min(_PIECE, columns - piece), start + piece

@@ -50,7 +50,6 @@ class Format(NamedTuple):
         aligned: whether each part begins with a group, so that its zeros lie where its codes do.
         run: this many columns, from each multiple of it on, are in one group and one part. It is a
             power of two.
-        half: whether zeros are ½ more than stored.
     """
 
     bits: int
@@ -60,7 +59,6 @@ class Format(NamedTuple):
     group: int
     aligned: bool
     run: int
-    half: bool
 
 
 @cache
@@ -73,9 +71,7 @@ def _format(in_features: int, **metadata: Any) -> Format:
     aligned = group > 0 and length % group == 0 and (even or options.bits != 3)
     shared = gcd(group, length)
     run = min(shared & -shared, LONGEST_RUN)
-    return Format(
-        options.bits, parts, even, options.symmetric, group, aligned, run, options.half_zeros
-    )
+    return Format(options.bits, parts, even, options.symmetric, group, aligned, run)
 
 
 def form(packed: PackedWeight) -> Format:
@@ -181,8 +177,6 @@ def decode(
             BITS, PARTS, ALIGNED,
         )  # fmt: skip
         steps = q - spread(z, RUN)
-    if OPTIONS[7]:
-        steps = steps + 0.5 if OPTIONS[3] else steps - 0.5
     w = steps * spread(s, RUN)
     # otherwise a run may begin inside and end outside
     return w if EVEN and GROUP else tl.where(inside, w, 0.0)

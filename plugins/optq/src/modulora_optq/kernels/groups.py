@@ -98,27 +98,26 @@ def put_scales(scales, s):
 
 
 @jit(borrows=True)
-def put_zeros(zeros, row, rows, bits, half, chunks, groups, first, count, z, to, stride):
+def put_zeros(zeros, row, rows, bits, chunks, groups, first, count, z, to, stride):
     """Zeros of groups ``first ...`` of some rows, as fp32, to ``z[to]`` on, a row each ``stride``.
 
-    ``half``, fp32, is ½ or 0: what a zero is more than stored.
     Up to 16 more numbers before and after them are overwritten.
     """
     if zeros.size >= LANES:
         for c in range(len(chunks)):
             k = chunks[c, 0, 0] - first
             if -LANES < k < count:
-                _put_chunk(zeros, row, rows, bits, half, chunks, c, z, to + k, stride)
+                _put_chunk(zeros, row, rows, bits, chunks, c, z, to + k, stride)
         return
     for r in range(rows):
         for k in range(count):
-            z[to + r * stride + k] = np.float32(1 << (bits - 1)) - half
+            z[to + r * stride + k] = np.float32(1 << (bits - 1))
             if zeros.size:
-                z[to + r * stride + k] = code_at(zeros, row + r, first + k, groups, bits) + half
+                z[to + r * stride + k] = code_at(zeros, row + r, first + k, groups, bits)
 
 
 @jit(borrows=True)
-def _put_chunk(zeros, row, rows, bits, half, chunks, c, z, to, stride):
+def _put_chunk(zeros, row, rows, bits, chunks, c, z, to, stride):
     """The 16 zeros of chunk c of some rows."""
     at = c * _FIELDS * LANES
     index, shift = load(chunks, at + LANES), load(chunks, at + 2 * LANES)
@@ -129,4 +128,4 @@ def _put_chunk(zeros, row, rows, bits, half, chunks, c, z, to, stride):
         if bits == 3:
             third = _chosen(zeros, begin + chunks[c, 0, 2], third_index) >> third_shift
             code = (code & 3) | (third << 2)
-        store(z, to + r * stride, to_floats(code & ((1 << bits) - 1)) + half)
+        store(z, to + r * stride, to_floats(code & ((1 << bits) - 1)))

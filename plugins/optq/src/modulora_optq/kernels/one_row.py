@@ -182,7 +182,7 @@ def _products(work, rows, bits, y):
 @jit(parallel=True)
 def matmul_one(weight, threads, x, y):
     """``y = x Ŵᵀ`` for one row, fp32 ``[1, in]`` and ``[1, out]``."""
-    codes, scales, zeros, bits, half, group, columns, chunks, groups_of_steps = weight
+    codes, scales, zeros, bits, group, columns, chunks, groups_of_steps = weight
     rows, groups = scales.shape
     part = columns // groups_of_steps.shape[1]
     step = part // len(groups_of_steps)
@@ -198,9 +198,7 @@ def matmul_one(weight, threads, x, y):
         for first in range(begin, stop, _ROWS):
             count = min(_ROWS, stop - first)
             put_scales(scales[first : first + count], s)
-            put_zeros(
-                zeros, first, count, bits, half, chunks, groups, 0, groups, z, 0, groups + LANES
-            )
+            put_zeros(zeros, first, count, bits, chunks, groups, 0, groups, z, 0, groups + LANES)
             _put_offsets(count, groups, s, z, X, offsets)
             work = (codes, first, third, x, part, step, s, groups, group_of, offsets)
             _products(work, count, bits, y)
