@@ -216,7 +216,7 @@ def test_a_device_that_no_check_ran_on_is_named_everywhere(tmp_path):
     for suffix in ("svg", "html", "md"):
         assert "certified without hardware" in (tmp_path / f"mine.{suffix}").read_text().lower()
     row = cells_of((tmp_path / "mine.md").read_text())[-1]
-    assert row[6:] == ["L0–L9 without cuda", "without hardware (2026.11, 2)"]
+    assert row[7:] == ["without hardware (2026.11, 2)"]
     uncertified = run.model_copy(update={"certified": False})
     assert verdict(uncertified).words == "L0-L9 passed without hardware"
 
@@ -252,7 +252,14 @@ def test_a_support_table_has_a_row_for_each_configuration_and_no_markup(broken, 
     write_report(make(), tmp_path)
     headings, _, *found = cells_of((tmp_path / "mine.md").read_text("utf-8"))
     assert headings == list(HEADINGS)
-    expected = ["4.5", "0.095", "-", "whole", "L0–L9", "yes (2026.11, 2)"]
+    expected = [
+        "4.5",
+        "0.095",
+        "-",
+        "whole",
+        "100 % of 19 branches, 1 explained",
+        "yes (2026.11, 2)",
+    ]
     assert found == [["mine 1.0", name, *expected] for name in CONFIGURATIONS]
     write_report(broken, tmp_path)
     text = (tmp_path / "mine.md").read_text("utf-8")
@@ -296,6 +303,14 @@ def test_a_written_page_passes_its_check_until_it_differs(tmp_path, capsys):
     ]
     # seconds, seeds and machines do not change the page
     write_report(make(seed="2", speed={}, environment={"processor": "other"}), results)
+    assert main(words) == 0
+    # a run that counts no branches leaves what the page says of them
+    counted = make(quantizer="mine", branches=Branches(total=4, explained=(BRANCH,)))
+    write_report(counted, results)
+    assert main(words) == 1
+    assert main(mend.split()[3:]) == 0
+    assert "100 % of 3 branches, 1 explained" in page.read_text()
+    write_report(make(quantizer="mine", branches=None), results)
     assert main(words) == 0
     page.write_text(page.read_text().replace("4.5", "2.5"))
     assert main(words) == 1
