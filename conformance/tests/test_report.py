@@ -1,5 +1,6 @@
 """Reports of runs that never took place: page, badge, tables, terminal, JSON."""
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from modulora_conformance.results import (
     Branch,
     Branches,
     Measurement,
+    Measurements,
     Outcome,
     Run,
     read_file,
@@ -329,3 +331,9 @@ def test_a_branch_that_no_check_ran_is_named_everywhere_and_certifies_nothing(tm
     for text in (written(run, tmp_path).text, " ".join(summary_text(run).split())):
         assert "12345" in text
         assert text.count(words) == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_measurement_that_is_not_finite_says_so(value):
+    with pytest.raises(AssertionError, match="at most 0.5, got NaN or Inf"):
+        Measurements().at_most("error", value, 0.5)
