@@ -71,7 +71,7 @@ test-vllm: $(VLLM_VENV)/.installed
 
 support: $(STAMP)
 	rm -rf $(CERTIFICATES)
-	$(BIN)/python -m pytest $(CONFORMANCE) --certified --conformance-report $(CERTIFICATES)
+	$(BIN)/python -m pytest $(CONFORMANCE) --certified --branches --conformance-report $(CERTIFICATES)
 	$(BIN)/python -m modulora_conformance.report.support $(CERTIFICATES) --write docs/reference/support.md
 
 check: $(STAMP)

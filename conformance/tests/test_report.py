@@ -1,5 +1,6 @@
 """Reports of runs that never took place: page, badge, tables, terminal, JSON."""
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from modulora_conformance.results import (
     Branch,
     Branches,
     Measurement,
+    Measurements,
     Outcome,
     Run,
     read_file,
@@ -216,7 +218,7 @@ def test_a_device_that_no_check_ran_on_is_named_everywhere(tmp_path):
     for suffix in ("svg", "html", "md"):
         assert "certified without hardware" in (tmp_path / f"mine.{suffix}").read_text().lower()
     row = cells_of((tmp_path / "mine.md").read_text())[-1]
-    assert row[6:] == ["L0–L9 without cuda", "without hardware (2026.11, 2)"]
+    assert row[7:] == ["without hardware (2026.11, 2)"]
     uncertified = run.model_copy(update={"certified": False})
     assert verdict(uncertified).words == "L0-L9 passed without hardware"
 
@@ -252,7 +254,14 @@ def test_a_support_table_has_a_row_for_each_configuration_and_no_markup(broken, 
     write_report(make(), tmp_path)
     headings, _, *found = cells_of((tmp_path / "mine.md").read_text("utf-8"))
     assert headings == list(HEADINGS)
-    expected = ["4.5", "0.095", "-", "whole", "L0–L9", "yes (2026.11, 2)"]
+    expected = [
+        "4.5",
+        "0.095",
+        "-",
+        "whole",
+        "100 % of 19 branches, 1 explained",
+        "yes (2026.11, 2)",
+    ]
     assert found == [["mine 1.0", name, *expected] for name in CONFIGURATIONS]
     write_report(broken, tmp_path)
     text = (tmp_path / "mine.md").read_text("utf-8")
@@ -297,6 +306,14 @@ def test_a_written_page_passes_its_check_until_it_differs(tmp_path, capsys):
     # seconds, seeds and machines do not change the page
     write_report(make(seed="2", speed={}, environment={"processor": "other"}), results)
     assert main(words) == 0
+    # a run that counts no branches leaves what the page says of them
+    counted = make(quantizer="mine", branches=Branches(total=4, explained=(BRANCH,)))
+    write_report(counted, results)
+    assert main(words) == 1
+    assert main(mend.split()[3:]) == 0
+    assert "100 % of 3 branches, 1 explained" in page.read_text()
+    write_report(make(quantizer="mine", branches=None), results)
+    assert main(words) == 0
     page.write_text(page.read_text().replace("4.5", "2.5"))
     assert main(words) == 1
 
@@ -314,3 +331,9 @@ def test_a_branch_that_no_check_ran_is_named_everywhere_and_certifies_nothing(tm
     for text in (written(run, tmp_path).text, " ".join(summary_text(run).split())):
         assert "12345" in text
         assert text.count(words) == 2
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_measurement_that_is_not_finite_says_so(value):
+    with pytest.raises(AssertionError, match="at most 0.5, got NaN or Inf"):
+        Measurements().at_most("error", value, 0.5)

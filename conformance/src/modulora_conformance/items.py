@@ -65,4 +65,5 @@ def key_of(item: pytest.Item) -> tuple[str, str]:
 def case_of(item: pytest.Item) -> str:
     own = _own(item)
     cases = [value for name, value in _parameters(item).items() if name in own]
-    return ", ".join(str(value).removeprefix("torch.") for value in cases)
+    words = [getattr(value, "__name__", str(value)) for value in cases]  # of a class, or a value
+    return ", ".join(word.removeprefix("torch.") for word in words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from enum import Enum
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ _KEPT: list[mmap.mmap] = []
 _NOTHING, _READ = 0, 1  # PROT_NONE, PROT_READ
 
 
-class Place(Enum):
+class Place(StrEnum):
     """The end of a tensor that a protected page follows or precedes."""
 
     END = "before a protected page"

@@ -95,9 +95,8 @@ class Measurements:
         if name not in self.worst or found.share > self.worst[name].share:
             self.worst[name] = found
         where = f" ({case})" if case != "" else ""
-        assert value <= limit, (
-            f"{name}{where}: expected at most {limit:.4g}, got {value:.4g} ({unit})"
-        )
+        got = f"{value:.4g}" if math.isfinite(value) else "NaN or Inf"
+        assert value <= limit, f"{name}{where}: expected at most {limit:.4g}, got {got} ({unit})"
 
 
 class Outcome(_Value):

@@ -14,10 +14,11 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
-from modulora_conformance.report.verdict import against, rows, verdict
+from modulora_conformance.report.verdict import Row, against, rows, verdict
 from modulora_conformance.results import Run, read_file
 from modulora_core.errors import DataError
 
@@ -28,9 +29,12 @@ HEADINGS = (
     "error, Gaussian weights",
     "merges",
     "serves",
-    "levels passed",
+    "branches",
     "certified (suite, protocol)",
 )
+
+NOT_COUNTED = "not counted"
+"""The branches of a run without ``--branches``."""
 
 HEADER = """\
 # Supported quantizers
@@ -41,7 +45,9 @@ The error is ‖W − Ŵ‖ / ‖W‖ for normal weights, packed without calibra
 `modulora merge-packed` can put an adapter into such weights. "Serves" says what processes of
 [vLLM](../how-to/serve.md#several-gpus) share of a weight: rows, columns, or nothing (whole). With
 "graphs", CUDA graphs can record its products. A certified run passes all levels. It skips only
-missing hardware, missing programs, and features that the quantizer does not offer.
+missing hardware, missing programs, and features that the quantizer does not offer. "Branches" are
+[those of the plugin's source](conformance.md#branches) that the checks ran, and those that its
+author explains instead; CI repeats the checks without counting again.
 "Without hardware" says that no check ran on a device that the quantizer's spec names.
 
 """
@@ -52,11 +58,16 @@ OTHERWISE = 1
 _SPECIAL = re.compile(r"([\\`*\[\]<>|&])")
 
 
-def table(runs: Iterable[Run]) -> str:
-    """A table with a row for each configuration."""
+def table(runs: Iterable[Run], known: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A table with a row for each configuration.
+
+    Args:
+        known: branches by quantizer and version, for runs that counted none.
+    """
     lines = [HEADINGS, ("---",) * len(HEADINGS)]
     for run in runs:
-        name, certified = f"{run.quantizer} {run.version}".strip(), _certified(run)
+        name = f"{run.quantizer} {run.version}".strip()
+        counted = run.branches.words if run.branches else known.get(name, NOT_COUNTED)
         lines += [
             (
                 name,
@@ -65,18 +76,24 @@ def table(runs: Iterable[Run]) -> str:
                 row.error or "-",
                 row.merges,
                 row.serves,
-                row.levels,
-                f"{certified} ({run.suite}, {run.protocol})",
+                counted,
+                f"{_certified(run, row)} ({run.suite}, {run.protocol})",
             )
             for row in rows(run)
         ]
     return "".join(f"| {' | '.join(map(escape, cells))} |\n" for cells in lines)
 
 
-def _certified(run: Run) -> str:
+def _certified(run: Run, row: Row) -> str:
     if not run.certified:
-        return "no"
+        return f"no; passed: {row.levels}"
     return "without hardware" if run.untested else "yes"
+
+
+def _counted(page: str) -> dict[str, str]:
+    """The branches in a page, by quantizer and version."""
+    lines = (line.split(" | ") for line in page.splitlines() if line.startswith("| "))
+    return {cells[0].removeprefix("| "): cells[-2] for cells in lines}
 
 
 def escape(text: str) -> str:
@@ -92,13 +109,13 @@ def badge_and_table(run: Run) -> str:
     return f"{badge}\n\n{table([run])}{reasons}"
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page, with quantizers in alphabetical order."""
+def page(runs: Sequence[Run], known: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The page, with quantizers in alphabetical order; ``known`` as for :func:`table`."""
     runs = sorted(runs, key=lambda run: run.quantizer)
     reasons = [
         f"\n* {run.quantizer}: {escape(against(run))}\n" for run in runs if not run.certified
     ]
-    return HEADER + table(runs) + "".join(reasons)
+    return HEADER + table(runs, known) + "".join(reasons)
 
 
 def complete_runs(folder: Path) -> tuple[list[Run], list[Run]]:
@@ -135,12 +152,12 @@ def write(folder: Path, file: Path) -> None:
 
 def check(folder: Path, file: Path) -> list[str]:
     """The lines of the page that differ from the results. Incomplete runs are ignored with a
-    note."""
+    note, and so are the branches of runs that counted none."""
     complete, others = complete_runs(folder)
     for run in others:
         print(f"note: {run.quantizer}.json is an incomplete run, and is ignored", file=sys.stderr)
     found = file.read_text(encoding="utf-8") if file.exists() else ""
-    lines = found.splitlines(), page(complete).splitlines()
+    lines = found.splitlines(), page(complete, _counted(found)).splitlines()
     return list(difflib.unified_diff(*lines, str(file), "the results", lineterm="", n=0))
 
 
