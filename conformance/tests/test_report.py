@@ -335,5 +335,5 @@ def test_a_branch_that_no_check_ran_is_named_everywhere_and_certifies_nothing(tm
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_measurement_that_is_not_finite_says_so(value):
-    with pytest.raises(AssertionError, match="at most 0.5, got NaN or Inf"):
+    with pytest.raises(AssertionError, match=r"at most 0\.5, got NaN or Inf"):
         Measurements().at_most("error", value, 0.5)
