@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 from modulora_core.cli.arguments import option
@@ -94,7 +95,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _bits(found: list[float]) -> str:
-    """``2, 3, 4``, or ``1 to 8`` if there are many without a gap."""
-    if len(found) > 4 and found == list(range(int(found[0]), int(found[-1]) + 1)):
+    """``2, 3, 4``, or ``1 to 8`` if there are many, in equal steps of at most 1."""
+    steps = {b - a for a, b in pairwise(found)}
+    if len(found) > 4 and len(steps) == 1 and max(steps) <= 1:
         return f"{found[0]:g} to {found[-1]:g}"
     return ", ".join(f"{bits:g}" for bits in found)

@@ -80,7 +80,7 @@ def test_scales_must_be_finite(part, value, packed, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("bits", 9, "bits: expected 1 to 8, got 9"),
+        ("bits", 9, "bits: expected 1 to 8 in steps of a half, got 9"),
         ("states", 17, "states: expected 2 to 16, got 17"),
         ("code", ["mcg", "mul1"], "expected values of bits, states, code, hadamard"),
         ("hadamard", "64", "hadamard: expected one of full, 128"),

@@ -10,6 +10,7 @@ Symbols of Tseng, Chee, Sun, Kuleshov, De Sa 2024 (arXiv 2402.04396):
     H_O       second moment of the gradients in the outputs; H_Mᵀ S_V H_O S_V H_M in that basis
     L         unit block lower triangular, H̃ = L D Lᵀ                                 section 4.1
     s         rescaling of the columns, W s and x / s          arXiv 2307.13304, section 4.2
+    t         the same of the rows, if H_O is known: t ∝ (diag H_O / diag WWᵀ)^¼
 
 All is computed in fp64 if W is fp64, else in fp32.
 """
@@ -27,6 +28,10 @@ from modulora_core.errors import ShapeError, WeightError
 from modulora_core.hessians import check_hessian
 from modulora_kernels import rotation
 
+OUTPUT_DAMPING = 4.0
+"""Added to the diagonal of H_O for the rescaling of rows, in units of its mean. Less would serve
+gradients better, and let tr(E H Eᵀ) grow."""
+
 DOUBLINGS = 16
 """Attempts to factorize H; each one after the second doubles the damping."""
 
@@ -41,7 +46,7 @@ class Problem:
         W: W̃ in units of the codebook, ``[M', N']``: M and N rounded up to whole blocks, with zeros.
         H: H̃, ``[N', N']``, symmetric; the identity in the added columns.
         input_scale: S_U, divided by the rescaling, fp16.
-        output_scale: S_V, fp16.
+        output_scale: S_V, divided by the rescaling of rows, fp16.
         scale: one unit of the codebook, fp32 ``[1]``.
         H_O: None, or the rotated H_O, ``[M', M']``, with zeros in added rows.
     """
@@ -77,7 +82,8 @@ def prepare(
         rms: root mean square of W̃ in units of the codebook.
         multiples: M' and N' are multiples of these.
         damping: share of the mean of H's diagonal that is added to it.
-        rescale: whether to even out the sizes of columns and of their inputs before.
+        rescale: whether to even out the sizes of columns and of their inputs before; and of rows
+            and of their gradients, if H_O is given.
         seed: of the signs.
         block: None, or a power of two. Then W and H get zeros up to multiples of it, H_n is
             I ⊗ H_block, and ``output_scale`` holds the unit of the codebook: ``scale`` is 1.
@@ -105,16 +111,20 @@ def prepare(
     W = W / power
     size = _rms(W)
     W = W / _positive(size)
-    s = _rescaling(W, H) if rescale else W.new_ones(N)
-    # both are rounded to the stored dtype before they are used
-    S_U = (rotation.signs(seed, N, "input").to(s) / s).to(torch.float16)
-    S_V = rotation.signs(seed, M, "output").to(W.device, torch.float16)
-    W = rotation.rotate(W / S_U.to(dtype), in_place=True, block=block)
-    W = rotation.rotate(W.T.contiguous(), S_V, in_place=True, block=block).T
-    H = rotated(H, S_U, block)
-    H_O = None
+    H_O, t = None, W.new_ones(M)
     if output_hessian is not None:
         H_O = F.pad(output_hessian.detach().to(W), (0, M - len(output_hessian)) * 2)
+        if rescale:
+            damped = H_O.diagonal() + OUTPUT_DAMPING * _positive(H_O.diagonal().mean())
+            t = _rescaling(W.T, damped)
+    s = _rescaling(W * t[:, None], H.diagonal()) if rescale else W.new_ones(N)
+    # both are rounded to the stored dtype before they are used
+    S_U = (rotation.signs(seed, N, "input").to(s) / s).to(torch.float16)
+    S_V = (rotation.signs(seed, M, "output").to(t) / t).to(torch.float16)
+    W = rotation.rotate(W / S_U.to(dtype), in_place=True, block=block)
+    W = rotation.rotate(W.T / S_V.to(dtype), in_place=True, block=block).T
+    H = rotated(H, S_U, block)
+    if H_O is not None:
         H_O = F.pad(rotated(H_O, S_V, block), (0, -M % multiples[0]) * 2)
     unit = _positive(_rms(W)) / rms
     scale = (size * unit * power).to(torch.float32).reshape(1)  # 0 for a weight of zeros
@@ -141,10 +151,12 @@ def _positive(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, torch.ones_like(x))
 
 
-def _rescaling(W: Tensor, H: Tensor) -> Tensor:
-    """Evens out columns by s ∝ (diag H / diag WᵀW)^¼: (W s)ᵀ W s gets H / (s sᵀ)'s diagonal."""
+def _rescaling(W: Tensor, moments: Tensor) -> Tensor:
+    """Evens out columns by s ∝ (h / diag WᵀW)^¼: (W s)ᵀ W s gets the diagonal h / s².
+
+    ``moments``: h, the diagonal of H."""
     weights = W.square().mean(dim=0)
-    s = (H.diagonal() / weights.clamp(min=1e-6 * float(_positive(weights.mean())))) ** 0.25
+    s = (moments / weights.clamp(min=1e-6 * float(_positive(weights.mean())))) ** 0.25
     return (s / s.mean()).clamp(2.0**-12, 2.0**12)
 
 

@@ -139,7 +139,7 @@ def tensors(
         TypeError, ValueError: metadata that this plugin does not write.
     """
     # 2.0 and True equal cached keys
-    kind = int if bits in range(1, 9) else float
+    kind = float if bits % 1 else int
     if type(bits) is not kind or type(states) is not int:
         raise TypeError(f"bits and states: expected numbers, got {bits!r} and {states!r}")
     return _tensors(shape, bits, states, code, hadamard)
