@@ -53,8 +53,8 @@ FEW = 2
 SHAPES_OF = {WITHOUT: len(SHAPES), NUMBA: FEW, TRITON: 1}
 """The shapes of a tour: an interpreter is slow."""
 
-TILED = ((16, 512, 1, 33), (5, 131, 33, 1))
-"""``out``, ``in``, and rows of x in both directions, for each format in Triton's interpreter."""
+TILED = (((16, 127), (1, 33)), ((5, 61), (33, 1)))
+"""``(out, in)`` of several groups and of one, and rows of x in both directions."""
 
 SECONDS = 60.0
 """A tour ends after so many, whatever is left."""
@@ -118,10 +118,10 @@ def _uses(
     first = quantizers[0]
     others = [type(first)(first.Options.model_validate(each)) for each in neighbours(first)]
     if where == TRITON:  # all uses take minutes, and these reach the kernels of each format
-        for quantizer, (out, into, forth, back) in itertools.product([*quantizers, *others], TILED):
-            packed = pack(quantizer, gaussian(fit(quantizer, out, into), 0))
+        for quantizer, (sides, counts) in itertools.product([*quantizers, *others], TILED):
+            packed = pack(quantizer, gaussian(fit(quantizer, *sides), 0))
             yield partial(tile, quantizer, packed, torch.bfloat16, 3)
-            for transpose, count in ((False, forth), (True, back)):
+            for transpose, count in zip((False, True), counts, strict=True):
                 x = inputs((count,), packed.shape[0 if transpose else 1], torch.bfloat16)
                 if quantizer in quantizers:
                     yield partial(quantizer.matmul, x, packed, transpose)
