@@ -1,8 +1,7 @@
 """Writes support tables in Markdown: for one run, and as a page for several quantizers.
 
 The text is the same whenever the same checks pass, so that it can be committed: no seconds, no
-date,
-no machine. CI compares the committed page with new results::
+date, no machine. CI compares the committed page with new results::
 
     python -m modulora_conformance.report.support FOLDER --write docs/reference/support.md
     python -m modulora_conformance.report.support FOLDER --check docs/reference/support.md
