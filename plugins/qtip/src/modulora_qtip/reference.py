@@ -25,7 +25,14 @@ from typing import Any, Literal
 import torch
 from modulora_kernels import incoherence, rotation
 from modulora_kernels.incoherence import Problem
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from torch import Tensor
 
 from modulora_qtip import SPEC, codes, trellis
@@ -55,7 +62,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    bits: float = Field(
+    bits: int | float = Field(  # pydantic would write an int as 2.0 if all were float
         2, ge=1, le=8, multiple_of=0.5, description="bits of a weight, 1 to 8 in steps of a half"
     )
     states: int = Field(
@@ -92,7 +99,7 @@ class Options(BaseModel):
     @field_validator("bits")
     @classmethod
     def _whole(cls, bits: float) -> float:
-        return int(bits) if bits.is_integer() else bits  # 2.0 would be other metadata than 2
+        return bits if bits % 1 else int(bits)  # 2.0 would be other metadata than 2
 
     @model_validator(mode="before")
     @classmethod
