@@ -153,8 +153,6 @@ class FP4(KernelQuantizer, ScalarGrid):
 
 def _largest(weight: Tensor) -> Tensor:
     """The largest magnitude, fp32 ``[1]``. Raises WeightError: it isn't finite, or too large."""
-    if not weight.numel():
-        return torch.zeros(1, dtype=torch.float32, device=weight.device)
     low, high = weight.detach().aminmax()
     largest = torch.maximum(-low, high).to(torch.float32).reshape(1)
     most = 2.0 ** (reference.LARGEST_EXPONENT + 2)

@@ -168,7 +168,7 @@ def _grid(packed: PackedWeight) -> BlockGrid:
 def _check_range(weight: Tensor, type: Type) -> None:
     """Refuse values whose scales fp16 can't hold, or holds with less than five bits."""
     low, high = packing.STEPS[type] * 2.0**-20, 65504.0
-    largest = max(map(abs, map(float, weight.detach().aminmax()))) if weight.numel() else 0.0
+    largest = max(map(abs, map(float, weight.detach().aminmax())))
     if largest != 0 and not low <= largest < high:
         raise WeightError(
             f"{SPEC.name}: type {type}: expected finite weights with a largest magnitude from "
