@@ -5,12 +5,14 @@ import shutil
 
 import pytest
 import torch
+from modulora_qtip.reference import Options
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core import load_model
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError
+from modulora_core.registry import Choice
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -106,3 +108,9 @@ def _records(found):
     elif isinstance(found, dict | list):
         for part in found.values() if isinstance(found, dict) else found:
             yield from _records(part)
+
+
+@pytest.mark.parametrize(("bits", "states"), [("2.5", 12), ("6.5", 13), ("7", 13), ("8", 14)])
+def test_many_bits_have_a_larger_state_on_the_command_line_too(bits, states):
+    for options in (Choice.parse(f"qtip:bits={bits}").create().options, Options(bits=float(bits))):
+        assert (options.bits, options.states) == (float(bits), states)

@@ -44,9 +44,9 @@ The error is ‖W − Ŵ‖ / ‖W‖ for normal weights, packed without calibra
 `modulora merge-packed` can put an adapter into such weights. "Serves" says what processes of
 [vLLM](../how-to/serve.md#several-gpus) share of a weight: rows, columns, or nothing (whole). With
 "graphs", CUDA graphs can record its products. A certified run passes all levels. It skips only
-missing hardware, missing programs, and features that the quantizer does not offer. "Branches" are
-[those of the plugin's source](conformance.md#branches) that the checks ran, and those that its
-author explains instead; CI repeats the checks without counting again.
+missing hardware, missing programs, and features that the quantizer does not offer. "Branches" says
+which share of [the source's branches](conformance.md#branches) the checks ran. The author explains
+the others. CI does not count them again.
 "Without hardware" says that no check ran on a device that the quantizer's spec names.
 
 """

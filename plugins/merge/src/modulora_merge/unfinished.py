@@ -42,7 +42,7 @@ class Unfinished:
         write_file(self._file(name), save(tensors))
 
     def read(self, name: str, before: Sequence[PackedWeight]) -> list[PackedWeight]:
-        """The merged matrices. ``before`` are those of the model, with the same layout."""
+        """The merged matrices, which have the layouts of the model's, ``before``."""
         tensors = load(read_bytes(self._file(name), OutputError))
         return [
             packed.layout.fill({key: tensors[f"{number}.{key}"] for key in packed.tensors})

@@ -25,13 +25,7 @@ from typing import Any, Literal
 import torch
 from modulora_kernels import incoherence, rotation
 from modulora_kernels.incoherence import Problem
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
 from modulora_qtip import SPEC, codes, trellis
@@ -42,6 +36,9 @@ SCRATCH_BYTES = 256 * 2**20
 
 SPARE_BITS = 6
 """Bits that a state has more than a weight, at least: kernels compare 64 walks at a time."""
+
+WIDE = ("6.5", "7", "7.5", "8")
+"""Bits that need larger states than the default; as words, since the command line has words."""
 
 EXL3_STATES, EXL3_BLOCK, EXL3_CODES = 16, 128, ("3inst", "mcg", "mul1")
 """Of the layout ``exl3``: bits of a state, order of Hadamard matrices, code functions."""
@@ -105,8 +102,8 @@ class Options(BaseModel):
     def _defaults(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and data.get("layout") == "exl3":
             return {"states": EXL3_STATES, "code": "mul1", **data}
-        if isinstance(data, Mapping) and data.get("bits") in (6.5, 7, 7.5, 8):
-            return {"states": math.ceil(data["bits"]) + SPARE_BITS, **data}
+        if isinstance(data, Mapping) and str(data.get("bits")).removesuffix(".0") in WIDE:
+            return {"states": math.ceil(float(data["bits"])) + SPARE_BITS, **data}
         return data
 
     @model_validator(mode="after")
