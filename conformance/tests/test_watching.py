@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from modulora_conformance.watching import Findings, filled_memory, watching
+from modulora_conformance.watching import Findings, blaming, filled_memory, watching
 from modulora_zoo.healthy import Healthy
 
 SHAPE = (1024, 1024)
@@ -36,6 +36,31 @@ def test_a_weight_that_outlives_a_call_is_found_and_a_table_is_not(cls, count):
     assert len(findings.memory) == count
     assert not findings.arguments
     assert not findings.process
+
+
+class ClampsItsRows(Healthy):
+    def matmul(self, x, packed, transpose=False):
+        return Healthy.matmul(self, x.clamp_(-1, 1), packed, transpose)
+
+
+def test_a_failure_names_the_argument_that_a_call_has_changed():
+    quantizer, findings = ClampsItsRows(ClampsItsRows.Options()), Findings()
+    packed = quantizer.pack(torch.randn(4, 8))
+    said = "a check: matmul of a [4, 8] weight: expected x unchanged, got other bytes\nthen: 7.777"
+    with (
+        pytest.raises(pytest.fail.Exception) as caught,
+        watching(ClampsItsRows, findings, "a check"),
+        blaming(findings),
+    ):
+        quantizer.matmul(torch.full((2, 8), 3.0), packed)
+        pytest.fail("7.777")
+    assert str(caught.value) == said
+
+
+def test_a_failure_without_a_changed_argument_keeps_its_message():
+    findings = Findings(arguments=["of an earlier check"])
+    with pytest.raises(AssertionError, match="its own"), blaming(findings):
+        raise AssertionError("its own")
 
 
 @pytest.mark.parametrize("size", [1000, 2**21])

@@ -43,7 +43,7 @@ def prepare(folder: Path, words: str, flags: argparse.Namespace) -> tuple[Path, 
     if not (adapter / "adapter_config.json").exists():
         finetune(FinetuneConfig(
             model=str(packed), out=str(adapter), data=flags.data, steps=flags.steps, batch_size=2,
-            seq_len=flags.seq_len, lr=flags.lr, rank=8, alpha=16, baseline=False,
+            seq_len=flags.seq_len, lr=flags.lr, seed=flags.seed, rank=8, alpha=16, baseline=False,
         ), resume=adapter.exists())  # fmt: skip
     return packed, adapter
 
@@ -104,6 +104,7 @@ def main(words: Sequence[str] | None = None) -> int:
     add("--eval-data", default="pydoc[80%:]", metavar="SOURCE", help="for perplexity")
     add("--steps", type=int, default=100)
     add("--lr", type=float, default=5e-4)
+    add("--seed", type=int, default=0, help="of the adapter and the order of its batches")
     add("--seq-len", type=int, default=256, help="of training and perplexity")
     add("--merge-seq-len", type=int, default=512)
     add("--samples", type=int, default=16, help="segments of the text that H comes from")

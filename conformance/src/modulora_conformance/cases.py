@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from modulora_conformance.memo import once
@@ -37,6 +38,12 @@ SETTINGS = settings(
 
 SPREAD = 0.02
 """The standard deviation of a weight, as in language models."""
+
+FAR = 64
+"""A bound of an option is tried if it is at most so many times the option's value."""
+
+UNSET = {int: 64, float: 1.0}
+"""An optional number without a value is tried near these."""
 
 seeds = st.integers(0, 2**16)
 
@@ -194,10 +201,23 @@ def other_options(quantizer: Quantizer) -> list[dict[str, Any]]:
     return _recorded(quantizer, (*tried, *(each.options for each in quantizer.spec.promises)))
 
 
-def neighbours(quantizer: Quantizer) -> list[dict[str, Any]]:
-    """Sets of options that differ from the quantizer's own in one option."""
-    own, changed = quantizer.options.model_dump(), _changed_options(quantizer)
-    return _recorded(quantizer, [own | {name: value} for name, value in changed.items()])
+def neighbours(quantizer: Quantizer, most: int = 3) -> list[dict[str, Any]]:
+    """Sets of options that differ from the quantizer's own in one option.
+
+    Args:
+        most: values to try of each option; of three, the smallest, a middle and the largest one.
+    """
+    own, others = quantizer.options.model_dump(), _other_values(quantizer)
+    tried = [own | {name: value} for name in others for value in _spread(others[name], most)]
+    return _recorded(quantizer, tried)
+
+
+def _spread(values: list[Any], most: int) -> list[Any]:
+    """At most so many of the values: the middle one, or evenly from the first to the last."""
+    if most == 1:
+        return [values[len(values) // 2]]
+    count = min(most, len(values))
+    return [values[i * (len(values) - 1) // max(1, count - 1)] for i in range(count)]
 
 
 def _recorded(quantizer: Quantizer, tried: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -213,18 +233,45 @@ def _recorded(quantizer: Quantizer, tried: Iterable[Mapping[str, Any]]) -> list[
 
 def _changed_options(quantizer: Quantizer) -> dict[str, Any]:
     """Another valid value of each option that has one."""
-    own, changed = quantizer.options.model_dump(), {}
+    return {name: values[len(values) // 2] for name, values in _other_values(quantizer).items()}
+
+
+def _other_values(quantizer: Quantizer) -> dict[str, list[Any]]:
+    """The other valid values to try of each option that has one; numbers in ascending order."""
+    own, found = quantizer.options.model_dump(), {}
     for name, value in own.items():
-        others = choices(quantizer.Options.model_fields[name].annotation)
-        if isinstance(value, bool):
-            others = [not value]
-        elif isinstance(value, (int, float)) and not isinstance(value, Enum):
-            others += map(type(value), (2 * value, value / 2, value + 1, value - 1))
-        for other in others:
-            if other != value and _valid(quantizer, own | {name: other}) is not None:
-                changed[name] = other
-                break
-    return changed
+        valid = [
+            other for other in _candidates(value, quantizer.Options.model_fields[name])
+            if other != value and _valid(quantizer, own | {name: other}) is not None
+        ]  # fmt: skip
+        if valid:
+            found[name] = valid
+    return found
+
+
+def _candidates(value: Any, field: FieldInfo) -> list[Any]:
+    if isinstance(value, bool):
+        return [not value]
+    found = choices(field.annotation)
+    near = value
+    if value is None and not found:  # an optional number
+        kinds = [kind for kind in UNSET if kind in get_args(field.annotation)]
+        near = UNSET[kinds[0]] if kinds else None
+    if isinstance(near, (int, float)) and not isinstance(near, Enum):
+        found = sorted({*found, *_numbers(near, field.metadata)})
+    return found
+
+
+def _numbers(value: float, metadata: Sequence[Any]) -> Iterator[float]:
+    """Numbers near an option's value, and the bounds of its field that are not :data:`FAR`.
+
+    A far bound may be a number of rounds, which would take hours.
+    """
+    near = (value / 4, value / 2, value - 1, value + 1, 2 * value, 4 * value)
+    bounds = (getattr(each, name, None) for each in metadata for name in ("ge", "le", "gt", "lt"))
+    for each in (*near, *bounds):
+        if each is not None and abs(each) <= FAR * max(1, abs(value)):
+            yield type(value)(each)
 
 
 def choices(annotation: Any) -> list[Any]:

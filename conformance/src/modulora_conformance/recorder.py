@@ -178,9 +178,10 @@ class Recorder:
         quantizer = getattr(item, "funcargs", {}).get("quantizer")
         if quantizer is None or not is_check(item):
             return (yield)
-        from modulora_conformance.watching import findings_of, watching
+        from modulora_conformance.watching import blaming, findings_of, watching
 
-        with watching(type(quantizer), findings_of(item), item.name):
+        found = findings_of(item)
+        with watching(type(quantizer), found, item.name), blaming(found):
             return (yield from self._recorded(quantizer))
 
     def _recorded(self, quantizer: Quantizer) -> Generator[None, Any, Any]:

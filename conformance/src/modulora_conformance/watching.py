@@ -91,6 +91,22 @@ def watching(cls: type[Quantizer], findings: Findings, check: str) -> Iterator[N
     watch.note(findings.process, *(f"expected {each} unchanged, got another" for each in changed))
 
 
+@contextmanager
+def blaming(findings: Findings) -> Iterator[None]:
+    """Let a check that fails in the block say first which argument a call has changed.
+
+    It computed its expected result from the changed argument, so its own message misleads.
+    """
+    known = len(findings.arguments)
+    try:
+        yield
+    except (AssertionError, pytest.fail.Exception) as error:
+        changed = findings.arguments[known:]
+        if not changed:
+            raise
+        pytest.fail(f"{changed[0]}\nthen: {error}", pytrace=False)
+
+
 def note_output(item: pytest.Item, printed: str) -> None:
     """Note what a check that passed printed, as pytest has captured it."""
     if printed.strip():

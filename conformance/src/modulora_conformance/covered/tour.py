@@ -116,7 +116,7 @@ def _uses(
     """All uses; what makes a weight for the next ones runs when it is asked for."""
     quantizers = [create(name, options) for options in sets]
     first = quantizers[0]
-    others = [type(first)(first.Options.model_validate(each)) for each in neighbours(first)]
+    others = [type(first)(first.Options.model_validate(each)) for each in neighbours(first, 1)]
     if where == TRITON:  # all uses take minutes, and these reach the kernels of each format
         for quantizer, (sides, counts) in itertools.product([*quantizers, *others], TILED):
             packed = pack(quantizer, gaussian(fit(quantizer, *sides), 0))

@@ -135,7 +135,8 @@ class Processes(Level):
         """If this fails: a packed value is an index that nobody checks, or a size is not checked.
 
         Files come from strangers. Refuse in ``check_format`` each layout that the metadata does
-        not imply (:func:`modulora_kernels.check_layout`), and check indices before a kernel.
+        not imply (:func:`modulora_kernels.check_layout`). Clamp indices before a kernel, and refuse
+        them in ``check_values``: a condition on values fails on the meta device.
         Tiles are finite, but for codes that mean NaN or Inf: a tenth of random ones, or all weights
         of equal ones. Products may overflow.
         """
@@ -157,8 +158,9 @@ class Processes(Level):
     def test_other_options_are_read_as_they_were_packed(self, quantizer, measurements):
         """If this fails: with one option changed, the weight is not read as it was packed.
 
-        The size of a block is a constant of the module somewhere. Read it from the metadata.
-        Columns grow 100 times from one end to the other, so that another block's scale shows.
+        Each option has its smallest, a middle and its largest value. The size of a block is a
+        constant of the module somewhere. Read it from the metadata. Columns grow 100 times from
+        one end to the other, so that another block's scale shows.
         """
         cls, found = type(quantizer), neighbours(quantizer)
         if not found:
@@ -177,8 +179,8 @@ class Processes(Level):
     def test_an_instance_with_other_options_reads_the_same(self, quantizer, measurements):
         """If this fails: reading uses the options of the instance, and not the packed weight's.
 
-        Layers of a model are packed with several options. Read the metadata alone. Each option is
-        moved from its value, also if no promise names it, and products are compared too.
+        Layers of a model are packed with several options. Read the metadata alone. Each option has
+        its smallest, a middle and its largest value, and products are compared too.
         """
         cls, found = type(quantizer), neighbours(quantizer)
         if not found:

@@ -133,12 +133,38 @@ class GroupOfTheModule(Healthy):
     """It reads with the default size of a block."""
 
     breaks = "test_other_options_are_read_as_they_were_packed"
-    says = "error with an option changed (group_size=64)"
+    says = "error with an option changed (group_size=128)"
 
     def spread(self, packed, name, rows):
-        values = packed.tensors[name][slice(*rows)].float()
-        groups = (torch.arange(packed.shape[1]) // 32).clamp(max=values.shape[1] - 1)
-        return values[:, groups.to(packed.device)]
+        return blocks(packed, name, rows, 32)
+
+
+class LargestBlocks(Healthy):
+    """It reads blocks of more than 100 weights as blocks of 64."""
+
+    breaks = "test_other_options_are_read_as_they_were_packed"
+    says = "error with an option changed (group_size=128)"
+
+    def spread(self, packed, name, rows):
+        size = packed.metadata["group_size"]
+        return blocks(packed, name, rows, 64 if size > 100 else size)
+
+
+class SmallestBlocks(Healthy):
+    """It reads blocks of fewer than 12 weights as blocks of 12."""
+
+    breaks = "test_other_options_are_read_as_they_were_packed"
+    says = "error with an option changed (group_size=8)"
+
+    def spread(self, packed, name, rows):
+        return blocks(packed, name, rows, max(12, packed.metadata["group_size"]))
+
+
+def blocks(packed, name, rows, size):
+    """A value of each block of ``size`` weights at each of its weights, fp32 ``[rows, in]``."""
+    values = packed.tensors[name][slice(*rows)].float()
+    block = (torch.arange(packed.shape[1]) // size).clamp(max=values.shape[1] - 1)
+    return values[:, block.to(packed.device)]
 
 
 class ThreadsOfItsModule(Healthy):
