@@ -151,13 +151,14 @@ class LargestBlocks(Healthy):
 
 
 class SmallestBlocks(Healthy):
-    """It reads blocks of fewer than 12 weights as blocks of 12."""
+    """It reads blocks of fewer than 12 weights as blocks of 32."""
 
     breaks = "test_other_options_are_read_as_they_were_packed"
     says = "error with an option changed (group_size=8)"
 
     def spread(self, packed, name, rows):
-        return blocks(packed, name, rows, max(12, packed.metadata["group_size"]))
+        size = packed.metadata["group_size"]
+        return blocks(packed, name, rows, 32 if size < 12 else size)
 
 
 def blocks(packed, name, rows, size):
