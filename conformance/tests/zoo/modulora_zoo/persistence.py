@@ -150,17 +150,6 @@ class LargestBlocks(Healthy):
         return blocks(packed, name, rows, 64 if size > 100 else size)
 
 
-class SmallestBlocks(Healthy):
-    """It reads blocks of fewer than 12 weights as blocks of 32."""
-
-    breaks = "test_other_options_are_read_as_they_were_packed"
-    says = "error with an option changed (group_size=8)"
-
-    def spread(self, packed, name, rows):
-        size = packed.metadata["group_size"]
-        return blocks(packed, name, rows, 32 if size < 12 else size)
-
-
 def blocks(packed, name, rows, size):
     """A value of each block of ``size`` weights at each of its weights, fp32 ``[rows, in]``."""
     values = packed.tensors[name][slice(*rows)].float()
