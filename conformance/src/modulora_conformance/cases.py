@@ -233,7 +233,7 @@ def _recorded(quantizer: Quantizer, tried: Iterable[Mapping[str, Any]]) -> list[
 
 def _changed_options(quantizer: Quantizer) -> dict[str, Any]:
     """Another valid value of each option that has one."""
-    return {name: values[len(values) // 2] for name, values in _other_values(quantizer).items()}
+    return {name: _spread(values, 1)[0] for name, values in _other_values(quantizer).items()}
 
 
 def _other_values(quantizer: Quantizer) -> dict[str, list[Any]]:

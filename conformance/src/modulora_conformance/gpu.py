@@ -96,11 +96,12 @@ def products(name: str, device: torch.device, card: Card | None = None) -> Itera
     packed = packed_noise(quantizer, shape).to(device)
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
     dense = torch.randn(shape).to(device, dtype)
-    least = list[float]()
-    try:
-        least = [] if card is None else _least_seconds(name, shape, cases, card)
-    except Exception as failure:  # of a compiler; the measurements do not need it
-        yield f"no prediction: {failure}"[:300]
+    least: list[float] = []
+    if card is not None:
+        try:
+            least = _least_seconds(name, shape, cases, card)
+        except Exception as failure:  # of a compiler; the measurements do not need it
+            yield f"no prediction: {failure}"[:300]
     for number, (rows, transpose) in enumerate(cases):
         x = torch.randn(rows, shape[1 - transpose]).to(device, dtype)
         weight = dense if transpose else dense.t()
