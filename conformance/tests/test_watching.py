@@ -46,7 +46,7 @@ class ClampsItsRows(Healthy):
 def test_a_failure_names_the_argument_that_a_call_has_changed():
     quantizer, findings = ClampsItsRows(ClampsItsRows.Options()), Findings()
     packed = quantizer.pack(torch.randn(4, 8))
-    said = "a check: matmul of a [4, 8] weight: expected x unchanged, got other bytes\nthen: 7.777"
+    said = "matmul of a [4, 8] weight: expected x unchanged, got other bytes; then: 7.777"
     with (
         pytest.raises(pytest.fail.Exception) as caught,
         watching(ClampsItsRows, findings, "a check"),

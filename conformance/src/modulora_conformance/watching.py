@@ -104,7 +104,8 @@ def blaming(findings: Findings) -> Iterator[None]:
         changed = findings.arguments[known:]
         if not changed:
             raise
-        pytest.fail(f"{changed[0]}\nthen: {error}", pytrace=False)
+        called = changed[0].partition(": ")[2]  # without the name of this check
+        pytest.fail(f"{called}; then: {error}", pytrace=False)  # reports take the first line
 
 
 def note_output(item: pytest.Item, printed: str) -> None:
