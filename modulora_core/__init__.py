@@ -18,7 +18,6 @@ if TYPE_CHECKING:  # for type checkers and editors; a test compares these import
     from modulora_core.hf.merge import merge as merge
     from modulora_core.hf.save_adapter import save_adapter as save_adapter
     from modulora_core.hookspecs import hookimpl as hookimpl
-    from modulora_core.inference.evaluate import evaluate as evaluate
     from modulora_core.inference.generate import generate as generate
     from modulora_core.inference.opened import open_to_run as open_to_run
     from modulora_core.layers import LoRALinear as LoRALinear
@@ -58,7 +57,6 @@ _PUBLIC = {
     "QuantizerSpec": "spec",
     "Sampling": "models.generation",
     "add_lora": "lora.adapting",
-    "evaluate": "inference.evaluate",
     "finetune": "training.finetune",
     "generate": "inference.generate",
     "hookimpl": "hookspecs",

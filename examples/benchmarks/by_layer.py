@@ -15,11 +15,11 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 
+from modulora_evaluate.evaluate import perplexity
 from report import markdown
 from torch import nn
 
 from modulora_core.data import token_segments
-from modulora_core.inference.evaluate import perplexity
 from modulora_core.inference.opened import open_to_run
 from modulora_core.layers import QuantLinear
 

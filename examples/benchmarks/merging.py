@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modulora_evaluate.evaluate import evaluate
 from modulora_merge.merging import merge_packed
 
 from modulora_core import FinetuneConfig, finetune, quantize
 from modulora_core.calibration import CalibrationConfig
-from modulora_core.inference.evaluate import evaluate
 from modulora_core.options import parse_options
 from modulora_core.registry import Choice
 

@@ -22,9 +22,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from modulora_evaluate.evaluate import evaluate
 from report import markdown, plot
 
-from modulora_core import CalibrationConfig, FinetuneConfig, evaluate, finetune, quantize
+from modulora_core import CalibrationConfig, FinetuneConfig, finetune, quantize
 from modulora_core.registry import Choice
 
 PACKAGES = ("asyncio", "email", "http", "logging", "multiprocessing", "tkinter", "unittest", "xml")

@@ -40,13 +40,13 @@ from methods import BASE_DTYPE, Dense, Method, Packed
 from models import ModelJob, model_files, nbytes, prepare_methods
 from modulora_compare.comparison import measure
 from modulora_compare.comparison.measure import ORIGINAL, Request
+from modulora_evaluate.evaluate import perplexity
 from report import Result, Run, arguments, markdown
 from transformers import AutoTokenizer
 from turns import NotMeasuredError
 from typing_extensions import override
 
 from modulora_core.data import token_segments
-from modulora_core.inference.evaluate import perplexity
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,5 @@ def modulora_commands() -> list[CommandSpec]:
         _command("finetune", "Train", "Train a LoRA adapter on a quantized or dense model."),
         _command("generate", "Use", "Answer a prompt, and print tokens as they come."),
         _command("chat", "Use", "Chat with a model."),
-        _command("evaluate", "Use", "Measure perplexity, accuracy, ROUGE or exact match."),
         _command("merge", "Use", "Dequantize a packed model and add an adapter to it."),
     ]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from modulora_core.cli.arguments import Adapter, Model, argument, option
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
 from modulora_core.errors import OptionError
-
-SEQ_LEN = 256
-"""Tokens of a segment, if the model takes so many."""
 
 Out = Annotated[Path, argument("OUT", "The folder to write, new or empty, or a new file.")]
 Dtype = Annotated[
@@ -34,16 +30,6 @@ Base = Annotated[
         "--base FILE", "A file of the same model, for metadata and tokenizer.", default="MODEL's"
     ),
 ]
-Data = Annotated[str | None, option("--data SOURCE", "Text for the comparison.", default="pydoc")]
-Segments = Annotated[
-    int | None,
-    option(
-        "--segments N",
-        f"Segments of {SEQ_LEN} tokens to compare; 0 compares nothing.",
-        min=0,
-        default="8",
-    ),
-]
 
 
 def command(
@@ -53,8 +39,6 @@ def command(
     dtype: Dtype = None,
     type: Type = None,
     base: Base = None,
-    data: Data = None,
-    segments: Segments = None,
 ) -> Report:
     """Dequantize a packed model and add an adapter to its weights.
 
@@ -62,8 +46,8 @@ def command(
     modulora. Without an adapter it only dequantizes.
 
     If OUT has the suffix of a plugin's file format, it becomes one file, quantized again. Weights
-    that the adapter doesn't change stay as they are if MODEL is such a file. The command then
-    compares the file with the model and its adapter, by KL divergence and perplexity on a text.
+    that the adapter doesn't change stay as they are if MODEL is such a file. A type of few bits
+    loses small updates: `evaluate MODEL --adapter ADAPTER --against OUT` says how much is left.
 
     Examples:
         modulora merge smollm2-packed merged --adapter my-adapter
@@ -77,10 +61,9 @@ def command(
         if dtype is not None:
             raise OptionError(f"--dtype: expected --type beside {out}, whose weights are packed")
         check_new_file(out, out.suffix.lower())  # before torch is imported
-        found = _to_file(model, out, adapter, type, base, data or "pydoc", segments)
-        return Report(found, facts({key: found[key] for key in found if key != "retained"}))
+        return _to_file(model, out, adapter, type, base)
     suffixes = ", *".join(file_suffixes())
-    for flag, value in {"type": type, "base": base, "data": data, "segments": segments}.items():
+    for flag, value in {"type": type, "base": base}.items():
         if value is not None:
             raise OptionError(
                 f"--{flag}: expected OUT to be a file *{suffixes} beside it, got {out}"
@@ -97,36 +80,21 @@ def command(
 
 
 def _to_file(
-    model: str,
-    out: Path,
-    adapter: str | None,
-    type: str | None,
-    base: str | None,
-    data: str,
-    segments: int | None,
-) -> dict[str, Any]:
-    from modulora_core.checkpoints.foreign.writers import file_writer
-    from modulora_core.data import token_segments
-    from modulora_core.inference.divergence import divergence
-    from modulora_core.inference.opened import open_to_run
+    model: str, out: Path, adapter: str | None, type: str | None, base: str | None
+) -> Report:
+    from rich.console import Group
 
-    writer = file_writer(out)
-    segments = 8 if segments is None else segments
-    if segments:  # bad data is refused before the work
-        before = open_to_run(model, adapter=adapter)
-        seq_len = min(SEQ_LEN, before.window or SEQ_LEN)
-        ids = token_segments(data, before.tokenizer, seq_len, segments)
+    from modulora_core.checkpoints.foreign.writers import file_writer
+
     with terminal().progress("merging", "tensors") as show:
-        merged = writer.merge(model, out, adapter=adapter, type=type, base=base, progress=show)
+        merged = file_writer(out).merge(
+            model, out, adapter=adapter, type=type, base=base, progress=show
+        )
     found = merged.to_json()
-    if segments:
-        with terminal().progress("comparing", "segments") as show:
-            compared = divergence(before, open_to_run(str(out)), ids, progress=show)
-        if compared.is_lost:
-            logging.getLogger(__name__).warning(
-                "%s: its KL divergence to the adapter's predictions, %.3g, is more than half of "
-                "the adapter's own effect, %.3g; choose a type of more bits than %s",
-                out, compared.kl_divergence, compared.kl_of_adapter, type or writer.default_type,
-            )  # fmt: skip
-        found |= compared.to_json()
-    return found
+    beside = "" if adapter is None else f" --adapter {shlex.quote(adapter)}"
+    following = next_commands(
+        f"modulora evaluate {shlex.quote(model)}{beside} --against {shlex.quote(str(out))}"
+        " --segments 8"
+    )
+    shown = facts({key: found[key] for key in found if key != "retained"})
+    return Report(found, Group(shown, following))

@@ -55,7 +55,9 @@ def generate(
     """Answer or continue ``prompt``.
 
     Args:
-        model, adapter: as for :func:`modulora_core.evaluate`.
+        model: MODEL as on the command line, the result of ``open_to_run``, or a loaded model with
+            its tokenizer, ``(model, tokenizer)``.
+        adapter: a LoRA adapter in PEFT's format, if ``model`` is a name.
         prompt: the messages of a conversation; or a text, which is the user's message if the
             tokenizer has a chat template.
         sampling: greedy by default.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from modulora_core import FinetuneConfig, evaluate, finetune, quantize
+from modulora_core import FinetuneConfig, Sampling, finetune, generate, quantize
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.tests.adapted_models import save_llama_with_tokenizer
 
@@ -39,7 +39,7 @@ def elsewhere(request, monkeypatch):
     return str(request.param)
 
 
-def test_quantizing_finetuning_and_measuring_work(elsewhere, tmp_path, toy):
+def test_quantizing_finetuning_and_generating_work(elsewhere, tmp_path, toy):
     save_llama_with_tokenizer(tmp_path / "dense")
     (tmp_path / "notes.txt").write_text(TEXT, "utf-8")
     packed, adapter, notes = (str(tmp_path / name) for name in ("packed", "adapter", "notes.txt"))
@@ -49,8 +49,8 @@ def test_quantizing_finetuning_and_measuring_work(elsewhere, tmp_path, toy):
     )
     result = finetune(config, progress=False)
     assert len(result.losses) == 2
-    measured = evaluate(packed, notes, adapter=adapter, seq_len=16, segments=2)
-    assert measured.perplexity > 1
+    answer = generate(packed, "The with", Sampling(2), adapter=adapter)
+    assert answer.tokens >= 1
     with PeakMemory() as peak:
         pass
     assert (peak.nbytes == 0) == (elsewhere == "Windows")

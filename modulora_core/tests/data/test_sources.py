@@ -14,7 +14,6 @@ from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Slice, load_records
 from modulora_core.data.text import load_text
 from modulora_core.errors import DataError, MissingExtraError
-from modulora_core.inference.passes import asked_in
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 ROWS = [
@@ -208,7 +207,6 @@ READERS = {
     "examples": lambda file: load_examples(file, make_tokenizer(), seq_len=16),
     "text": load_text,
     "preferences": lambda file: load_preferences(file, make_tokenizer(), seq_len=16),
-    "answers": asked_in,
 }
 
 

@@ -24,7 +24,7 @@ def single(pack, tmp_path):
     """A tiny packed Llama in one file, as the command writes it."""
     path = tmp_path / "model.single"
     _, packed = pack("llama", "toy")
-    assert main(["merge", str(packed), str(path), "--segments", "0", "--json"]) == 0
+    assert main(["merge", str(packed), str(path), "--json"]) == 0
     return path
 
 
@@ -60,7 +60,7 @@ def test_an_adapter_is_written_as_a_file_and_merged_into_one(single, tmp_path, c
     assert main(["convert", *words]) == 0
     assert json.loads(capsys.readouterr().out)["modules"] == 14
     out = tmp_path / "merged.single"
-    words = ["--adapter", str(tmp_path / "adapter"), "--type", "float32", "--segments", "0"]
+    words = ["--adapter", str(tmp_path / "adapter"), "--type", "float32"]
     assert main(["merge", str(single), str(out), *words]) == 0
     merged = open_model(str(out))
     assert not hasattr(merged, "record"), "it is dense"

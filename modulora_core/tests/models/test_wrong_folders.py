@@ -15,7 +15,6 @@ COMMANDS = {
     "convert": ["FOLDER", "OUT", "--to", "crude"],
     "quantize": ["FOLDER", "OUT", "-q", "toy"],
     "generate": ["FOLDER", "hello"],
-    "evaluate": ["FOLDER"],
     "plan": ["FOLDER"],
 }
 FOLDERS = {

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from modulora_core.inference.evaluate import evaluate
+from modulora_core.data import token_segments
+from modulora_core.inference.opened import open_to_run
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.tiny_models import tiny_config
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
@@ -66,8 +67,10 @@ def test_a_mixture_is_trained_resumed_and_continued(configure, mixture, text):
     continued = finetune(configure("continued", adapter=whole.out, lr=1e-12, dropout=0.0))
     third = load_file(Path(continued.out) / "adapter_model.safetensors")
     assert all(torch.allclose(first[key], third[key], atol=1e-6) for key in first)
-    losses = [
-        evaluate(mixture, str(text), adapter=adapter, seq_len=32).nll
-        for adapter in (None, whole.out)
-    ]
+    ids = token_segments(text, make_tokenizer(), 32)
+    losses = []
+    for adapter in (None, whole.out):
+        model = open_to_run(mixture, adapter=adapter).load()
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=ids).loss.item())
     assert losses[1] < losses[0]

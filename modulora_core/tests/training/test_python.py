@@ -2,7 +2,7 @@
 
 import pytest
 
-from modulora_core import evaluate, finetune
+from modulora_core import finetune
 from modulora_core.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,13 +26,6 @@ def test_records_train_as_a_file_of_them_does(configure, tmp_path):
         finetune(configure(), data=ROWS)
     with pytest.raises(OptionError, match="data: expected training data, got none"):
         finetune(configure(data=None))
-
-
-def test_records_are_evaluated(tunable, tmp_path):
-    text = "The with statement wraps a block. " * 9
-    (tmp_path / "text.txt").write_text(f"{text}\n\n{text}")
-    expected = evaluate(str(tunable), tmp_path / "text.txt", seq_len=32)
-    assert evaluate(str(tunable), [{"text": text}, {"text": text}], seq_len=32) == expected
 
 
 # bars

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from modulora_convert.convert import convert
+from modulora_evaluate.evaluate import evaluate
 from modulora_gguf.file.model_header import read_header
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from modulora_merge import merging
@@ -24,7 +25,6 @@ from modulora_core.errors import AdapterError, DataError, ModelError, OptionErro
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.inference.evaluate import evaluate
 from modulora_core.lora.adapted import adapter_layers
 from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from modulora_evaluate.evaluate import evaluate
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from modulora_merge import rounds
 from modulora_merge.config import RoundsConfig
@@ -17,7 +18,6 @@ from modulora_merge.rounds import finetune_packed
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main as run
 from modulora_core.errors import DataError, OptionError, OutputError
-from modulora_core.inference.evaluate import evaluate
 from modulora_core.training.finetune import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")

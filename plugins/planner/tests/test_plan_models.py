@@ -34,5 +34,5 @@ def test_experts_are_counted(pack):
 def test_a_whole_model_in_a_file_is_planned_as_it_is(pack, toy, tmp_path):
     path = tmp_path / "model.single"
     _, packed = pack("llama", "toy")
-    assert main(["merge", str(packed), str(path), "--segments", "0", "--json"]) == 0
+    assert main(["merge", str(packed), str(path), "--json"]) == 0
     assert plan(str(path), seq_len=16, device="cpu").quantizer == "toy"

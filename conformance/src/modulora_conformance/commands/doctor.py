@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from modulora_core.spec import QuantizerSpec
 
 LIBRARIES = ("torch", "transformers", "accelerate", "safetensors", "peft", "trl", "bitsandbytes")
-EXTRAS = {"data": "datasets", "plots": "matplotlib", "evaluation": "lm_eval"}
+EXTRAS = {"data": "datasets", "plots": "matplotlib"}
 LEAST_DISK = 10 * 2**30
 SHAPE = (192, 512)
 """Out and in features of the weight of a self-test, before it is made to fit the quantizer."""

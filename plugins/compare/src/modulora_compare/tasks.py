@@ -54,7 +54,7 @@ def evaluate_tasks(
         evaluate_tasks("smollm2-packed", ["hellaswag", "my-task.yaml"], limit=100)
 
     Args:
-        model, adapter: as for :func:`modulora_core.evaluate`.
+        model, adapter: as for :func:`modulora_evaluate.evaluate.evaluate`.
         tasks: names of tasks, groups or tags, or YAML files of tasks. A YAML file may name
             functions of a Python file beside it, which are run.
         include_path: a folder of YAML files, whose tasks get names.
@@ -72,7 +72,7 @@ def evaluate_tasks(
         from lm_eval.models.huggingface import HFLM
     except ImportError:
         raise MissingExtraError(
-            "tasks: expected the library lm-eval; pip install 'modulora-core[evaluation]'"
+            "tasks: expected the library lm-eval; pip install 'modulora-compare[tasks]'"
         ) from None
     least = {"limit": 1, "num_fewshot": 0, "batch_size": 1}
     for name, value in (("limit", limit), ("num_fewshot", num_fewshot), ("batch_size", batch_size)):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from modulora_evaluate.divergence import Divergence, divergence
 from modulora_kernels.feedback import merges, rounded_to_grid
 from torch import Tensor
 
@@ -42,7 +43,6 @@ from modulora_core.errors import AdapterError, DataError, OptionError
 from modulora_core.hf.load_adapter import adapter_for
 from modulora_core.hf.merge import delta_of
 from modulora_core.hf.peft_format import AdapterDelta
-from modulora_core.inference.divergence import Divergence, divergence
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models import ModelSource
 from modulora_core.models.locate import locate

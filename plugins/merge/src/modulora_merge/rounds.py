@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modulora_evaluate.evaluate import evaluate
 from modulora_kernels.feedback import merges
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -30,7 +31,6 @@ from modulora_core.checkpoints.outputs import only_writer, partial_name, write_f
 from modulora_core.data import Source, token_segments
 from modulora_core.distributed import world_size
 from modulora_core.errors import OptionError, OutputError
-from modulora_core.inference.evaluate import evaluate
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models.folders import RUN_FILE
 from modulora_core.models.locate import locate

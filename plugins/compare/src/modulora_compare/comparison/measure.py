@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
+from modulora_evaluate.evaluate import segment_losses
 from torch import Tensor
 
 from modulora_core.calibration import CalibrationConfig
@@ -27,7 +28,6 @@ from modulora_core.checkpoints.outputs import write_file
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.checkpoints.peak_memory import PeakMemory
 from modulora_core.data import token_segments
-from modulora_core.inference.evaluate import segment_losses
 from modulora_core.inference.generate import generate
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models import open_dense

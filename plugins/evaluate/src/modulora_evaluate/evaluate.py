@@ -24,15 +24,15 @@ from modulora_core.data.rendering import Encoded, Renderer, check_ids
 from modulora_core.data.sources import Source
 from modulora_core.data.templates import Template
 from modulora_core.errors import DataError, OptionError, WorkError
-from modulora_core.inference.answers import exact_match, rouge
-from modulora_core.inference.metrics import Metric
 from modulora_core.inference.opened import Runnable, tokenizer_and_loader
-from modulora_core.inference.passes import asked_in, batches, check_examples, evaluating
 from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.models.generation import Sampling
 from modulora_core.progress import Display, Progress, no_progress, shown
 from modulora_core.training.chunked_loss import token_losses
 from modulora_core.training.readout import read_out
+from modulora_evaluate.answers import exact_match, rouge
+from modulora_evaluate.metrics import Metric
+from modulora_evaluate.passes import asked_in, batches, check_examples, evaluating
 
 MAX_LABELS = 64
 """Accuracy scores every label for every example, so it refuses more distinct answers than this."""
@@ -187,7 +187,7 @@ def accuracy(
 
     Args:
         model: a transformers causal language model. It keeps its mode, training or evaluation.
-        asked: prompts with their labels (:func:`modulora_core.inference.passes.asked_in`).
+        asked: prompts with their labels (:func:`modulora_evaluate.passes.asked_in`).
 
     Raises DataError, OptionError, WorkError.
     """

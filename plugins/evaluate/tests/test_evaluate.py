@@ -8,6 +8,13 @@ import warnings
 
 import pytest
 import torch
+from modulora_evaluate.evaluate import (
+    accuracy,
+    evaluate,
+    perplexity,
+    rouge,
+)
+from modulora_evaluate.passes import asked_in
 from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, LlamaConfig
 
 from modulora_core.data import token_segments
@@ -17,14 +24,7 @@ from modulora_core.errors import (
     OptionError,
     WorkError,
 )
-from modulora_core.inference.evaluate import (
-    accuracy,
-    evaluate,
-    perplexity,
-    rouge,
-)
 from modulora_core.inference.opened import open_to_run
-from modulora_core.inference.passes import asked_in
 from modulora_core.models.generation import Sampling
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 from modulora_core.training import chunked_loss
@@ -207,11 +207,25 @@ def test_rouge_refuses_before_it_generates(llama, plain, asked, monkeypatch):
     with pytest.raises(OptionError, match="max_new_tokens: expected at least 1, got 0"):
         rouge(llama, plain, asked_in(asked), Sampling(0))
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'modulora-core\[evaluation\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'modulora-evaluate\[rouge\]'"):
         rouge(llama, plain, asked_in(asked), Sampling())
 
 
 # evaluate
+
+
+def test_records_are_evaluated(tunable, tmp_path):
+    text = "The with statement wraps a block. " * 9
+    (tmp_path / "text.txt").write_text(f"{text}\n\n{text}")
+    expected = evaluate(str(tunable), tmp_path / "text.txt", seq_len=32)
+    assert evaluate(str(tunable), [{"text": text}, {"text": text}], seq_len=32) == expected
+
+
+@pytest.mark.parametrize("first", ['{"a": 1}', "{}"])
+def test_a_file_of_other_fields_is_refused_after_its_first_record(tmp_path, first):
+    (tmp_path / "data.jsonl").write_text(f"{first}\n{{\n")  # line 2 is no JSON
+    with pytest.raises(DataError, match=r"data\.jsonl, line 1: "):
+        asked_in(str(tmp_path / "data.jsonl"))
 
 
 def test_evaluate_takes_a_name_an_opened_and_a_loaded_model(tunable, asked):

@@ -10,9 +10,9 @@ from modulora_core.data.examples import longest_first
 from modulora_core.data.formats import Conversation
 from modulora_core.data.rendering import Renderer
 from modulora_core.errors import MissingExtraError
-from modulora_core.inference.passes import batches, check_examples, evaluating
 from modulora_core.models.generation import Sampling, continuations
 from modulora_core.progress import Progress, no_progress
+from modulora_evaluate.passes import batches, check_examples, evaluating
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def rouge(
 
     Args:
         model: a transformers causal language model. It keeps its mode, training or evaluation.
-        asked: prompts with their answers (:func:`modulora_core.inference.passes.asked_in`).
+        asked: prompts with their answers (:func:`modulora_evaluate.passes.asked_in`).
         passes: ``batch_size``, prompts per generation; ``progress``, called after each.
 
     Raises MissingExtraError, DataError, OptionError.
@@ -52,7 +52,7 @@ def rouge(
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise MissingExtraError(
-            "rouge: expected the library rouge-score; pip install 'modulora-core[evaluation]'"
+            "rouge: expected the library rouge-score; pip install 'modulora-evaluate[rouge]'"
         ) from None
     texts = _texts(model, tokenizer, asked, sampling, **passes)
     kinds = ("rouge1", "rouge2", "rougeL")

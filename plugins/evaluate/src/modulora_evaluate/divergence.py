@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modulora_core.errors import WorkError
-from modulora_core.inference.evaluate import perplexity_of
+from modulora_core.errors import OptionError, WorkError
 from modulora_core.inference.opened import Opened
-from modulora_core.inference.passes import batches, evaluating
 from modulora_core.lora.adapted import without_adapter
+from modulora_core.models.config import vocabulary_of
 from modulora_core.progress import Progress, no_progress
+from modulora_evaluate.evaluate import perplexity_of
+from modulora_evaluate.passes import batches, evaluating
 
 _ROWS = 64
 """Positions whose log-probabilities exist at once."""
@@ -61,9 +62,23 @@ def divergence(
         before, other: results of :func:`modulora_core.open_to_run`; both are loaded at once.
         ids: segments of text, int64 ``[n, seq_len]`` (:func:`modulora_core.data.token_segments`).
 
-    Raises WorkError: logits are NaN or infinite.
+    Raises:
+        OptionError: a model has a shorter window, or the two have different vocabularies.
+        WorkError: logits are NaN or infinite.
     """
+    for each in (before, other):
+        if each.window is not None and each.window < ids.shape[1]:
+            raise OptionError(
+                f"seq_len {ids.shape[1]}: expected at most the window of {each.name}, "
+                f"{each.window} tokens"
+            )
     P, Q = before.load(), other.load()
+    sizes = vocabulary_of(P.config), vocabulary_of(Q.config)
+    if sizes[0] != sizes[1]:
+        raise OptionError(
+            f"{other.name}: expected the {sizes[0]} tokens of {before.name}, got {sizes[1]}; give "
+            "two forms of the same model"
+        )
     sums = torch.zeros(5, dtype=torch.float64)  # KL to Q, KL to the base, -log of Q, P, base
     with evaluating(P), evaluating(Q):
         for _, batch in batches(ids, 1, progress):
