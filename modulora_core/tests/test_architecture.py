@@ -17,7 +17,7 @@ ROOT = CORE.parent
 
 KNOWN_PLUGINS = {"nf4", "int8", "optq", "quip"}
 
-WORDS = {"compare", "convert", "evaluate", "kernels", "merge", "recover"}
+WORDS = {"compare", "convert", "dpo", "evaluate", "kernels", "merge", "recover"}
 """Plugins whose name is a word that the core may use."""
 
 

@@ -189,7 +189,7 @@ def warn_of_settings(config: FinetuneConfig, examples: Any, steps: int) -> None:
             "steps %d: the run reads at most %d tokens, and learns little from less than %d",
             steps, reached, LEAST_TOKENS,
         )  # fmt: skip
-    usual = FinetuneConfig(model="", out="", method=config.method).lr
+    usual = type(config).model_fields["lr"].default
     times = config.lr / usual
     if "adam" in config.optim and not 1 / MOST_TIMES < times < MOST_TIMES:
         logger.warning(

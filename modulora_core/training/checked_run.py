@@ -25,7 +25,7 @@ from modulora_core.registry import Choice
 from modulora_core.training.arguments import check_optimizer, total_steps, warn_of_settings
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.devices import check_device
-from modulora_core.training.methods import METHODS, Method
+from modulora_core.training.methods import Method
 from modulora_core.training.resuming import CHECKPOINTS, Begun, begun, check_examples, check_new
 from modulora_core.training.sharding import check_fsdp_version, is_sharded
 from modulora_core.training.trainer_options import check_reporters
@@ -70,11 +70,11 @@ def checked_run(
     resume: bool,
     method: Method | None = None,
 ) -> CheckedRun:
-    """Check the request, and read the data. The method is the config's, unless one is given.
+    """Check the request, and read the data.
 
     Raises RequestError: as :func:`modulora_core.finetune`.
     """
-    sources, method = _sources(config, data, eval_data), method or METHODS[config.method]()
+    sources, method = _sources(config, data, eval_data), method or Method()
     device = pick_device()
     if not resume:
         check_new(out)  # a bad one is refused before a model is downloaded

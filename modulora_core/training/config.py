@@ -32,9 +32,6 @@ _EXCLUSIVE: Mapping[str, tuple[str, ...]] = {
 }
 """Fields of a file that give way to a flag."""
 
-_DPO: Mapping[str, float] = {"lr": 5e-5, "dropout": 0.0}
-"""Defaults of DPO: small steps; noise in the adapter would blur its difference from the base."""
-
 _LARGEST = 1e30
 """Limit of a factor: float32 ends at 3.4e38, and a run multiplies factors."""
 
@@ -121,11 +118,6 @@ class FinetuneConfig(BaseModel):
     )
     completion: str | None = Field(
         default=None, description="template of its completion, such as '{summary}'; needs prompt"
-    )
-    method: Literal["sft", "dpo"] = Field(
-        default="sft",
-        description="training method: sft for next tokens; dpo for preferences (prompt, chosen, "
-        "rejected), with TRL, by default with lr 5e-05 and dropout 0",
     )
     eval_data: Sources | None = Field(
         default=None, description="data to measure the loss on; not trained"
@@ -244,12 +236,6 @@ class FinetuneConfig(BaseModel):
         default={}, description="any other field of transformers' TrainingArguments, as KEY=VALUE"
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_method(cls, values: Any) -> Any:
-        is_dpo = isinstance(values, Mapping) and values.get("method") == "dpo"
-        return {**_DPO, **values} if is_dpo else values
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.steps is not None and self.epochs is not None:
@@ -281,10 +267,6 @@ class FinetuneConfig(BaseModel):
                 "keep_products: expected gradient_checkpointing, got none; without it, the "
                 "backward saves all products anyway"
             )
-        if self.method == "dpo" and self.packing:
-            raise ValueError("packing: expected method sft beside it, got dpo")
-        if self.method == "dpo" and (self.format != "auto" or self.prompt is not None):
-            raise ValueError("format, prompt: expected method sft beside them, got dpo")
         given = [name for name in _EXCLUSIVE["adapter"] if name in self.model_fields_set]
         if self.adapter is not None and given:
             raise ValueError(
@@ -312,7 +294,7 @@ class FinetuneConfig(BaseModel):
         Raises OptionError: an unknown option (with near misses), a bad value, or a malformed file.
         """
         given = {name: value for name, value in options.items() if value is not None}
-        values = {} if file is None else _read(Path(file))
+        values = {} if file is None else read_options(Path(file))
         for name in given:
             for other in _EXCLUSIVE.get(name, ()):
                 values.pop(other, None)
@@ -353,7 +335,8 @@ class FinetuneConfig(BaseModel):
         return [f"{name} {others[name]!r} → {mine[name]!r}" for name in names]
 
 
-def _read(path: Path) -> dict[str, object]:
+def read_options(path: Path) -> dict[str, object]:
+    """The options of a config file by their names, unchecked. Raises OptionError."""
     from modulora_core.models.json_files import read_yaml  # imports torch
 
     values = read_yaml(path, OptionError)

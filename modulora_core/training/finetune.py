@@ -78,7 +78,8 @@ class FinetuneResult:
         tokens_per_second: trained tokens, without padding, divided by ``seconds``.
         model: the packed model: the config's, or its folder in the cache.
         files: the ``lora_file`` and the files beside it that the first process wrote.
-        padding: share of padding in the training batches of this call; None for DPO.
+        padding: share of padding in the training batches of this call; None if the method
+            counts none.
         held_out: the loss on examples that the run did not reach, with ``baseline`` and without
             evaluation data; None after a whole epoch.
     """
@@ -128,7 +129,7 @@ def finetune(
         on_step: called after each optimizer step.
         on_eval: called after each evaluation.
         callbacks: callbacks of transformers' Trainer.
-        method: a plugin's own method, instead of the config's.
+        method: a plugin's own method, instead of supervised finetuning.
         progress: called with a title, the steps done and their number; by default a bar on a
             terminal, and False shows none. :class:`~modulora_core.progress.Bars` draws its own.
 

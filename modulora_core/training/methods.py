@@ -1,11 +1,10 @@
-"""The parts of a run that differ by method: supervised finetuning, or DPO on preferences.
+"""The parts of a run that differ by method; here, supervised finetuning.
 
 A plugin's own method is a subclass of :class:`Method`, for ``finetune(config, method=...)``.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,18 +12,14 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
-from typing_extensions import override
 
 from modulora_core.data import Collator, load_examples
-from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Source, source_name
 from modulora_core.data.templates import Template
-from modulora_core.errors import MissingExtraError, ModuLoRAError, OptionError
-from modulora_core.layers import LoRALinear
+from modulora_core.errors import ModuLoRAError, OptionError
 from modulora_core.progress import Display
 from modulora_core.training.arguments import training_arguments
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.sharding import is_sharded
 from modulora_core.training.trainer import AdapterRun, AdapterTrainer, TrainerParts
 from modulora_core.training.trainer_options import trainer_options
 
@@ -106,60 +101,6 @@ class Method:
 
     def prepare(self, device: torch.device, progress: Display) -> None:
         """Compute what the training reads from files; in the first process only."""
-
-
-class Preferences(Method):
-    """DPO, by TRL's trainer."""
-
-    in_words = " with TRL's DPOTrainer"
-
-    @override
-    def check(self, config: FinetuneConfig) -> None:
-        if importlib.util.find_spec("trl") is None:
-            raise MissingExtraError(
-                f"method {config.method}: expected the library trl, which is not installed; "
-                "pip install 'modulora-core[preferences]'"
-            )
-        if is_sharded(config):
-            raise OptionError(
-                f"method {config.method}: expected whole weights in each process, got shard; "
-                "leave shard out"
-            )
-        from trl import DPOConfig
-
-        trainer_options(config.trainer, DPOConfig)
-
-    @override
-    def examples(
-        self, source: Source, config: FinetuneConfig, tokenizer: Any, vocabulary: int
-    ) -> Any:
-        return load_preferences(source, tokenizer, seq_len=config.seq_len, vocabulary=vocabulary)
-
-    @override
-    def arguments(
-        self, config: FinetuneConfig, folder: Path, steps: int, device: torch.device
-    ) -> TrainingArguments:
-        from modulora_core.training.preference import preference_arguments
-
-        return preference_arguments(config, folder, steps, device)
-
-    @override
-    def check_model(self, model: PreTrainedModel, name: str) -> None:
-        if isinstance(model.get_output_embeddings(), LoRALinear):
-            raise OptionError(
-                f"method dpo: expected an output head without an adapter, since TRL multiplies by "
-                f"its weight alone, got one on the head of {name}; leave the head out of targets"
-            )
-
-    @override
-    def trainer(self, parts: TrainerParts) -> AdapterRun:
-        from modulora_core.training.preference import preference_trainer
-
-        return preference_trainer(parts)
-
-
-METHODS: Mapping[str, type[Method]] = {"sft": Method, "dpo": Preferences}
-"""The methods by their names in a config."""
 
 
 @contextmanager

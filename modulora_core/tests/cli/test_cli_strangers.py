@@ -86,17 +86,15 @@ def test_control_characters_are_not_printed(packed, tmp_path, capsys):
     "words",
     [
         "generate MODEL fox",
-        "finetune MODEL OUT --data DATA --seq-len 24 --steps 1 --method dpo",
+        "finetune MODEL OUT --data DATA --seq-len 24 --steps 1",
         "evaluate MODEL --data DATA --seq-len 8",
         "evaluate MODEL --data DATA --metric exact-match --max-new-tokens 1",
         "quantize SOURCE OUT -q toy --calibration DATA --seq-len 8",
     ],
 )
 def test_tokens_beyond_the_vocabulary_are_refused(words, source, packed, tmp_path, run):
-    rows = [{"prompt": "a fox", "completion": "a", "chosen": "a", "rejected": "b"}] * 9
-    rows += [{**rows[0], "completion": "b"}]
-    keys = ("prompt", "chosen", "rejected") if "dpo" in words else ("prompt", "completion")
-    data = write_jsonl(tmp_path / "data.jsonl", *({key: row[key] for key in keys} for row in rows))
+    rows = [{"prompt": "a fox", "completion": answer} for answer in "aaaaaaaaab"]
+    data = write_jsonl(tmp_path / "data.jsonl", *rows)
     places = {"OUT": tmp_path / "out", "DATA": data}
     for name, model in (("SOURCE", source), ("MODEL", packed)):
         places[name] = tmp_path / name

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from modulora_core.data.examples import load_examples
 from modulora_core.data.files import read_records
-from modulora_core.data.preferences import load_preferences
 from modulora_core.data.text import load_text
 from modulora_core.tests.fuzzing import cases, changed_bytes, read_or_refused
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
@@ -49,7 +48,6 @@ def tokenizer(request):
 def read_as_all(path, tokenizer):
     """Read a file in each of the ways in which commands read it."""
     read_or_refused(lambda: load_examples(str(path), tokenizer, seq_len=16))
-    read_or_refused(lambda: load_preferences(str(path), tokenizer, seq_len=16))
     read_or_refused(lambda: load_text(str(path), tokenizer))
 
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modulora_core.data import load_examples
-from modulora_core.data.preferences import load_preferences
 from modulora_core.data.sources import Slice, load_records
 from modulora_core.data.text import load_text
 from modulora_core.errors import DataError, MissingExtraError
@@ -206,7 +205,6 @@ def test_dicts_and_datasets_are_records_that_know_their_number():
 READERS = {
     "examples": lambda file: load_examples(file, make_tokenizer(), seq_len=16),
     "text": load_text,
-    "preferences": lambda file: load_preferences(file, make_tokenizer(), seq_len=16),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -10,7 +10,7 @@ from modulora_core.errors import OptionError
 from modulora_core.training.config import FinetuneConfig, PathName
 
 LEFT_OUT = (
-    "method", "adapter", "quantizer", "calibration", "quality", "epochs", "lora_file", "baseline",
+    "adapter", "quantizer", "calibration", "quality", "epochs", "lora_file", "baseline",
     "train_scales",
 )  # fmt: skip
 """Fields of a FinetuneConfig that do not fit rounds."""
@@ -28,7 +28,6 @@ class RoundsConfig(FinetuneConfig):
     model: PathName = Field(description="packed model: a folder, a file or a Hub id")
     out: PathName = Field(description="new folder for the packed result, or a file as MODEL is one")
     steps: int | None = Field(default=None, ge=1, description="optimizer steps of all rounds")
-    method: Literal["sft"] = "sft"
     merge_every: int | None = Field(
         default=None, ge=1, description="steps of a round; by default one round has all steps"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -19,7 +19,6 @@ class RecoverConfig(FinetuneConfig):
     command: ClassVar[str] = "recover"
     private: ClassVar[frozenset[str]] = FinetuneConfig.private | {"original"}
 
-    method: Literal["sft"] = "sft"
     original: PathName = Field(
         description="dense model to learn from, usually the one that was quantized; its "
         "predictions take 384 bytes a trained token in OUT until the end"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modulora_compare.report.page import Run, Sample
 from modulora_core.models.folders import RUN_FILE
-from modulora_core.training.config import FinetuneConfig
+from modulora_core.training.config import FinetuneConfig, read_options
 from modulora_core.training.run_log import RunLog
 
 
@@ -20,7 +20,10 @@ def read_run(folder: Path) -> tuple[FinetuneConfig, RunLog]:
         OptionError: its config can't be read.
     """
     log = RunLog.read(folder)
-    return FinetuneConfig.build({}, file=folder / RUN_FILE), log
+    values = read_options(folder / RUN_FILE)
+    # a run of a plugin's command has options of its own
+    known = {name: value for name, value in values.items() if name in FinetuneConfig.model_fields}
+    return FinetuneConfig.build(known), log
 
 
 def adapter_run(
@@ -30,7 +33,7 @@ def adapter_run(
     base, adapter = shlex.quote(log.model), shlex.quote(str(folder))
     return Run(
         title=f"Finetuning of {log.source}",
-        subtitle=f"A LoRA adapter, trained with {config.method.upper()} on weights quantized with "
+        subtitle=f"A LoRA adapter, trained on weights quantized with "
         f"{', '.join(log.quantizers)} ({log.bits_per_weight:.2f} bits per weight).",
         history=log.log_history,
         settings=config.model_dump(mode="json", exclude_none=True),

@@ -21,7 +21,7 @@ from modulora_core.models.config import vocabulary_of, window_of
 from modulora_core.models.generation import Sampling, continuations
 from modulora_core.progress import Display, Progress, shown
 from modulora_core.training.config import FinetuneConfig
-from modulora_core.training.methods import METHODS
+from modulora_core.training.methods import Method
 from modulora_core.training.run_log import RunLog
 
 _ROLE = re.compile(r"\A(system|user|assistant|model)[ \t]*(\n|\Z)")
@@ -60,7 +60,7 @@ def sample_answers(
     assert isinstance(opened.origin, PackedCheckpoint)  # a dense model with an adapter is refused
     tokenizer = opened.tokenizer
     vocabulary = vocabulary_of(opened.origin.transformers_config())
-    examples = METHODS[config.method]().examples(source, config, tokenizer, vocabulary)
+    examples = Method().examples(source, config, tokenizer, vocabulary)
     with shown(progress, "loading the model", "layers"):
         model = opened.load()
     with shown(progress, "answering", "tokens") as show:
@@ -75,12 +75,12 @@ def answers(
     Args:
         model: a model with an active adapter; it is in evaluation mode afterwards.
         tokenizer: its tokenizer.
-        examples: ``input_ids`` and ``labels``, or ``prompt`` and ``chosen`` of preferences.
+        examples: ``input_ids`` and ``labels``.
         show: the bar.
     """
     window = window_of(model.config) or 2**20
     most = min(COUNT, len(examples))
-    pairs = [_split(examples[i * len(examples) // most], tokenizer) for i in range(most)]
+    pairs = [_split(examples[i * len(examples) // most]) for i in range(most)]
     prompts = [prompt[LONGEST - window :] for prompt, _ in pairs]
 
     def texts(rows: list[list[int]]) -> list[str]:
@@ -128,24 +128,11 @@ class _Bar(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _split(example: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _split(example: Any) -> tuple[list[int], list[int]]:
     """The prompt of an example and its first answer; of a text, its beginning and the rest."""
-    if "chosen" in example:
-        return _preferred(example["prompt"], example["chosen"], tokenizer)
     ids, labels = example["input_ids"], example["labels"]
     start = next(i for i, label in enumerate(labels) if label != IGNORED)
     if start == 0:
         start = min(PROMPT, max(1, len(ids) // 2))
     end = next((i for i in range(start, len(ids)) if labels[i] == IGNORED), len(ids))
     return ids[:start], ids[start:end]
-
-
-def _preferred(
-    prompt: Any, chosen: Any, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
-    """The tokens of a prompt and of the answer that is preferred: strings, or lists of messages."""
-    if isinstance(prompt, str):
-        answer = tokenizer.encode(chosen, add_special_tokens=False)
-        return tokenizer.encode(prompt), answer
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    return ids, tokenizer.encode(chosen[-1]["content"], add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""``modulora recover``. Its options are the fields of RecoverConfig but ``method``."""
+"""``modulora recover``. Its options are the fields of RecoverConfig."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from modulora_recover.config import RecoverConfig
 PANELS = {
     **FINETUNE_PANELS,
     "Options": ("original", "weight", *FINETUNE_PANELS["Options"]),
-    "Data": tuple(name for name in FINETUNE_PANELS["Data"] if name != "method"),
 }
 
 
@@ -54,4 +53,4 @@ def command(config: str | None = None, resume: bool = False, **options: Any) -> 
     return Report(result.to_json(), Group(described(result), following))
 
 
-command.__signature__ = signature(RecoverConfig, "method")  # type: ignore[attr-defined]  # typer's
+command.__signature__ = signature(RecoverConfig)  # type: ignore[attr-defined]  # typer's

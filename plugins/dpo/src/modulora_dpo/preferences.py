@@ -82,7 +82,7 @@ def _row(record: Record, renderer: Renderer, vocabulary: int | None) -> tuple[di
             f"{names}"
         )
     if record.fields.get("tools"):
-        raise DataError(f"{record.place}: tools: method dpo reads none; leave the field out")
+        raise DataError(f"{record.place}: tools: dpo reads none; leave the field out")
     try:
         read = checked(record, _Preference)
     except DataError as error:

@@ -1,8 +1,8 @@
 """Preference data: its spellings, its rows for TRL, and refused records."""
 
 import pytest
+from modulora_dpo.preferences import load_preferences
 
-from modulora_core.data.preferences import load_preferences
 from modulora_core.errors import DataError
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl
 
