@@ -1,4 +1,4 @@
-"""The documented commands run in the documented install, which brings no library of an extra."""
+"""The documented commands run in the documented install, without a library of an extra."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ INSTALLED = ROOT / "plugins" / "requirements.txt"
 
 NEVER = ("peft", "trl", "datasets", "bitsandbytes", "lm_eval", "rouge_score")
 """Libraries of extras."""
+
+NEEDS_AN_EXTRA = "modulora-dpo"
+"""The plugin that needs such libraries anyway: it is left out, as a user may leave it out."""
 
 RUN = """
 import importlib.util, json, sys
@@ -73,7 +76,7 @@ def documented_install(folder: Path, *without: str) -> Path:
     roots = [tomllib.loads(text)["project"]["name"] for text in files]
     venv.create(folder, symlinks=True)
     place = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
-    for name in needed(roots, without):
+    for name in needed(roots, {*without, NEEDS_AN_EXTRA}):
         found = distribution(name)
         for first in {file.parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
             if not (place / first).exists():  # several distributions share a namespace
