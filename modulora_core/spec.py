@@ -140,6 +140,14 @@ class QuantizerSpec(PluginSpec):
     """Its options for ``--quality fast`` and ``--quality best``, for packed weights of the same
     size. ``balanced``, the default, has the defaults."""
 
+    def check_text(self, text: str | None) -> None:
+        """Raise OptionError if calibration is required, and ``text`` names no source for it."""
+        if self.calibration == "required" and text is None:
+            raise OptionError(
+                f"{self.name}: expected a calibration text, got none; give one: --calibration "
+                "SOURCE, such as a .txt file, or pydoc"
+            )
+
     def next_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The smallest ``(out, in)`` from ``shape`` on that its multiples divide."""
         (out_features, in_features), (a, b) = shape, (self.out_multiple, self.in_multiple)

@@ -14,6 +14,7 @@ from modulora_core.cli.arguments import Resume, argument, option
 from modulora_core.cli.requests import check_places
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts, next_commands
+from modulora_core.data.sources import check_records
 from modulora_core.errors import OptionError
 from modulora_core.progress import Bars
 from modulora_core.training.config import FinetuneConfig
@@ -98,14 +99,18 @@ def checked_request(kind: type[Config], options: Mapping[str, object], file: str
     """The config of a run. A plugin that isn't installed and a missing place are refused at once.
 
     Raises:
-        RequestError: the config or one of its places is wrong.
+        RequestError: the config, one of its places or a record of a small file is wrong.
     """
     request = kind.build(options, file=file)
     if request.data is None:
         raise OptionError("data: expected training data, got none; give --data SOURCE")
     if request.quantizer is not None:
-        registry.find(registry.Choice.parse(request.quantizer, "quantizer").quantizer)
+        spec = registry.find(registry.Choice.parse(request.quantizer, "quantizer").quantizer).spec
+        if spec is not None:
+            spec.check_text(request.calibration)
     check_places(dict(request))
+    for source in filter(None, (request.data, request.eval_data)):
+        check_records(source, request.check_records)
     return request
 
 

@@ -158,7 +158,9 @@ def command(
     }  # fmt: skip
     _check_together(assignment, given)
     if quantizer is not None:
-        find(quantizer)
+        spec = find(quantizer).spec
+        if spec is not None and not override:
+            spec.check_text(calibration)
     if not resume:
         check_output(out)
     options, overrides = parse_options(option), dict(map(_override, override))

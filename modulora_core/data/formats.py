@@ -186,6 +186,17 @@ def _shown(names: set[str]) -> str:
     return f"the fields {shown}" if shown else "no fields"
 
 
+def check_all(records: Sequence[Record], format_: Format) -> None:
+    """Check each record of a format without a tokenizer. Raises DataError."""
+    if format_ == "text":
+        texts(records)
+    elif format_ == "tokens":
+        for record in records:
+            tokens(record)
+    else:
+        conversations(records, format_)
+
+
 def texts(records: Sequence[Record]) -> list[str]:
     """The texts of records in format text. Raises DataError for a missing field or a wrong type."""
     return [checked(record, _Text).text for record in records]

@@ -59,6 +59,9 @@ _CUTS = (
     re.compile(r"(?s)."),
 )
 
+_SMALL = 2**24
+"""Bytes that are read in less time than torch is imported."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:
@@ -143,6 +146,24 @@ def load_records(
         else:
             records.append(Record(part, f"record {number}"))
     return records
+
+
+def check_records(source: Source, check: Check) -> None:
+    """Check all records of small local files at once, so that no work begins with a wrong one.
+
+    Other sources take longer to read, or need other libraries: their work checks them.
+
+    Raises:
+        DataError: as :func:`load_records` and ``check``.
+    """
+    if all(isinstance(part, str) and _is_small(part) for part in _parts(source)):
+        check(load_records(source, check))
+
+
+def _is_small(text: str) -> bool:
+    """Whether a source is a file that is worth reading twice."""
+    _, _, path = _place(text)
+    return path.is_file() and path.suffix.lower() != ".parquet" and path.stat().st_size <= _SMALL
 
 
 def _parts(source: Source) -> list[str | dict[str, Any]]:

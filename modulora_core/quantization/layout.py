@@ -174,11 +174,7 @@ def _check_calibration(
 ) -> None:
     if calibration is None:
         for quantizer in quantizers:
-            if quantizer.spec.calibration == "required":
-                raise OptionError(
-                    f"{quantizer.spec.name}: expected a calibration text, got none; give one: "
-                    "--calibration SOURCE, such as a .txt file, or pydoc"
-                )
+            quantizer.spec.check_text(None)
         return
     check_rescales(quantizers, calibration)
     if calibration.config.tuning is None and not any(q.wants_calibration for q in quantizers):

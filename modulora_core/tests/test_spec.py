@@ -10,7 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from modulora_core.errors import CheckpointError, PluginError, ShapeError
+from modulora_core.errors import CheckpointError, OptionError, PluginError, ShapeError
 from modulora_core.spec import (
     PackedLayout,
     PackedWeight,
@@ -50,6 +50,14 @@ def packed():
         "scale": torch.ones(4, dtype=torch.float16),
     }
     return PackedWeight("mine", 2, (4, 6), tensors, {"group": 6})
+
+
+def test_a_quantizer_that_needs_a_text_refuses_to_go_without_one():
+    spec = QuantizerSpec(**GOOD, calibration="required")
+    spec.check_text("notes.txt")
+    with pytest.raises(OptionError, match="mine: expected a calibration text, got none"):
+        spec.check_text(None)
+    QuantizerSpec(**GOOD, calibration="optional").check_text(None)
 
 
 def test_bits_per_weight_counts_every_byte():

@@ -22,6 +22,9 @@ from pydantic import (
     model_validator,
 )
 
+from modulora_core.data.files import Record
+from modulora_core.data.formats import check_all, detect
+from modulora_core.data.templates import Template
 from modulora_core.errors import OptionError
 from modulora_core.options import validate_model
 
@@ -300,6 +303,12 @@ class FinetuneConfig(BaseModel):
                 values.pop(other, None)
         subject = cls.command if file is None else f"{cls.command} with {file}"
         return cls.model_validate({**values, **given}, context=subject)
+
+    def check_records(self, records: Sequence[Record]) -> None:
+        """Check records of the data as far as no tokenizer is needed. Raises RequestError."""
+        template = Template.of(self.prompt, self.completion)
+        filled = records if template is None else template.fill(records)
+        check_all(filled, detect(filled, self.format))
 
     def in_window(self, longest: int | None, model: str) -> FinetuneConfig:
         """The config with a ``seq_len`` that ``model`` can take: its context, if none was given.

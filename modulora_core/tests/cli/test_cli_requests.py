@@ -30,6 +30,10 @@ WRONG = {
     "finetune MODEL OUT --data notes.txt --eval-data ./absent": "./absent: expected a file",
     "finetune MODEL OUT --data pydoc --adapter ./absent": "adapter ./absent: expected a folder",
     "finetune MODEL OUT --data pydoc -q tyo": NEAR,
+    "finetune MODEL OUT --data wrong.jsonl": "wrong.jsonl, line 2: completion: expected a string",
+    "finetune MODEL OUT --data notes.txt --eval-data wrong.jsonl": "wrong.jsonl, line 2: ",
+    "finetune MODEL OUT --data wrong.jsonl --format chat": "line 1: messages: ",
+    "finetune MODEL OUT --data wrong.jsonl --prompt {x} --completion {y}": "the column 'x'",
     "finetune MODEL notes.txt --data pydoc": "expected a folder or nothing, found a file",
     "finetune MODEL done --data pydoc": "output folder done: it holds a finished adapter",
     "finetune --config run.yaml": ABSENT,
@@ -54,6 +58,8 @@ def test_a_wrong_request_is_refused_without_torch(tmp_path):
     (tmp_path / "MODEL" / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to("empty")
     (tmp_path / "notes.txt").write_text("The ship sailed north.")
+    rows = ('{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion": 1}')
+    (tmp_path / "wrong.jsonl").write_text("\n".join(rows))
     (tmp_path / "run.yaml").write_text("{model: ./absent, out: OUT, data: notes.txt}")
     done = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps([words.split() for words in WRONG]),
@@ -67,7 +73,7 @@ def test_a_wrong_request_is_refused_without_torch(tmp_path):
         assert WRONG[words] in message, (words, message)
         assert code == [2], words
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"MODEL", "empty", "done", "link", "notes.txt", "run.yaml"}
+    assert names == {"MODEL", "empty", "done", "link", "notes.txt", "run.yaml", "wrong.jsonl"}
 
 
 def test_a_run_is_written_through_a_link(tmp_path):

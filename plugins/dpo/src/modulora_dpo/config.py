@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
+from modulora_core.data.files import Record
 from modulora_core.training.config import FinetuneConfig
+from modulora_dpo.preferences import check_preferences
 
 FIXED = ("format", "prompt", "completion", "packing")
 """Options of finetune that preferences do not have."""
@@ -33,3 +37,7 @@ class PreferenceConfig(FinetuneConfig):
         lt=1,
         description="dropout of the adapter's input: noise blurs its difference from the reference",
     )
+
+    @override
+    def check_records(self, records: Sequence[Record]) -> None:
+        check_preferences(records)

@@ -73,8 +73,16 @@ def load_preferences(
     return kept
 
 
-def _row(record: Record, renderer: Renderer, vocabulary: int | None) -> tuple[dict[str, Any], int]:
-    """The row of a record, and the number of tokens in its prompt."""
+def check_preferences(records: Sequence[Record]) -> None:
+    """Check each record as far as no tokenizer is needed. Raises DataError."""
+    for record in records:
+        _read(record)
+
+
+def _read(
+    record: Record,
+) -> tuple[_Preference, tuple[list[Message], list[Message], list[Message]]]:
+    """The fields of a record, and the messages of the prompt and of both answers."""
     if missing := {"chosen", "rejected"}.difference(record.fields):
         names = ", ".join(sorted(map(str, record.fields)))[:200]
         raise DataError(
@@ -87,7 +95,12 @@ def _row(record: Record, renderer: Renderer, vocabulary: int | None) -> tuple[di
         read = checked(record, _Preference)
     except DataError as error:
         raise DataError(f"{error}; {_RULE}") from None
-    prompt, chosen, rejected = _turns(read, record.place)
+    return read, _turns(read, record.place)
+
+
+def _row(record: Record, renderer: Renderer, vocabulary: int | None) -> tuple[dict[str, Any], int]:
+    """The row of a record, and the number of tokens in its prompt."""
+    read, (prompt, chosen, rejected) = _read(record)
     strings = (read.prompt, read.chosen, read.rejected)
     for turns, answer in ((chosen, read.chosen), (rejected, read.rejected)):
         plain = (read.prompt, answer) if all(isinstance(s, str) for s in strings) else None

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from modulora_core.cli import arguments as shared
 from modulora_core.cli.arguments import option
+from modulora_core.cli.requests import check_places
 from modulora_core.cli.terminal import Report, terminal
 from modulora_core.cli.text import facts
 from modulora_core.errors import OptionError
@@ -84,12 +85,6 @@ def command(
         modulora evaluate packed --adapter out --config out/finetune.yaml --metric rouge
         modulora evaluate packed --adapter out --against merged --seq-len 256 --segments 8
     """
-    from modulora_core.checkpoints.peak_memory import PeakMemory
-    from modulora_core.data import token_segments
-    from modulora_core.inference.opened import open_to_run
-    from modulora_evaluate.divergence import divergence
-    from modulora_evaluate.evaluate import evaluate
-
     if metric not in (None, *METRICS):
         raise OptionError(f"--metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     if against is not None and metric not in (None, "perplexity"):
@@ -100,8 +95,16 @@ def command(
         read = FinetuneConfig.build(given, file=config)
         prompt, completion = read.prompt, read.completion
         source = data or read.eval_data or "pydoc"
-    if against is not None and prompt is not None:
-        raise OptionError("--against: expected text, which is compared as it is, got --prompt")
+    if against is not None:
+        if prompt is not None:
+            raise OptionError("--against: expected text, which is compared as it is, got --prompt")
+        check_places({"model": against})
+    from modulora_core.checkpoints.peak_memory import PeakMemory
+    from modulora_core.data import token_segments
+    from modulora_core.inference.opened import open_to_run
+    from modulora_evaluate.divergence import divergence
+    from modulora_evaluate.evaluate import evaluate
+
     loading: Any = {"dtype": dtype, "device": device, "parity_check": parity_check}
     opened = open_to_run(model, adapter=adapter, mapped=mapped, **loading)
     if against is not None:
