@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -286,7 +287,11 @@ def serving(folder: Path, words: Sequence[str], end: signal.Signals) -> Iterator
     command = [sys.executable, "-m", "modulora_core.cli", *words, "--port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log,
+            # a shell's background job, such as these tests may be, ignores Ctrl-C
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
     try:
         while "Ctrl-C ends it" not in (folder / "log").read_text():
             time.sleep(0.5)
