@@ -183,12 +183,13 @@ def _parts(source: Source) -> list[str | dict[str, Any]]:
 
 
 def check_source(text: str) -> None:
-    """Refuse a source with a wrong slice or kind of file, or that isn't there, without reading it.
+    """Refuse a source that isn't there, a wrong slice or kind of file, or a malformed small file.
 
     Raises:
         DataError: as :func:`load_records`.
     """
-    _place(text)
+    if _is_small(text):
+        load_records(text)
 
 
 def _place(text: str) -> tuple[str, Slice, Path]:

@@ -41,6 +41,8 @@ WRONG = {
     "compare MODEL -q tyo": NEAR,
     "bench tyo": NEAR,
     "evaluate MODEL --data pydoc[90%]": SLICE,
+    "evaluate MODEL --data broken.jsonl": "broken.jsonl, line 2: Invalid JSON",
+    "quantize MODEL OUT -q toy --calibration broken.jsonl": "broken.jsonl, line 2: Invalid JSON",
     "generate ./absent Hello": ABSENT,
     "chat MODEL --adapter ./absent": "adapter ./absent: expected a folder or a Hub id",
     "convert MODEL OUT --to ggfu": "format 'ggfu': expected one of modulora, ",
@@ -60,6 +62,7 @@ def test_a_wrong_request_is_refused_without_torch(tmp_path):
     (tmp_path / "notes.txt").write_text("The ship sailed north.")
     rows = ('{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion": 1}')
     (tmp_path / "wrong.jsonl").write_text("\n".join(rows))
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": ')
     (tmp_path / "run.yaml").write_text("{model: ./absent, out: OUT, data: notes.txt}")
     done = subprocess.run(
         [sys.executable, "-c", RUN], input=json.dumps([words.split() for words in WRONG]),
@@ -73,7 +76,16 @@ def test_a_wrong_request_is_refused_without_torch(tmp_path):
         assert WRONG[words] in message, (words, message)
         assert code == [2], words
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"MODEL", "empty", "done", "link", "notes.txt", "run.yaml", "wrong.jsonl"}
+    assert names == {
+        "MODEL",
+        "empty",
+        "done",
+        "link",
+        "notes.txt",
+        "run.yaml",
+        "wrong.jsonl",
+        "broken.jsonl",
+    }
 
 
 def test_a_run_is_written_through_a_link(tmp_path):
