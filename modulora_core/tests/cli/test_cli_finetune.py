@@ -75,7 +75,10 @@ def test_flags_and_file_become_the_config(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("modulora_core.training.finetune.finetune", finetune)
     monkeypatch.setattr("modulora_core.cli.finetune.check_places", lambda _: None)
-    flags = ["--data", "a", "--data", "b", "--steps", "2", "--lr", "1e-2", "--rank", "4",
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("The ship sailed north.")
+    flags = ["--data", "a.txt", "--data", "b.txt", "--steps", "2", "--lr", "1e-2", "--rank", "4",
              "--targets", "q_proj,up_proj", "--no-gradient-checkpointing", "--optim", "sgd",
              "--report-to", "wandb,mlflow", "--trainer", "adam_beta1=0.8", "--trainer",
              "lr_scheduler_kwargs={\"power\": 2}"]  # fmt: skip
@@ -84,7 +87,7 @@ def test_flags_and_file_become_the_config(tmp_path, monkeypatch, capsys):
         "out", "steps", "losses", "eval_loss", "seconds", "tokens_per_second", "peak_memory_bytes",
     }  # fmt: skip
     expected = FinetuneConfig(
-        model="m", out="o", data=("a", "b"), steps=2, lr=1e-2, rank=4, optim="sgd",
+        model="m", out="o", data=("a.txt", "b.txt"), steps=2, lr=1e-2, rank=4, optim="sgd",
         targets=("q_proj", "up_proj"), gradient_checkpointing=False, report_to=("wandb", "mlflow"),
         trainer={"adam_beta1": "0.8", "lr_scheduler_kwargs": '{"power": 2}'},
     )  # fmt: skip
