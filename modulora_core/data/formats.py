@@ -161,7 +161,10 @@ def detect(records: Sequence[Record], requested: str = "auto", *, answers: bool 
     if "label" in present or (answers and len(found) > 1):
         found.pop("text", None)  # a text with a label is a completion
     if present.issuperset(("chosen", "rejected")):
-        raise DataError(f"{place}: preferences: train on them with `modulora dpo`")
+        raise DataError(
+            f"{place}: expected one answer for each prompt, got chosen and rejected; `modulora dpo` "
+            "trains on them"
+        )
     if not found:
         shapes = "; or ".join(", ".join(fields) for _, fields in _SHAPES)
         raise DataError(

@@ -83,7 +83,10 @@ UNUSABLE = [
     ([{"messages": ["hi"]}], "messages: 0: expected a valid dictionary, got 'hi'"),
     ([{"messages": [{"role": "user", "content": ["hi"]}]}], "parts of type text, .*got 'hi'"),
     ([{"messages": CHAT[:1]}], "expected a turn of the assistant .* got only user"),
-    ([{"prompt": "a", "chosen": "b", "rejected": "c"}], "train on them with `modulora dpo`"),
+    (
+        [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+        "got chosen and rejected; `modulora dpo` trains on them",
+    ),
     ([{"input_ids": [5, 6], "labels": [-100, -100]}], "expected a token to train .* none in 1"),
 ]
 
