@@ -162,8 +162,8 @@ def detect(records: Sequence[Record], requested: str = "auto", *, answers: bool 
         found.pop("text", None)  # a text with a label is a completion
     if present.issuperset(("chosen", "rejected")):
         raise DataError(
-            f"{place}: expected one answer for each prompt, got chosen and rejected; `modulora dpo` "
-            "trains on them"
+            f"{place}: expected one answer for each prompt, got chosen and rejected; `modulora "
+            "dpo` trains on them"
         )
     if not found:
         shapes = "; or ".join(", ".join(fields) for _, fields in _SHAPES)
