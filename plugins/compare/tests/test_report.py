@@ -56,6 +56,9 @@ def test_a_page_needs_nothing_else(run, configure, data, tmp_path):
     assert page.count("say &lt;b&gt;") == 5
     assert "<b>a</b>" not in page
     assert (out / "report.html").is_file()
+    with (out / "finetune.yaml").open("a") as file:
+        file.write("original: dense\n")  # as the runs of a plugin's command have
+    assert "<span>original</span><code>dense</code>" in written(run, out)
 
 
 def test_the_page_says_on_which_examples_the_loss_is(run, configure, data, tmp_path):

@@ -33,10 +33,10 @@ def adapter_run(
     base, adapter = shlex.quote(log.model), shlex.quote(str(folder))
     return Run(
         title=f"Finetuning of {log.source}",
-        subtitle=f"A LoRA adapter, trained on weights quantized with "
+        subtitle="A LoRA adapter, trained on weights quantized with "
         f"{', '.join(log.quantizers)} ({log.bits_per_weight:.2f} bits per weight).",
         history=log.log_history,
-        settings=config.model_dump(mode="json", exclude_none=True),
+        settings=read_options(folder / RUN_FILE),
         seconds=log.seconds,
         peak_memory_bytes=log.peak_memory_bytes,
         held_out=log.held_out,
