@@ -103,6 +103,9 @@ def test_blocks_below_the_first_that_trains_are_not_recomputed(pack, products):
     assert products == {False: BLOCKS * LINEARS["llama"] + LINEARS["llama"] - 1, True: 3}
 
 
+# where an earlier test left graphs, dynamo enters a block from outside and reads its input's .grad;
+# torch hides that warning by `showwarning`, which a filter that raises never reaches
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("keep_products", [False, True], ids=["recomputed", "kept"])
 def test_a_compiled_model_checkpoints_too(keep_products, pack):
     model = adapted(pack("llama", "toy")[1])
@@ -110,6 +113,7 @@ def test_a_compiled_model_checkpoints_too(keep_products, pack):
         layer.dropout["default"].p = 0.0
     loss, expected = step(model)
     checkpoint_activations(model, keep_products=keep_products)
+    torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     again, gradients = step(compiled)
     torch._dynamo.reset()
