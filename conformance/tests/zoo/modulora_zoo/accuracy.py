@@ -14,6 +14,7 @@ MAGNITUDE = "test_a_weight_of_any_magnitude_is_packed_or_refused"
 HALF = "test_float16_weights_give_finite_float16_tiles"
 SIGN = "test_rows_of_one_sign_keep_the_error"
 OUTLIER = "test_an_outlier_stays_alone"
+SMALLEST = "test_the_smallest_blocks_keep_the_error"
 
 
 class PaddingInTheScale(Healthy):
@@ -338,3 +339,28 @@ class KeepsAGraph(Healthy):
         found = super().packed(codes, scale, zero, weight)
         scale = found.tensors["scale"] + 0 * weight[0, 0].half()
         return changed(found, scale=scale)
+
+
+class HalvesTheSmallestBlock(Healthy):
+    """Of all scales, the smallest is half of what its codes were rounded with."""
+
+    breaks = SMALLEST
+    says = "error of the smallest row"
+
+    def packed(self, codes, scale, zero, weight):
+        if scale.shape[1] > 4 and float(scale.min()) < float(scale.max()):
+            scale.view(-1)[scale.argmin()] /= 2
+        return super().packed(codes, scale, zero, weight)
+
+
+class LowersTheSmallestOfEachRow(Healthy):
+    """In each row, the smallest scale is a sixth smaller."""
+
+    breaks = SMALLEST
+    says = "error of the smallest columns"
+
+    def packed(self, codes, scale, zero, weight):
+        if scale.shape[1] > 4 and float(scale.min()) < float(scale.max()):
+            smallest = scale.argmin(dim=1, keepdim=True)
+            scale.scatter_(1, smallest, scale.gather(1, smallest) * 0.83)
+        return super().packed(codes, scale, zero, weight)
