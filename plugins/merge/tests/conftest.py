@@ -1,10 +1,5 @@
 """Tiny packed models with a trained adapter, and a text."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from modulora_core.calibration import CalibrationConfig
@@ -15,22 +10,20 @@ from modulora_core.tests.conftest import one_thread, toy, toy_root  # noqa: F401
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 
-Trained = Callable[..., tuple[Path, Path]]
-
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(pydoc_text()[:20000])
     return file
 
 
 @pytest.fixture(scope="session")
-def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(text, tmp_path_factory):
     """``trained(quantizer, options)`` packs a tiny Llama and trains an adapter on it."""
-    made: dict[tuple[str, str], tuple[Path, Path]] = {}
+    made = {}
 
-    def folders(quantizer: str, options: dict[str, object] | None = None) -> tuple[Path, Path]:
+    def folders(quantizer, options=None):
         key = quantizer, str(options)
         if key not in made:
             root = tmp_path_factory.mktemp(quantizer)

@@ -1,11 +1,6 @@
 """Training in rounds gives one packed model, with one learning rate, and can be interrupted."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,24 +17,20 @@ from modulora_core.training.finetune import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Trained = Callable[..., tuple[Path, Path]]
 
-
-def config_of(model: Path, out: Path, text: Path, **options: Any) -> RoundsConfig:
-    few: dict[str, Any] = {
+def config_of(model, out, text, **options):
+    few = {
         "steps": 12, "merge_every": 5, "merge_seq_len": 32, "batch_size": 2, "seq_len": 32,
         "lr": 1e-2,
     }  # fmt: skip
     return RoundsConfig(model=str(model), out=str(out), data=str(text), **few | options)
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder):
     return open_packed(str(folder)).tensors()
 
 
-def test_the_result_is_one_packed_model_that_is_better(
-    trained: Trained, text: Path, tmp_path: Path
-) -> None:
+def test_the_result_is_one_packed_model_that_is_better(trained, text, tmp_path):
     packed, _ = trained("nf4")
     result = finetune_packed(
         config_of(packed, tmp_path / "out", text, steps=40, merge_every=20, eval_data=str(text)),
@@ -56,14 +47,12 @@ def test_the_result_is_one_packed_model_that_is_better(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_learning_rate_has_one_schedule_over_all_rounds(
-    trained: Trained, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_learning_rate_has_one_schedule_over_all_rounds(trained, text, tmp_path, monkeypatch):
     packed, _ = trained("nf4")
-    rates: dict[str, list[float]] = {"whole": [], "rounds": []}
+    rates = {"whole": [], "rounds": []}
 
-    def watched(name: str) -> Any:
-        def trained_too(config: Any, **options: Any) -> Any:
+    def watched(name):
+        def trained_too(config, **options):
             return finetune(
                 config, **options, on_step=lambda step: rates[name].append(step.learning_rate)
             )
@@ -79,15 +68,13 @@ def test_the_learning_rate_has_one_schedule_over_all_rounds(
     assert len(set(rates["whole"])) > 8
 
 
-def test_an_interrupted_run_continues_to_the_same_bytes(
-    trained: Trained, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_continues_to_the_same_bytes(trained, text, tmp_path, monkeypatch):
     packed, _ = trained("nf4")
     finetune_packed(config_of(packed, tmp_path / "whole", text), progress=False)
     config = config_of(packed, tmp_path / "out", text)
-    merge, calls = rounds.merge_packed, list[Path]()
+    merge, calls = rounds.merge_packed, []
 
-    def stopped(model: Any, out: Path, **options: Any) -> Any:
+    def stopped(model, out, **options):
         calls.append(out)
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -106,7 +93,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
-def test_a_file_becomes_a_file(text: Path, tmp_path: Path) -> None:
+def test_a_file_becomes_a_file(text, tmp_path):
     write_tiny_gguf("llama", tmp_path / "model.gguf", "Q4_0")
     config = config_of(tmp_path / "model.gguf", tmp_path / "out.gguf", text, steps=4, merge_every=2)
     finetune_packed(config, progress=False)
@@ -116,9 +103,7 @@ def test_a_file_becomes_a_file(text: Path, tmp_path: Path) -> None:
         finetune_packed(config_of(tmp_path / "model.gguf", tmp_path / "folder", text))
 
 
-def test_what_no_merge_takes_is_refused_before_the_first_round(
-    toy: object, trained: Trained, text: Path, tmp_path: Path
-) -> None:
+def test_what_no_merge_takes_is_refused_before_the_first_round(toy, trained, text, tmp_path):
     packed, _ = trained("toy")
     with pytest.raises(OptionError, match="codes can move on a grid, got toy; use `modulora fine"):
         finetune_packed(config_of(packed, tmp_path / "out", text), progress=False)
@@ -128,9 +113,7 @@ def test_what_no_merge_takes_is_refused_before_the_first_round(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_refuses_what_does_not_fit_rounds(
-    trained: Trained, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_refuses_what_does_not_fit_rounds(trained, text, tmp_path, capsys):
     packed, _ = trained("nf4")
     words = ["finetune-packed", str(packed), str(tmp_path / "out"), "--data", str(text), "--json"]
     assert run(words) == 2

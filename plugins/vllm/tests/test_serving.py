@@ -1,7 +1,5 @@
 """vLLM serves packed folders: its log-probabilities are transformers', in fp32."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -11,12 +9,9 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -50,7 +45,7 @@ SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
          "eos_token_id": 2}  # fmt: skip
 
 
-def save_model(folder: Path, model_type: str = "llama", **sizes: Any) -> Path:
+def save_model(folder, model_type="llama", **sizes):
     """Save a tiny model with random norms and biases too, and a tokenizer."""
     config = CONFIG_MAPPING[model_type](**{**SIZES, **sizes})
     generator = torch.Generator().manual_seed(0)
@@ -66,9 +61,7 @@ def save_model(folder: Path, model_type: str = "llama", **sizes: Any) -> Path:
     return folder
 
 
-def packed_model(
-    root: Path, quantizer: str | Assignment, model_type: str = "llama", **sizes: Any
-) -> Path:  # fmt: skip
+def packed_model(root, quantizer, model_type="llama", **sizes):
     needs_text = any(name in str(quantizer) for name in ("optq", "quip", "qtip"))
     text = CalibrationConfig("pydoc[:5%]", samples=4, seq_len=48) if needs_text else None
     root.mkdir(exist_ok=True)
@@ -86,16 +79,14 @@ QUANTIZERS = (
 """The last two are of strangers: the package of an example, and one that only tests have."""
 
 
-def test_each_quantizer_gives_transformers_log_probabilities(
-    tmp_path: Path, toy: ModuleType, toy_root: Path
-) -> None:
+def test_each_quantizer_gives_transformers_log_probabilities(tmp_path, toy, toy_root):
     folders = {name: packed_model(tmp_path / name, name) for name in QUANTIZERS}
     qtip = packed_model(tmp_path / "layout", "qtip:bits=4,layout=exl3")
     convert(str(qtip), tmp_path / "exl3", "exl3")
     check_answers(tmp_path, {**folders, "a folder of EXL3": tmp_path / "exl3"}, toy_root)
 
 
-def check_answers(tmp_path: Path, folders: Mapping[str, Path], site: Path | None = None) -> None:
+def check_answers(tmp_path, folders, site=None):
     """Compare vLLM's answers with transformers', for several models."""
     answers = run_vllm(tmp_path, *({"model": each} for each in folders.values()), site=site)
     found = {
@@ -118,7 +109,7 @@ MIXED = Assignment(
 """Quantizers differ within a layer of vLLM, and some of its parts are dense."""
 
 
-ARCHITECTURES: dict[str, tuple[str, str | Assignment, dict[str, Any]]] = {
+ARCHITECTURES = {
     "mixed": ("llama", MIXED, {"attention_bias": True, "tie_word_embeddings": False}),
     "packed tied table": (
         "llama", Assignment(default="nf4", embeddings="int8"), {"tie_word_embeddings": True}
@@ -136,7 +127,7 @@ ARCHITECTURES: dict[str, tuple[str, str | Assignment, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def test_each_architecture_gives_transformers_log_probabilities(tmp_path: Path) -> None:
+def test_each_architecture_gives_transformers_log_probabilities(tmp_path):
     check_answers(
         tmp_path,
         {
@@ -146,7 +137,7 @@ def test_each_architecture_gives_transformers_log_probabilities(tmp_path: Path) 
     )
 
 
-def test_adapters_of_one_batch_give_transformers_log_probabilities(tmp_path: Path) -> None:
+def test_adapters_of_one_batch_give_transformers_log_probabilities(tmp_path):
     packed = packed_model(tmp_path, "qtip")
     models, paths = adapted_models(tmp_path, packed)
     names = ["one", None, "two", "one", None, "two"]
@@ -157,10 +148,10 @@ def test_adapters_of_one_batch_give_transformers_log_probabilities(tmp_path: Pat
     assert not torch.allclose(shared, torch.tensor(answers[1]["logprobs"]), atol=1e-2)
 
 
-def test_adapters_of_packed_experts_give_transformers_log_probabilities(tmp_path: Path) -> None:
+def test_adapters_of_packed_experts_give_transformers_log_probabilities(tmp_path):
     """Stored one by one, as in Mixtral and Qwen 3; a request without an adapter is in the batch."""
     names = ["one", None, "two", "one", None, "two"]
-    requests, models = list[dict[str, Any]](), list[dict[str | None, Any]]()
+    requests, models = [], []
     for architecture in ("mixtral", "qwen3_moe"):
         model_type, quantizer, sizes = ARCHITECTURES[architecture]
         packed = packed_model(tmp_path / architecture, quantizer, model_type, **sizes)
@@ -171,7 +162,7 @@ def test_adapters_of_packed_experts_give_transformers_log_probabilities(tmp_path
     sharded = {"options": {"enable_lora": True, "fully_sharded_loras": True}}
     *served, refused = run_vllm(tmp_path, *requests, {"model": packed, **sharded})
     assert "packed experts are served without fully sharded adapters; serve what" in refused
-    found = list[float]()
+    found = []
     for adapted, answers in zip(models, served, strict=True):
         assert not isinstance(answers, str), answers
         for name, ids, answer in zip(names, PROMPTS, answers, strict=True):
@@ -181,10 +172,10 @@ def test_adapters_of_packed_experts_give_transformers_log_probabilities(tmp_path
     assert max(found) < TOLERANCE
 
 
-def adapted_models(root: Path, packed: Path) -> tuple[dict[str | None, Any], dict[str, str]]:
+def adapted_models(root, packed):
     """The packed model without and with two adapters, and their folders for vLLM, by name."""
-    models: dict[str | None, Any] = {None: load_model(packed, device="cpu")}
-    paths = dict[str, str]()
+    models = {None: load_model(packed, device="cpu")}
+    paths = {}
     for seed, name in enumerate(("one", "two")):
         torch.manual_seed(seed)
         models[name] = trained(load_model(packed, device="cpu"), LoRASettings(rank=4, alpha=7.0))
@@ -195,9 +186,7 @@ def adapted_models(root: Path, packed: Path) -> tuple[dict[str | None, Any], dic
     return models, paths
 
 
-def test_three_processes_give_the_same_answers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_three_processes_give_the_same_answers(tmp_path, capsys):
     """Some weights are cut, others refuse a cut and stay whole, and the vocabulary is padded."""
     uncut = "half-quadratic"  # has no `sliced`
     quantizer = Assignment(
@@ -215,11 +204,8 @@ def test_three_processes_give_the_same_answers(
     assert largest_difference(answers, load_model(packed, device="cpu")) < TOLERANCE
 
 
-Damage = Callable[[Path], None]
-
-
-def without(*names: str) -> Damage:
-    def damage(folder: Path) -> None:
+def without(*names):
+    def damage(folder):
         tensors = load_file(folder / "model.safetensors")
         for name in names:
             del tensors[name]
@@ -228,12 +214,12 @@ def without(*names: str) -> Damage:
     return damage
 
 
-def unknown_quantizer(folder: Path) -> None:
+def unknown_quantizer(folder):
     text = (folder / "config.json").read_text().replace('"quantizer": "nf4"', '"quantizer": "gone"')
     (folder / "config.json").write_text(text)
 
 
-DAMAGES: dict[str, tuple[Damage, str]] = {
+DAMAGES = {
     "packed": (
         without("model.layers.1.mlp.up_proj.weight.codes"),
         "up_proj.weight.codes: expected uint8",
@@ -243,7 +229,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
-def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_folder_is_refused(tmp_path):
     packed = packed_model(tmp_path, "nf4")
     for name, (damage, _) in DAMAGES.items():
         shutil.copytree(packed, tmp_path / f"no {name}")
@@ -254,7 +240,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["vllm", "transformers"])
-def test_the_command_answers_and_leaves_no_process(tmp_path: Path, engine: str) -> None:
+def test_the_command_answers_and_leaves_no_process(tmp_path, engine):
     packed = packed_model(tmp_path, "nf4")
     torch.manual_seed(0)
     models = {str(packed): load_model(packed, device="cpu")}
@@ -279,7 +265,7 @@ CUT = "\ufffd"
 
 
 @contextmanager
-def serving(folder: Path, words: Sequence[str], end: signal.Signals) -> Iterator[str]:
+def serving(folder, words, end):
     """The address of ``modulora serve``, which a signal ends within ten seconds."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -306,12 +292,12 @@ def serving(folder: Path, words: Sequence[str], end: signal.Signals) -> Iterator
     assert not left
 
 
-def children(pid: int) -> list[int]:
+def children(pid):
     text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     return [int(each) for each in text.split()]
 
 
-def session_of(process: Path) -> int | None:
+def session_of(process):
     """The session of a process, which `modulora serve` makes for its server; None if it ended."""
     try:
         fields = (process / "stat").read_text().rpartition(")")[2].split()
@@ -320,24 +306,20 @@ def session_of(process: Path) -> int | None:
     return None if fields[0] == "Z" else int(fields[3])
 
 
-def completion(address: str, name: str, prompt: str, tokens: int) -> str:
+def completion(address, name, prompt, tokens):
     body = {"model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    text: str = json.loads(post(f"{address}/v1/completions", body))["choices"][0]["text"]
-    return text
+    return json.loads(post(f"{address}/v1/completions", body))["choices"][0]["text"]
 
 
-def post(address: str, body: Mapping[str, Any]) -> str:
+def post(address, body):
     request = urllib.request.Request(
         address, json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        text: str = answer.read().decode()
-    return text
+        return answer.read().decode()
 
 
-def test_a_trainer_and_its_server_give_one_completion_the_same_log_probabilities(
-    tmp_path: Path,
-) -> None:
+def test_a_trainer_and_its_server_give_one_completion_the_same_log_probabilities(tmp_path):
     """As in reinforcement learning: the server loads PEFT's adapter while it runs, in 2 bits."""
     packed = packed_model(tmp_path, "qtip")
     torch.manual_seed(0)
@@ -346,7 +328,7 @@ def test_a_trainer_and_its_server_give_one_completion_the_same_log_probabilities
     )
     words = ["serve", str(packed), "--engine", "vllm", "--dtype", "float32", "--allow-loading"]
     words += ["--engine-options", "--max-loras 3 --max-lora-rank 8"]
-    found = list[list[int]]()
+    found = []
     with serving(tmp_path, words, signal.SIGTERM) as address:
         for step in ("one", "two"):
             with torch.no_grad():

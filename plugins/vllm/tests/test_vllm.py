@@ -1,11 +1,6 @@
 """vLLM's LoRA loader takes our adapters: its rules, and the weights that result."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +8,6 @@ from modulora_convert.convert import convert
 from modulora_vllm.export import export_for_vllm
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -28,18 +22,17 @@ from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.adapted_models import logits, randomize, trained
 
-Pack = Callable[..., tuple[Path, Path]]
 PREFIX = "base_model.model."
 
 
-def adapter_of(packed: Path, out: Path) -> Any:
+def adapter_of(packed, out):
     """The model with an adapter, of less rank on the narrow layers, which is saved to ``out``."""
     model = trained(load_model(packed, device="cpu"), LoRASettings(rank=4, alpha=7.0))
     save_adapter(model, out)
     return model
 
 
-def read_by_the_rules_of_vllm(folder: Path, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_by_the_rules_of_vllm(folder, stored):
     """s · B A by the name of each weight, as vLLM's loader understands a folder.
 
     From vllm/lora: ``PEFTHelper`` wants r, lora_alpha and target_modules, refuses modules_to_save
@@ -73,9 +66,7 @@ def read_by_the_rules_of_vllm(folder: Path, stored: dict[str, Tensor]) -> dict[s
 @pytest.mark.parametrize(
     "architecture", ["llama", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 )
-def test_the_exported_adapter_changes_the_stored_weights(
-    pack: Pack, tmp_path: Path, architecture: str
-) -> None:
+def test_the_exported_adapter_changes_the_stored_weights(pack, tmp_path, architecture):
     packed = pack(architecture, "toy")[1]
     expected = logits(adapter_of(packed, tmp_path / "adapter"))
     merge(str(packed), tmp_path / "names", dtype="float32")
@@ -93,7 +84,7 @@ def test_the_exported_adapter_changes_the_stored_weights(
     torch.testing.assert_close(logits(changed), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_linear_layers_of_one_rank_need_no_export(pack: Pack, tmp_path: Path) -> None:
+def test_linear_layers_of_one_rank_need_no_export(pack, tmp_path):
     packed = pack("llama", "toy")[1]
     adapter_of(packed, tmp_path / "adapter")
     export_for_vllm(str(tmp_path / "adapter"), tmp_path / "vllm", model=str(packed))
@@ -104,7 +95,7 @@ def test_linear_layers_of_one_rank_need_no_export(pack: Pack, tmp_path: Path) ->
     assert found[0].keys() == found[1].keys()
 
 
-def test_layers_have_the_names_of_the_checkpoint(pack: Pack, tmp_path: Path) -> None:
+def test_layers_have_the_names_of_the_checkpoint(pack, tmp_path):
     """Transformers stores a Gemma 3 with images under other names than it has in memory."""
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 16,
             "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64}  # fmt: skip
@@ -124,14 +115,14 @@ def test_layers_have_the_names_of_the_checkpoint(pack: Pack, tmp_path: Path) -> 
 
 
 @pytest.mark.skipif("sarvam_moe" not in CONFIG_MAPPING, reason="this transformers lacks the model")
-def test_layers_that_are_stored_as_one_are_refused(pack: Pack, tmp_path: Path) -> None:
+def test_layers_that_are_stored_as_one_are_refused(pack, tmp_path):
     packed = pack("sarvam_moe", "toy")[1]
     adapter_of(packed, tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"query_key_value holds other layers too; merge"):
         export_for_vllm(str(tmp_path / "adapter"), tmp_path / "vllm", model=str(packed))
 
 
-def test_channel_scales_are_refused(pack: Pack, tmp_path: Path) -> None:
+def test_channel_scales_are_refused(pack, tmp_path):
     packed = pack("llama", "toy")[1]
     model = load_model(packed, device="cpu")
     add_lora(model, LoRASettings(rank=2, train_scales=True))
@@ -142,9 +133,7 @@ def test_channel_scales_are_refused(pack: Pack, tmp_path: Path) -> None:
     assert not (tmp_path / "vllm").exists()
 
 
-def test_the_command_writes_what_vllm_takes(
-    pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_what_vllm_takes(pack, tmp_path, capsys):
     packed = pack("llama", "toy")[1]
     adapter_of(packed, tmp_path / "adapter")
     words = ["convert", str(tmp_path / "adapter"), str(tmp_path / "out"), "--to", "vllm"]
@@ -162,9 +151,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_a_wrong_request_is_one_sentence(
-    pack: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
-) -> None:
+def test_a_wrong_request_is_one_sentence(pack, tmp_path, capsys, words):
     packed = pack("llama", "toy")[1]
     given = words.format(packed=packed).split()
     assert main(["convert", str(packed), str(tmp_path / "out"), "--to", "vllm", *given]) == 2
@@ -172,9 +159,7 @@ def test_a_wrong_request_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_package_the_command_names_it(
-    pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_the_package_the_command_names_it(pack, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(registry, "formats", list)
     packed = pack("llama", "toy")[1]
     assert main(["convert", str(packed), str(tmp_path / "out"), "--to", "vllm"]) == 2
@@ -182,6 +167,6 @@ def test_without_the_package_the_command_names_it(
     assert "it is of modulora-vllm, which isn't installed: run `pip install -r" in error
 
 
-def test_a_model_is_not_written_in_a_format_of_adapters(pack: Pack, tmp_path: Path) -> None:
+def test_a_model_is_not_written_in_a_format_of_adapters(pack, tmp_path):
     with pytest.raises(OptionError, match="expected a format of models, got one of adapters"):
         convert(pack("llama", "toy")[1], tmp_path / "out", "vllm")
