@@ -1,9 +1,6 @@
 """Scales that are NaN or infinite are refused when a weight is loaded, merged or converted."""
 
-from __future__ import annotations
-
 import re
-from typing import Any
 
 import numpy as np
 import pytest
@@ -82,7 +79,7 @@ def test_it_is_refused_by_name(model, way, request, tmp_path):
     source = request.getfixturevalue(model)
     if (model, way) == ("damaged", "convert"):
         pytest.skip("no folder's format holds these blocks")
-    ways: dict[str, Any] = {
+    ways = {
         "load": lambda: load_model(source, device="cpu"),
         "merge": lambda: merge(str(source), tmp_path / "out"),
         "convert": lambda: convert(str(source), tmp_path / "out", "modulora"),

@@ -12,6 +12,7 @@ from modulora_gguf.file.merging import LlamaCppWriter
 from modulora_gguf.file.model_header import read_header
 from modulora_gguf.file.splits import _LIKE_GPT2, _SPLITS, LIKE_LLAMA_3
 from modulora_gguf.file.tokenizer import load_tokenizer
+from modulora_gguf.tests.adapted import adapted
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from modulora_gguf.tests.vocabularies import (
     IMITATIONS,
@@ -46,7 +47,7 @@ def by_ours(model, ids):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3moe", "mixtral"])
-def test_merged_files_and_lora_files_have_our_logits(architecture, tmp_path, adapted):
+def test_merged_files_and_lora_files_have_our_logits(architecture, tmp_path):
     """In F32, experts included: llama.cpp rounds activations to 8 bits for other types."""
     source = str(write_tiny_gguf(architecture, tmp_path / "source.gguf"))
     packed, adapter = tmp_path / "packed", str(tmp_path / "adapter")

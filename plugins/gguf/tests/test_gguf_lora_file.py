@@ -4,6 +4,7 @@ import gguf
 import pytest
 import torch
 from modulora_gguf.file.lora_file import write_lora_file
+from modulora_gguf.tests.adapted import adapted
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 
 from modulora_core.cli import main
@@ -19,7 +20,7 @@ def permuted(weight, heads):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "lfm2"])
-def test_the_file_has_the_changes_of_the_adapter(architecture, tmp_path, adapted):
+def test_the_file_has_the_changes_of_the_adapter(architecture, tmp_path):
     path = write_tiny_gguf(architecture, tmp_path / "base.gguf", "Q8_0")
     model = adapted(path, tmp_path / "adapter")
     out = tmp_path / "lora.gguf"
@@ -48,7 +49,7 @@ def test_the_file_has_the_changes_of_the_adapter(architecture, tmp_path, adapted
         assert torch.equal(factors[f"{name}.weight.lora_b"], B), name
 
 
-def test_experts_have_stacks_of_factors(tmp_path, adapted):
+def test_experts_have_stacks_of_factors(tmp_path):
     """Gates and ups are fused in memory: both have the same A, and each its rows of B."""
     path = write_tiny_gguf("qwen3moe", tmp_path / "base.gguf", "Q8_0")
     layers = dict(adapter_layers(adapted(path, tmp_path / "adapter")))
@@ -64,7 +65,7 @@ def test_experts_have_stacks_of_factors(tmp_path, adapted):
     assert torch.equal(found["blk.1.ffn_down_exps.weight.lora_b"], down["lora_B"])
 
 
-def test_requests_are_refused(tmp_path, adapted):
+def test_requests_are_refused(tmp_path):
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     other = write_tiny_gguf("gpt2", tmp_path / "other.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter")

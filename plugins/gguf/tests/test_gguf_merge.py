@@ -1,10 +1,10 @@
 """A model is merged with its adapter into one GGUF file: values, order of rows, and metadata."""
 
 import pytest
-import torch
 from modulora_gguf import FORMATS
 from modulora_gguf.file.merging import LlamaCppWriter
 from modulora_gguf.file.model_header import read_header
+from modulora_gguf.tests.adapted import adapted
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 
@@ -13,19 +13,14 @@ from modulora_core.errors import ModelError, OptionError, OutputError
 from modulora_core.hf.load_model import load_model
 from modulora_core.inference.opened import open_to_run
 from modulora_core.quantization.quantize import quantize
-from modulora_core.tests.other_tools import logits
+from modulora_core.tests.other_tools import assert_close, logits
 from modulora_core.tests.tiny_models import tiny_config
 
 write_merged = LlamaCppWriter(FORMATS[0]).merge
 
 
-def assert_close(found, expected, part=1e-4):
-    bound = part * float(expected.abs().max())
-    torch.testing.assert_close(found, expected, rtol=part, atol=bound)
-
-
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "qwen3moe", "lfm2"])
-def test_the_file_has_the_logits_of_the_adapter(architecture, tmp_path, adapted):
+def test_the_file_has_the_logits_of_the_adapter(architecture, tmp_path):
     """In F32 nothing is lost; rows of q and k, and gates and ups of experts, are put back."""
     path = write_tiny_gguf(architecture, tmp_path / "base.gguf", "Q8_0")
     model = adapted(path, tmp_path / "adapter", std=0.1)
@@ -45,7 +40,7 @@ def test_the_file_has_the_logits_of_the_adapter(architecture, tmp_path, adapted)
             assert after[other.offset :][: other.nbytes] == stored, one.name
 
 
-def test_a_folder_takes_metadata_from_a_file_of_the_same_model(tmp_path, adapted):
+def test_a_folder_takes_metadata_from_a_file_of_the_same_model(tmp_path):
     """Everything is written anew, vectors too."""
     path = write_tiny_gguf("qwen3moe", tmp_path / "base.gguf", "Q8_0")
     packed, out = tmp_path / "packed", tmp_path / "merged.gguf"
@@ -76,7 +71,7 @@ def test_a_folder_without_a_file_of_its_model_asks_for_one(tmp_path):
         )
 
 
-def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(tmp_path, caplog, adapted):
+def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(tmp_path, caplog):
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q4_0")
     adapted(path, tmp_path / "adapter", std=2e-3)
     adapter = str(tmp_path / "adapter")
@@ -89,7 +84,7 @@ def test_requantizing_to_the_grid_of_the_base_erases_a_small_update(tmp_path, ca
     assert not caplog.text
 
 
-def test_rows_that_a_type_cannot_hold_get_another_type(tmp_path, adapted):
+def test_rows_that_a_type_cannot_hold_get_another_type(tmp_path):
     """As llama.cpp does: 256 divides no row here."""
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter")
@@ -109,9 +104,7 @@ def test_requests_are_refused_before_work(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base.gguf"]
 
 
-def test_the_command_names_the_next_one_which_compares_the_file_with_the_adapter(
-    tmp_path, capsys, adapted
-):
+def test_the_command_names_the_next_one_which_compares_the_file_with_the_adapter(tmp_path, capsys):
     path = write_tiny_gguf("llama", tmp_path / "base.gguf", "Q8_0")
     adapted(path, tmp_path / "adapter", std=0.2)
     words = ["merge", str(path), "", "--adapter", str(tmp_path / "adapter"), "--json"]

@@ -7,6 +7,7 @@ from modulora_convert.convert import convert
 from modulora_gguf import FORMATS, reference
 from modulora_gguf.file.merging import LlamaCppWriter
 from modulora_gguf.file.rows import places
+from modulora_gguf.tests.adapted import adapted
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import WeightConverter
@@ -19,12 +20,10 @@ from modulora_core.checkpoints.opening import open_model, open_packed
 from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.hf.merge import merge
-from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.models import ModelSource, open_dense
 from modulora_core.progress import quiet
-from modulora_core.tests.other_tools import load_with_transformers, logits
+from modulora_core.tests.other_tools import assert_close, load_with_transformers, logits
 
 write_merged = LlamaCppWriter(FORMATS[0]).merge
 
@@ -61,7 +60,7 @@ def test_logits_are_those_of_transformers(architecture, kind, packed, tmp_path):
     assert len(checkpoint.record.weights) == packed, sorted(checkpoint.record.weights)
     assert types_of(checkpoint) == ({kind} if isinstance(kind, str) else set(kind.values()))
     ours, theirs = logits(load_model(checkpoint)), by_transformers(path)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert_close(ours, theirs)
 
 
 @pytest.mark.slow
@@ -103,14 +102,8 @@ def test_the_scales_of_nvfp4_weights_are_applied(tmp_path):
         torch.testing.assert_close(read, dense.get_parameter(name).data)
     checkpoint = open_packed(path)
     assert types_of(checkpoint) == {"Q8_0", "NVFP4"}
-    model = load_model(checkpoint)
-    bound = 1e-4 * float(wanted.abs().max())
-    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=bound)
-    add_lora(model, LoRASettings(rank=4))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    save_adapter(model, tmp_path / "adapter")
+    assert_close(logits(load_model(checkpoint)), wanted)
+    model = adapted(path, tmp_path / "adapter", 0.02, LoRASettings(rank=4))
     merged = tmp_path / "merged.gguf"
     write_merged(str(path), merged, adapter=str(tmp_path / "adapter"), type="Q8_0", progress=False)
     ours, theirs = logits(load_model(merged)), logits(model)
@@ -155,7 +148,7 @@ def test_it_is_converted_and_merged(tmp_path):
     expected = logits(load_model(path))
     assert torch.equal(logits(load_model(tmp_path / "ours")), expected)
     dense = logits(load_with_transformers(tmp_path / "merged"))
-    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-4 * float(dense.abs().max()))
+    assert_close(dense, expected)
 
 
 def test_files_without_packed_weights_are_dense_and_damage_is_refused(tmp_path, monkeypatch):

@@ -56,15 +56,9 @@ def test_scaling_and_base_are_the_files(config_of):
     assert rope == {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("freq_base", 0.0, "rope.freq_base: expected a positive number, got 0.0"),
-    ],
-)
-def test_a_wrong_field_is_refused(config_of, field, value, message):
-    with pytest.raises(ModelError, match=message):
-        config_of({f"rope.{field}": value}, {})
+def test_a_wrong_field_is_refused(config_of):
+    with pytest.raises(ModelError, match=r"rope.freq_base: expected a positive number, got 0.0"):
+        config_of({"rope.freq_base": 0.0}, {})
 
 
 def test_a_part_of_a_head_is_rotated_if_the_architecture_can():

@@ -3,23 +3,18 @@
 Where llama-cpp-python is installed.
 """
 
-from __future__ import annotations
-
 import ctypes
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from modulora_gguf.tests.adapted import adapted
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from modulora_merge import merging
 
 from modulora_core.checkpoints.packed_checkpoint import PackedCheckpoint
 from modulora_core.hf.load_model import load_model
-from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.lora.adapted import adapter_layers
-from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -28,7 +23,7 @@ TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q4_K_M": 15, "Q5_K_M": 17,
 """llama.cpp's numbers of file types (``llama_ftype``). Those with K mix types of blocks."""
 
 
-def by_llama_cpp(source: Path, out: Path, type: int) -> Path:
+def by_llama_cpp(source, out, type):
     """llama.cpp's own conversion to a type; 0 is F32."""
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype, settings.allow_requantize = type, True
@@ -39,14 +34,14 @@ def by_llama_cpp(source: Path, out: Path, type: int) -> Path:
     return out
 
 
-def values(path: Path) -> dict[str, np.ndarray]:
+def values(path):
     """The tensors of a file in F32, by the gguf package."""
     return {
         t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors
     }
 
 
-def of_llama_cpp(path: Path, ids: list[int]) -> torch.Tensor:
+def of_llama_cpp(path, ids):
     found = llama_cpp.Llama(
         str(path), n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0
     )  # fmt: skip
@@ -54,28 +49,18 @@ def of_llama_cpp(path: Path, ids: list[int]) -> torch.Tensor:
     return torch.from_numpy(np.array(found.scores[: len(ids)]))
 
 
-def of_ours(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+def of_ours(model, ids):
     with torch.no_grad():
-        logits: torch.Tensor = model(torch.tensor([ids])).logits[0]
-    return logits
+        return model(torch.tensor([ids])).logits[0]
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("type", TYPES)
-def test_llama_cpp_decodes_and_runs_the_merged_file_as_we_do(
-    type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_llama_cpp_decodes_and_runs_the_merged_file_as_we_do(type, tmp_path, monkeypatch):
     dense = write_tiny_gguf("llama", tmp_path / "dense.gguf", wide=True)
     base = by_llama_cpp(dense, tmp_path / "base.gguf", TYPES[type])
-    model = load_model(base)
-    add_lora(model, LoRASettings(rank=2))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, layer in adapter_layers(model):
-            B = layer.parameters_of("default")["lora_B"]
-            B.copy_(torch.randn(B.shape, generator=generator))
-    save_adapter(model, tmp_path / "adapter")
-    ids = torch.randint(3, 60, (24, 32), generator=generator)
+    adapted(base, tmp_path / "adapter", settings=LoRASettings(rank=2))
+    ids = torch.randint(3, 60, (24, 32), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(merging, "token_segments", lambda *_, **__: ids)
     monkeypatch.setattr(PackedCheckpoint, "tokenizer", lambda _: None)
     out = tmp_path / "merged.gguf"

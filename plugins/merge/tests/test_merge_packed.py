@@ -1,21 +1,17 @@
 """A merged model keeps the adapter's effect, and all bytes of its base but codes."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from modulora_convert.convert import convert
 from modulora_evaluate.evaluate import evaluate
 from modulora_gguf.file.model_header import read_header
+from modulora_gguf.tests.adapted import adapted
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from modulora_merge import merging
 from modulora_merge.copying import _OfForeign
-from modulora_merge.merging import PackedMerge, merge_packed
+from modulora_merge.merging import merge_packed
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.checkpoints.outputs import check_digests
@@ -24,9 +20,6 @@ from modulora_core.cli import main as run
 from modulora_core.errors import AdapterError, DataError, ModelError, OptionError, OutputError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
-from modulora_core.hf.save_adapter import save_adapter
-from modulora_core.lora.adapted import adapter_layers
-from modulora_core.lora.adapting import add_lora
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.other_tools import logits
@@ -34,29 +27,19 @@ from modulora_core.tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Trained = Callable[..., tuple[Path, Path]]
 
-
-def merged(model: Path, out: Path, adapter: Path, text: Path, **options: Any) -> PackedMerge:
+def merged(model, out, adapter, text, **options):
     few = {"samples": 16, "seq_len": 32, "held_back": 8, "progress": False}
     return merge_packed(model, out, adapter=adapter, calibration=str(text), **few | options)
 
 
-def stored(folder: Path) -> dict[str, torch.Tensor]:
+def stored(folder):
     return open_packed(str(folder)).tensors()
 
 
-def adapter_of(model: Path, out: Path, std: float, targets: tuple[str, ...] = ()) -> Path:
+def adapter_of(model, out, std, **settings):
     """An adapter whose B has this size."""
-    loaded = load_model(model)
-    settings = LoRASettings(rank=2, targets=targets) if targets else LoRASettings(rank=2)
-    add_lora(loaded, settings)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, layer in adapter_layers(loaded):
-            B = layer.parameters_of("default")["lora_B"]
-            B.copy_(torch.randn(B.shape, generator=generator) * std)
-    save_adapter(loaded, out)
+    adapted(model, out, std, LoRASettings(rank=2, **settings))
     return out
 
 
@@ -70,9 +53,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_effect_is_kept_and_only_codes_differ(
-    case: str, trained: Trained, text: Path, tmp_path: Path
-) -> None:
+def test_the_effect_is_kept_and_only_codes_differ(case, trained, text, tmp_path):
     quantizer, options, of_codes = CASES[case]
     packed, adapter = trained(quantizer, options)
     made = merged(packed, tmp_path / "out", adapter, text)
@@ -87,15 +68,13 @@ def test_the_effect_is_kept_and_only_codes_differ(
     assert check_digests(tmp_path / "out") > 3
 
 
-def test_the_figures_are_those_of_evaluate(
-    trained: Trained, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_figures_are_those_of_evaluate(trained, text, tmp_path, monkeypatch):
     """The same segments, one by one, through the command's own function."""
     packed, adapter = trained("nf4")
-    seen = list[torch.Tensor]()
+    seen = []
     measure = merging.divergence
 
-    def spied(before: Any, other: Any, ids: torch.Tensor, **more: Any) -> Any:
+    def spied(before, other, ids, **more):
         seen.append(ids)
         return measure(before, other, ids, **more)
 
@@ -114,9 +93,7 @@ def test_the_figures_are_those_of_evaluate(
     assert max(beside, facts["perplexity_merged"]) < facts["perplexity_of_base"]
 
 
-def test_an_adapter_of_zeros_gives_the_bytes_of_the_base(
-    trained: Trained, text: Path, tmp_path: Path
-) -> None:
+def test_an_adapter_of_zeros_gives_the_bytes_of_the_base(trained, text, tmp_path):
     packed, _ = trained("nf4")
     adapter = adapter_of(packed, tmp_path / "adapter", std=0.0)
     made = merged(packed, tmp_path / "out", adapter, text, held_back=0)
@@ -129,9 +106,7 @@ def test_an_adapter_of_zeros_gives_the_bytes_of_the_base(
     ("architecture", "type"),
     [("llama", "Q4_0"), ("llama", "Q4_1"), ("qwen2", "Q5_0"), ("qwen3moe", "Q8_0")],
 )
-def test_a_file_keeps_its_header_types_and_scales(
-    architecture: str, type: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_keeps_its_header_types_and_scales(architecture, type, text, tmp_path, monkeypatch):
     """Rows that the file orders otherwise, and stacks of experts, are put back."""
     path, out = write_tiny_gguf(architecture, tmp_path / "base.gguf", type), tmp_path / "out.gguf"
     adapter = adapter_of(path, tmp_path / "adapter", std=0.5)
@@ -156,9 +131,7 @@ def test_a_file_keeps_its_header_types_and_scales(
     assert (found - beside).norm() < 0.85 * (plain - beside).norm()
 
 
-def test_a_fine_grid_gets_the_change_and_not_a_larger_one(
-    trained: Trained, text: Path, tmp_path: Path
-) -> None:
+def test_a_fine_grid_gets_the_change_and_not_a_larger_one(trained, text, tmp_path):
     packed, adapter = trained("int8")
     merged(packed, tmp_path / "out", adapter, text, held_back=0)
     model = load_model(packed)
@@ -169,9 +142,7 @@ def test_a_fine_grid_gets_the_change_and_not_a_larger_one(
     assert (found - beside).norm() < 0.1 * (plain - beside).norm()
 
 
-def test_a_folder_of_another_tool_gets_other_codes_in_its_own_form(
-    trained: Trained, text: Path, tmp_path: Path
-) -> None:
+def test_a_folder_of_another_tool_gets_other_codes_in_its_own_form(trained, text, tmp_path):
     packed, adapter = trained("optq", {"act_order": False})
     convert(packed, tmp_path / "gptq", "gptq", progress=False)
     made = merged(tmp_path / "gptq", tmp_path / "out", adapter, text)
@@ -184,9 +155,7 @@ def test_a_folder_of_another_tool_gets_other_codes_in_its_own_form(
     assert all((tmp_path / "out" / name).stat().st_size == size for name, size in sizes.items())
 
 
-def test_a_second_adapter_trains_on_the_merged_model(
-    trained: Trained, text: Path, tmp_path: Path
-) -> None:
+def test_a_second_adapter_trains_on_the_merged_model(trained, text, tmp_path):
     packed, adapter = trained("nf4")
     merged(packed, tmp_path / "out", adapter, text, held_back=0)
     second = adapter_of(tmp_path / "out", tmp_path / "second", std=0.2)
@@ -196,26 +165,24 @@ def test_a_second_adapter_trains_on_the_merged_model(
     assert evaluate(tmp_path / "twice", **kwargs).perplexity > 1
 
 
-def test_weights_without_a_grid_are_refused_before_work(
-    toy: object, trained: Trained, text: Path, tmp_path: Path
-) -> None:
+def test_weights_without_a_grid_are_refused_before_work(toy, trained, text, tmp_path):
     packed, adapter = trained("toy")
     with pytest.raises(OptionError, match=r"q_proj.*on a grid, got toy; merge into a dense model"):
         merged(packed, tmp_path / "out", adapter, text)
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_of_the_head_is_refused(text: Path, tmp_path: Path) -> None:
+def test_an_adapter_of_the_head_is_refused(text, tmp_path):
     save_tiny_model("llama", tmp_path / "dense")
     quantize(str(tmp_path / "dense"), tmp_path / "packed", "nf4", head="nf4", progress=False)
-    adapter = adapter_of(tmp_path / "packed", tmp_path / "adapter", 0.1, ("q_proj", "lm_head"))
+    adapter = adapter_of(
+        tmp_path / "packed", tmp_path / "adapter", 0.1, targets=("q_proj", "lm_head")
+    )
     with pytest.raises(AdapterError, match="inside of decoder blocks alone, got one of the head"):
         merged(tmp_path / "packed", tmp_path / "out", adapter, text)
 
 
-def test_a_short_text_and_a_used_place_are_refused(
-    trained: Trained, text: Path, tmp_path: Path
-) -> None:
+def test_a_short_text_and_a_used_place_are_refused(trained, text, tmp_path):
     packed, adapter = trained("nf4")
     short = tmp_path / "short.txt"
     short.write_text(text.read_text()[:400])
@@ -229,15 +196,13 @@ def test_a_short_text_and_a_used_place_are_refused(
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_folder_in_a_form_that_we_do_not_write_is_refused(
-    trained: Trained, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_in_a_form_that_we_do_not_write_is_refused(trained, text, tmp_path, monkeypatch):
     """As of a tool whose words hold the same codes in another order."""
     packed, adapter = trained("optq", {"act_order": False})
     convert(packed, tmp_path / "gptq", "gptq", progress=False)
     ours = _OfForeign._tensors
 
-    def other(copy: _OfForeign, name: str, matrices: Any) -> dict[str, torch.Tensor]:
+    def other(copy, name, matrices):
         return {key: tensor.flip(0) for key, tensor in ours(copy, name, matrices).items()}
 
     monkeypatch.setattr(_OfForeign, "_tensors", other)
@@ -248,9 +213,7 @@ def test_a_folder_in_a_form_that_we_do_not_write_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_prints_the_comparison(
-    trained: Trained, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_the_comparison(trained, text, tmp_path, capsys):
     packed, adapter = trained("nf4")
     words = ["merge-packed", str(packed), str(tmp_path / "out"), "--json"]
     assert run([*words, "--adapter", str(adapter)]) == 2
@@ -268,8 +231,8 @@ def test_the_command_prints_the_comparison(
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
 def test_an_interrupted_merge_continues_to_the_same_bytes(
-    kind: str, trained: Trained, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    kind, trained, text, tmp_path, monkeypatch
+):
     """What was merged is not merged again; another request is refused."""
     packed, adapter = trained("nf4")
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -277,15 +240,15 @@ def test_an_interrupted_merge_continues_to_the_same_bytes(
         packed, whole, out = (tmp_path / f"{name}.gguf" for name in ("packed", "whole", "out"))
         write_tiny_gguf("llama", packed, "Q4_0")
         adapter = adapter_of(packed, tmp_path / "adapter", std=0.5)
-    quiet, rounded, calls = {"held_back": 0}, merging.rounded_to_grid, list[int]()
+    quiet, rounded, calls = {"held_back": 0}, merging.rounded_to_grid, []
 
-    def counted(*given: Any, **options: Any) -> Any:
+    def counted(*given, **options):
         calls.append(1)
         if stops and len(calls) == 9:  # q, k, v and o are done
             raise KeyboardInterrupt
         return rounded(*given, **options)
 
-    stops = list[bool]()
+    stops = []
     monkeypatch.setattr(merging, "rounded_to_grid", counted)
     expected = merged(packed, whole, adapter, text, **quiet)
     of_whole = len(calls)
