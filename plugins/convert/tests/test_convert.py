@@ -1,7 +1,5 @@
 """A packed checkpoint keeps every weight when it is rewritten in another format."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -17,18 +15,15 @@ from modulora_core.errors import ModelError, OptionError, ShapeError
 from modulora_core.hf.load_model import load_model
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
+from modulora_core.tests import other_tools
 from modulora_core.tests.crude_folders import save_crude
 from modulora_core.tests.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("toy")
 
-IDS = torch.arange(3, 27).view(2, 12)
-
 
 def logits(folder):
-    with torch.no_grad():
-        found: torch.Tensor = load_model(folder, dtype="float32", device="cpu")(IDS).logits
-    return found
+    return other_tools.logits(load_model(folder, dtype="float32", device="cpu"))
 
 
 def tensors(folder):
@@ -54,7 +49,7 @@ def theirs(tmp_path):
 
 
 def test_there_and_back_gives_the_same_model_and_the_same_tensors(theirs, tmp_path):
-    seen: list[tuple[str, int, int]] = []
+    seen = []
     result = convert(
         str(theirs), tmp_path / "ours", "modulora", max_shard_bytes=10_000,
         progress=lambda *report: seen.append(report),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from modulora_conformance.compiled_kernels import CompiledKernels
 from modulora_conformance.fixtures import without_kernels
 from modulora_fp4 import packing, reference
 from modulora_fp4.quantizer import FP4, Options
@@ -151,3 +152,15 @@ def test_packing_gives_the_bytes_of_the_reference(kind, generator, monkeypatch):
                 plain = FP4(Options(type=kind)).pack(weight, calibration)
             for name, tensor in plain.tensors.items():
                 assert torch.equal(tensor, ours.tensors[name]), name
+
+
+class TestKernels(CompiledKernels):
+    """Mapped files, threads, other processors, no numba."""
+
+    packing_share = 1.5
+    instruction_sets = ("avx2",)  # the core and nf4 compare code without AVX2
+    loops_of_core = True
+
+    @pytest.fixture
+    def quantizers(self):
+        return [FP4(Options(type=kind)) for kind in ("mxfp4", "nvfp4")]

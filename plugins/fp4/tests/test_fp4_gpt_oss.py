@@ -1,13 +1,14 @@
 """A gpt-oss folder in MXFP4 is a MODEL as it is: trained, read and written without other bytes."""
 
-import importlib.util
+import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from modulora_convert.convert import convert
 from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config
 
 from modulora_core.cli import main
 from modulora_core.errors import ModelError
@@ -17,33 +18,66 @@ from modulora_core.quantization.quantize import quantize
 from modulora_core.tests.expert_gradients import worst_gradient
 from modulora_core.tests.fuzzing import refused_or_runs
 from modulora_core.tests.other_tools import logits
+from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 UP = "model.layers.0.mlp.experts.gate_up_proj"
+KEPT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 640,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 4,
+    "num_experts_per_tok": 2, "max_position_embeddings": 128, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"], "eos_token_id": 1, "pad_token_id": 0,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+}  # fmt: skip
 
 
-def _tiny():
-    spec = importlib.util.spec_from_file_location(
-        "tiny_gpt_oss", Path(__file__).with_name("tiny_gpt_oss.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def save_dense(folder, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**SIZES), dtype=dtype)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
 
 
-tiny = _tiny()
+def save_packed(folder):
+    """Tensor by tensor, as the folders on the Hub are."""
+    save_dense(folder)
+    generator = torch.Generator().manual_seed(1)
+    stored = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            stored[name] = tensor
+            continue
+        experts, columns, rows = tensor.shape
+        for part, shape, (low, high) in (
+            ("blocks", (experts, rows, columns // 32, 16), (0, 256)),
+            ("scales", (experts, rows, columns // 32), (120, 126)),
+        ):
+            drawn = torch.randint(low, high, shape, dtype=torch.uint8, generator=generator)
+            stored[f"{name}_{part}"] = drawn
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": KEPT}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def load_dequantized(folder):
+    """The folder as transformers makes it of floats."""
+    config = Mxfp4Config(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    return model.float()  # transformers before 5.24 makes the experts bf16, which is exact here
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpt-oss") / "packed"
-    tiny.save_packed(path)
+    save_packed(path)
     return path
 
 
 def test_logits_are_those_of_transformers(folder):
-    ours, theirs = load_model(folder, dtype="float32"), tiny.load_dequantized(folder)
+    ours, theirs = load_model(folder, dtype="float32"), load_dequantized(folder)
     stacks = [module for module in ours.modules() if isinstance(module, PackedStack)]
     assert [tuple(stack.shape) for stack in stacks] == 2 * [(4, 64, 192), (4, 96, 64)]
     expected = logits(theirs)
@@ -67,11 +101,11 @@ def test_it_comes_back_with_the_same_bytes(folder, tmp_path):
 
 
 def test_a_dense_model_is_quantized_into_this_layout(tmp_path):
-    tiny.save_dense(tmp_path / "dense", torch.bfloat16)
+    save_dense(tmp_path / "dense", torch.bfloat16)
     quantize(str(tmp_path / "dense"), tmp_path / "packed", "fp4", include=["*experts*"])
     convert(str(tmp_path / "packed"), tmp_path / "theirs", "mxfp4")
     expected = logits(load_model(tmp_path / "packed", dtype="float32"))
-    found = logits(tiny.load_dequantized(tmp_path / "theirs"))
+    found = logits(load_dequantized(tmp_path / "theirs"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     quantize(str(tmp_path / "dense"), tmp_path / "all", "fp4")
     with pytest.raises(ModelError, match=r"holds gpt-oss's experts only.*--include '\*experts\*'"):

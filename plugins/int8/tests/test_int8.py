@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from modulora_conformance.compiled_kernels import CompiledKernels
 from modulora_conformance.fixtures import without_kernels
 from modulora_int8 import reference
 from modulora_int8.quantizer import INT8, Options
@@ -14,7 +15,6 @@ OPTIONS = [Options(group_size=g) for g in (None, 2, 48, 64, 1000)]
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
 options = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: f"G{o.group_size}")
-compiled = pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "reference"])
 
 
 @pytest.fixture
@@ -65,3 +65,13 @@ def test_rounding_to_fp16_has_the_bits_of_the_reference_for_any_values(values):
     codes, scales = reference.quantize(W)
     assert torch.equal(packed.tensors["codes"], codes)
     assert torch.equal(packed.tensors["scales"], scales)
+
+
+class TestKernels(CompiledKernels):
+    """Mapped files, threads, other processors, no numba."""
+
+    packing_share = 2.5
+
+    @pytest.fixture
+    def quantizers(self):
+        return [INT8(Options(group_size=group_size)) for group_size in (None, 48)]

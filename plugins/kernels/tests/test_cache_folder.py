@@ -1,7 +1,5 @@
 """Kernels are stored on disk, and run where nothing can be stored."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 
@@ -25,8 +23,7 @@ def twice(tmp_path, monkeypatch):
 
     def run():
         sys.modules.pop("doubling", None)
-        result: float = importlib.import_module("doubling").twice(21.0)
-        return result
+        return importlib.import_module("doubling").twice(21.0)
 
     return run
 

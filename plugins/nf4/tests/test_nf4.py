@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from modulora_conformance.compiled_kernels import CompiledKernels
 from modulora_conformance.fixtures import without_kernels
 from modulora_nf4 import packing, reference
 from modulora_nf4.quantizer import NF4, Options
@@ -92,3 +93,15 @@ def test_numbers_beside_a_midpoint_have_the_level_of_the_reference(monkeypatch):
 def test_a_block_size_that_is_no_power_of_two_is_refused(value):
     with pytest.raises(ValidationError, match=r"expected a power of two from 1 to 2\*\*30"):
         Options(block_size=value)
+
+
+class TestKernels(CompiledKernels):
+    """Mapped files, threads, other processors, no numba."""
+
+    packing_share = 2.5
+    instruction_sets = True
+
+    @pytest.fixture
+    def quantizers(self):
+        options = {}, {"double_quant": True}, {"block_size": 2}, {"block_size": 8}
+        return [NF4(Options(**chosen)) for chosen in options]

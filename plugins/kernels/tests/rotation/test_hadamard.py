@@ -4,9 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from modulora_kernels.rotation.hadamard import (
-    hadamard,
-)
+from modulora_kernels.rotation.hadamard import hadamard
 
 from modulora_core.errors import ShapeError
 

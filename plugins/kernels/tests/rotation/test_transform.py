@@ -50,15 +50,20 @@ def test_norms_stay_the_transpose_is_the_inverse_and_an_outlier_reaches_all_alik
     assert y[:2].abs().max() <= 1.00001 * math.sqrt(2 / n)
 
 
-@pytest.mark.parametrize("n", DENSE)
-def test_rotation_is_the_product_with_the_dense_matrix(n, path):
-    H, scale = matrix(n), random(n, dtype=torch.float16)
+@pytest.mark.parametrize(
+    ("n", "block"), [*((n, None) for n in DENSE), (128, 128), (384, 128), (96, 8), (24, 1)]
+)
+def test_rotation_is_the_product_with_the_dense_matrix(n, block, path):
+    H, scale = matrix(n, block), random(n, dtype=torch.float16)
     assert (H @ H.T - torch.eye(n, dtype=torch.float64)).abs().max() < 1e-12
+    if block is not None:  # blocks are rotated apart
+        assert torch.equal(H, torch.block_diag(*[matrix(block)] * (n // block)))
     x, s = random(3, n, dtype=torch.float64), 1.5 * scale.double()
     for transpose, M in ((False, H), (True, H.T)):
         for after, expected in ((False, (x * s) @ M), (True, (x @ M) * s)):
             for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-                got = rotate(x.to(dtype), scale, UNIT, after=after, transpose=transpose)
+                way = {"after": after, "transpose": transpose, "block": block}
+                got = rotate(x.to(dtype), scale, UNIT, **way)
                 assert got.dtype == dtype
                 assert error(got, expected) < limit
 
@@ -69,21 +74,6 @@ def test_the_dense_matrix_follows_the_definition():
     expected = np.kron(cas, [[1, 1], [1, -1]]) / math.sqrt(6)
     assert np.allclose(matrix(6).numpy(), expected, rtol=0, atol=1e-15)
     assert [order(n) for n in (1, 2, 3, 12, 24, 107 * 128, 2004)] == [1, 1, 3, 12, 12, 107, 501]
-
-
-@pytest.mark.parametrize(("n", "block"), [(128, 128), (384, 128), (96, 8), (24, 1)])
-def test_blocks_are_rotated_apart(n, block, path):
-    H, scale = matrix(n, block), random(n, dtype=torch.float16)
-    eye = torch.eye(n // block, dtype=torch.float64)
-    assert torch.equal(H, torch.kron(eye, matrix(block)))
-    x, s = random(3, n, dtype=torch.float64), 1.5 * scale.double()
-    for transpose, M in ((False, H), (True, H.T)):
-        for after, expected in ((False, (x * s) @ M), (True, (x @ M) * s)):
-            for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-                got = rotate(
-                    x.to(dtype), scale, UNIT, after=after, transpose=transpose, block=block
-                )
-                assert error(got, expected) < limit
 
 
 def test_signs_are_half_of_each_and_depend_on_seed_and_side():

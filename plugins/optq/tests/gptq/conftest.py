@@ -17,18 +17,11 @@ SIZES = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 
-IDS = torch.arange(3, 27).view(2, 12)
-
 
 @pytest.fixture(scope="session")
 def gptq():
     """This module, for the tests beside it."""
     return sys.modules[__name__]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def words(streams, bits):

@@ -9,6 +9,7 @@ from modulora_core.errors import CheckpointError, ModelError
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import QuantLinear
 from modulora_core.tests.fuzzing import refused_or_runs
+from modulora_core.tests.other_tools import logits
 
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.up_proj"
 
@@ -21,7 +22,7 @@ def check(folder, dense, gptq):
             weight, rows = module.packed_weight, (0, module.out_features)
             W = weight.quantizer.dequantize_tile(weight.packed, rows, torch.float32)
             assert torch.equal(W, dense.get_submodule(name).weight), name
-    torch.testing.assert_close(gptq.logits(model), gptq.logits(dense), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

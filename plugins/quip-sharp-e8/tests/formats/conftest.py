@@ -37,8 +37,6 @@ PARTS = {
 CODEBOOKS = {2: ("E8P12", 7, 1, 4), 3: ("E8P12RVQ3B", 18, 0, 8 / 3), 4: ("E8P12RVQ4B", 17, 1, 2)}
 """Name, id, version, packsz."""
 
-IDS = torch.arange(3, 27).view(2, 12)
-
 
 @pytest.fixture(scope="session")
 def relaxml():
@@ -68,11 +66,6 @@ def copied(published, tmp_path):
         return Path(shutil.copytree(published(bits)[0], tmp_path / "m"))
 
     return copy
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 # --- the points of codes ---------------------------------------------------------------------

@@ -1,26 +1,19 @@
 """Published folders, written bit by bit, as our model."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from modulora_quip_sharp_e8 import FORMATS
 from modulora_quip_sharp_e8.formats.relaxml import Relaxml
-from torch import nn
 
 from modulora_core.hf.load_model import load_model
 from modulora_core.layers import QuantLinear
-from modulora_core.spec import PackedWeight, TensorLayout
+from modulora_core.spec import TensorLayout
 from modulora_core.tests.fuzzing import refused_or_runs
-from modulora_core.tests.other_tools import assert_used
+from modulora_core.tests.other_tools import assert_used, logits
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
-
-Published = Callable[[int], tuple[Path, nn.Module]]
 
 ATTENTION = "model.layers.1.self_attn"
 
@@ -38,7 +31,7 @@ def check(folder, dense, relaxml):
                 W, dense.get_submodule(name).weight, rtol=1e-5, atol=1e-6, msg=name
             )
     assert names == [name for name, _ in dense.named_modules() if name.endswith("proj")]
-    torch.testing.assert_close(relaxml.logits(model), relaxml.logits(dense), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model), logits(dense), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -87,7 +80,7 @@ def test_parts_are_windows_on_one_whole_that_is_read_once(relaxml, published):
     }
     addresses = {tuple(t.data_ptr() for t in part.tensors.values()) for part in parts.values()}
     assert len(addresses) == 1
-    other: PackedWeight = weights["model.layers.0.mlp.gate_proj"].unpack(read)
+    other = weights["model.layers.0.mlp.gate_proj"].unpack(read)
     assert (other.shape, list(other.metadata["rows"])) == ((256, 128), [256, 512])
     assert all(weight.layout == weight.unpack(read).layout for weight in weights.values())
 
