@@ -46,8 +46,8 @@ def request_(tmp_path, toy, monkeypatch):
 def test_each_quantizer_is_measured_once_and_the_page_has_all(request_, tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
-    steps: list[tuple[str, int, int]] = []
-    shown: list[tuple[str, int, int]] = []
+    steps = []
+    shown = []
     original, toy = compare(
         request_, out, lambda *call: shown.append(call), lambda *call: steps.append(call)
     )
@@ -98,7 +98,7 @@ def test_each_quantizer_is_measured_once_and_the_page_has_all(request_, tmp_path
 
 def test_a_packed_original_has_steps_for_its_finetuning(request_, tmp_path):
     file = write_tiny_gguf("llama", tmp_path / "model.gguf", "Q8_0")
-    steps: list[tuple[str, int, int]] = []
+    steps = []
     request = replace(request_, model=str(file), quantizers=())
     (tmp_path / "out").mkdir()
     [original] = compare(request, tmp_path / "out", False, lambda *call: steps.append(call))

@@ -1,10 +1,7 @@
 """report.html: its curves, its samples, and what it needs from outside."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from modulora_compare import ReportCallback
@@ -84,7 +81,7 @@ def test_samples_need_data_that_the_config_names(run, configure, tmp_path):
 
 
 def test_a_callback_writes_the_page_of_any_trainer(tunable, text, tmp_path):
-    model: Any = load_model(tunable)
+    model = load_model(tunable)
     add_lora(model, LoRASettings(rank=2))
     ids = open_packed(tunable).tokenizer()(text.read_text())["input_ids"]
     rows = [{"input_ids": ids[i : i + 16], "labels": ids[i : i + 16]} for i in range(0, 160, 16)]
@@ -105,11 +102,11 @@ def test_a_callback_writes_the_page_of_any_trainer(tunable, text, tmp_path):
 
 
 def test_samples_are_greedy_answers_without_and_with_the_adapter(tunable, text):
-    base: Any = load_model(tunable)
-    adapted: Any = trained(load_model(tunable))
+    base = load_model(tunable)
+    adapted = trained(load_model(tunable))
     tokenizer = open_packed(tunable).tokenizer()
     examples = load_examples(text, tokenizer, seq_len=64)
-    calls: list[Any] = []
+    calls = []
     samples = answers(adapted, tokenizer, examples, lambda *call: calls.append(call))
     assert len(samples) == 5
     assert calls
@@ -135,7 +132,7 @@ HEADERS = "<s>system<s>\n\nBe brief.</s><s>user<s>\n\nWhat is\nit?</s><s>assista
 
 @pytest.mark.parametrize("text", [CHATML, HEADERS], ids=["ChatML", "headers"])
 def test_the_prompt_of_a_chat_is_shown_without_the_words_of_its_template(text):
-    tokenizer: Any = make_tokenizer()
+    tokenizer = make_tokenizer()
     assert question(tokenizer.encode(text), tokenizer) == "What is\nit?"
     plain = "A user\nsaid so."
     assert question(tokenizer.encode(f"<s>{plain}"), tokenizer) == plain

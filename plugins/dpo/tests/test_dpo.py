@@ -1,14 +1,12 @@
 """DPO on a tiny packed Llama, through TRL."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
 import torch
 from modulora_dpo.config import PreferenceConfig
 from modulora_dpo.dpo import Preferences, dpo
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer
 
 from modulora_core.cli import main
@@ -20,7 +18,6 @@ from modulora_core.lora.settings import LoRASettings
 from modulora_core.tests.processes import run_in_processes
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.run_log import RunLog
-from modulora_core.training.trainer import TrainingStep
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -57,8 +54,7 @@ def log_probability(model, tokenizer, prompt, answer):
     ids = torch.tensor([[*ids, tokenizer.eos_token_id]])
     with torch.no_grad():
         scores = model.eval()(ids).logits[0, :-1].log_softmax(-1)
-    found: Tensor = scores.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum()
-    return found
+    return scores.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum()
 
 
 def dpo_loss(model, reference, packed, beta):
@@ -79,7 +75,7 @@ def dpo_loss(model, reference, packed, beta):
 def test_the_loss_begins_at_log_2_and_ends_at_its_definition(
     configure, preferences, tunable, tmp_path
 ):
-    steps: list[TrainingStep] = []
+    steps = []
     config = configure(
         steps=4, batch_size=2, eval_data=preferences, trainer={"beta": "0.5"}, baseline=True
     )

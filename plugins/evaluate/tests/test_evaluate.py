@@ -1,7 +1,5 @@
 """Perplexity, accuracy and ROUGE equal what transformers alone computes, for any batches."""
 
-from __future__ import annotations
-
 import math
 import sys
 import warnings
@@ -230,7 +228,7 @@ def test_a_file_of_other_fields_is_refused_after_its_first_record(tmp_path, firs
 
 def test_evaluate_takes_a_name_an_opened_and_a_loaded_model(tunable, asked):
     opened = open_to_run(str(tunable))
-    calls: list[tuple[str, int, int]] = []
+    calls = []
     found = [
         evaluate(model, "pydoc[:1%]", seq_len=32, segments=3, batch_size=2, progress=progress)
         for model, progress in (

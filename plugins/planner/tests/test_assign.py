@@ -1,11 +1,8 @@
 """Assigning quantizers within a budget: sizes, errors, the file, refusals, and killed runs."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,9 +28,8 @@ from modulora_core.quantization.quantize import Assignment, quantize
 from modulora_core.registry import Choice
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.tests.stopped_runs import stop
-from modulora_core.tests.width_quantizer import installed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "widths")
 
 TEXT = CalibrationConfig("pydoc[:20%]", samples=16, seq_len=32)
 FEW = CalibrationConfig("pydoc[:20%]", samples=4, seq_len=32)
@@ -44,12 +40,6 @@ WIDTHS = (2, 4, 4, 8)
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
 ENDS = {"head": Choice("plain", {"bits": 8}), "embeddings": Choice("plain", {"bits": 2})}
 """The head by one of the choices, the embedding by another quantizer."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def site(tmp_path_factory):
-    with installed(tmp_path_factory.mktemp("widths-site")):
-        yield
 
 
 def save_uneven(folder, family="llama"):
@@ -92,7 +82,7 @@ def table_of(found):
 @pytest.fixture(scope="module", params=[False, True], ids=["dense ends", "packed ends"])
 def made(request, source, tmp_path_factory):
     """An assignment of the size of a uniform one, and its extra arguments."""
-    extra: dict[str, Any] = {"calibration": FEW, **ENDS} if request.param else {}
+    extra = {"calibration": FEW, **ENDS} if request.param else {}
     budget = size(source, 4, {HEAD: 8, TABLE: 2} if request.param else None)
     return run(source, tmp_path_factory.mktemp("made") / "mixed.yaml", budget, **extra), extra
 
@@ -174,7 +164,7 @@ def test_of_one_size_the_mixed_model_is_nearer_to_the_dense_one_than_any_uniform
 
 def test_experts_are_chosen_for_by_the_stack(tmp_path):
     dense = str(save_model_with_tokenizer("mixtral", tmp_path / "dense"))
-    few: dict[str, Any] = {"choices": CHOICES[:3], "calibration": FEW}
+    few = {"choices": CHOICES[:3], "calibration": FEW}
     largest = table_of(run(dense, tmp_path / "largest.yaml", 2**30, **few))
     most = sum(largest[key] for key in ("packed_bytes", "kept_bytes"))
     found = run(dense, tmp_path / "mixed.yaml", most - 4_000, **few)
@@ -221,7 +211,7 @@ def test_a_run_killed_while_measuring_ends_with_the_same_file(made, table, sourc
     assert len((measured / "errors.jsonl").read_text().splitlines()) == 9
     with (measured / "errors.jsonl").open("a") as journal:
         journal.write('["model.layers.1.')  # as a kill in the middle of a line leaves it
-    others: list[tuple[str, dict[str, Any]]] = [
+    others = [
         ("budget", {"budget": table["budget"] + 1}), ("choices", {"choices": CHOICES[1:]}),
         ("seed", {"seed": 2}), ("ends", {"head": Choice("plain", {"bits": 4})}),
     ]  # fmt: skip

@@ -7,21 +7,14 @@ import pytest
 
 from modulora_core.cli import main
 from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
-from modulora_core.tests.width_quantizer import installed
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "widths")
 
 
 CALIBRATION = ["--calibration", "pydoc[:10%]", "--samples", "4", "--seq-len", "32"]
 CHOICES = [
     "--choices", "plain:bits=2", "--choices", "heeding:bits=4", "--choices", "plain:bits=8"
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def site(tmp_path_factory):
-    with installed(tmp_path_factory.mktemp("widths-site")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,9 @@ from modulora_planner.fitting import plan
 from modulora_planner.processes import DIVIDED
 from transformers import LlamaConfig
 
-from modulora_core.tests import width_quantizer
-
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
 HIDDEN, BLOCKS, VOCABULARY = 256, 8, 4096
-
-
-@pytest.fixture(scope="module", autouse=True)
-def site(tmp_path_factory):
-    with width_quantizer.installed(tmp_path_factory.mktemp("site")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,5 @@
 """A rehearsal of a step: blocks of one kind, blocks below the adapter, the cache, refusals."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 from modulora_planner import rehearsal
 from modulora_planner.model import PlannedModel, open_planned
@@ -17,7 +13,7 @@ from modulora_core.registry import Choice
 pytestmark = pytest.mark.usefixtures("one_thread", "toy")
 
 BATCH, LENGTH = 4, 64
-NO_DROPOUT: Any = {"dropout": 0.0}
+NO_DROPOUT = {"dropout": 0.0}
 """Kernels read a dropout mask. A rehearsal copies up to 1 MiB of it, much beside tiny models."""
 
 

@@ -7,36 +7,13 @@ import pytest
 import torch
 from modulora_qtip.reference import Options
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from modulora_core import load_model
 from modulora_core.cli import main
 from modulora_core.errors import CheckpointError
 from modulora_core.registry import Choice
-from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
-
-
-def refused(words, capsys):
-    """The one sentence of a command that must end with exit code 2."""
-    capsys.readouterr()
-    assert main([str(word) for word in words]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert told.count("error:") == 1
-    assert "Traceback" not in told
-    return told
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dense")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    config = LlamaConfig(**sizes, vocab_size=640, num_hidden_layers=2, tie_word_embeddings=False)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    (folder / "text.txt").write_text("a line to learn by heart, again and again\n" * 50)
-    return folder
 
 
 def quantize_words(dense, out, *options):
@@ -63,7 +40,7 @@ def changed(packed, folder, change):
 @pytest.mark.parametrize(
     ("part", "value"), [("suh", torch.nan), ("svh", torch.inf), ("scale", -torch.inf)]
 )
-def test_scales_must_be_finite(part, value, packed, tmp_path, capsys):
+def test_scales_must_be_finite(part, value, packed, tmp_path, refused):
     def spoil(tensors):
         tensors[f"{LAYER}.{part}"][-1] = value
 
@@ -73,7 +50,7 @@ def test_scales_must_be_finite(part, value, packed, tmp_path, capsys):
     with pytest.raises(CheckpointError, match=message):
         load_model(folder, device="cpu")
     for words in (["generate", folder, "a line"], ["merge", folder, out]):
-        assert f"{LAYER}.{part}: expected finite values" in refused(words, capsys)
+        assert f"{LAYER}.{part}: expected finite values" in refused(words)
     with pytest.raises(CheckpointError, match=message):
         load_model(folder, device="cpu", mapped=True)(torch.tensor([[1, 2, 3]]))
     assert not out.exists()
@@ -88,7 +65,7 @@ def test_scales_must_be_finite(part, value, packed, tmp_path, capsys):
         ("hadamard", "64", "hadamard: expected one of full, 128"),
     ],
 )
-def test_metadata_that_no_walk_has_is_refused(key, value, message, packed, tmp_path, capsys):
+def test_metadata_that_no_walk_has_is_refused(key, value, message, packed, tmp_path, refused):
     folder = changed(packed, tmp_path / "m", lambda _: None)
     file = folder / "config.json"
     config = json.loads(file.read_text())
@@ -98,7 +75,7 @@ def test_metadata_that_no_walk_has_is_refused(key, value, message, packed, tmp_p
         record[key] = value
     file.write_text(json.dumps(config))
     for words in (["info", folder], ["generate", folder, "a line"]):
-        assert message in refused(words, capsys)
+        assert message in refused(words)
 
 
 def _records(found):

@@ -1,7 +1,6 @@
 """An adapter of QERA's closed form: the best of its rank, for any quantizer, as PEFT reads it."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -18,24 +17,13 @@ from modulora_core.hf.peft_format import read_adapter
 from modulora_core.lora.settings import LoRASettings
 from modulora_core.quantization.quantize import quantize
 from modulora_core.registry import Choice
-from modulora_core.tests.tiny_models import tiny_config
+from modulora_core.tests.scaled_quantizer import save_model_with_tokenizer
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = CalibrationConfig("pydoc[:2%]", samples=8, seq_len=32)
-
-
-def save_model(architecture, folder, tokenizer):
-    """A tiny random model with the tokenizer of another folder."""
-    config = tiny_config(architecture)
-    config.vocab_size = 1000
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for file in tokenizer.glob("tokenizer*"):
-        shutil.copy(file, folder)
-    return folder
 
 
 def output_error(residual, H):
@@ -108,8 +96,8 @@ def test_the_command_gives_the_same_bytes(dense, tunable, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "mixtral"])
-def test_other_layers_are_corrected_and_experts_begin_at_zero(toy, tmp_path, architecture, tunable):
-    dense = save_model(architecture, tmp_path / "dense", tunable.parent / "dense")
+def test_other_layers_are_corrected_and_experts_begin_at_zero(toy, tmp_path, architecture):
+    dense = save_model_with_tokenizer(architecture, tmp_path / "dense")
     quantize(str(dense), tmp_path / "packed", "toy")
     result = init_adapter(
         tmp_path / "packed", tmp_path / "start", dense=dense, calibration=TEXT,
@@ -124,7 +112,7 @@ def test_other_layers_are_corrected_and_experts_begin_at_zero(toy, tmp_path, arc
 
 
 def test_another_dense_model_and_a_used_folder_are_refused(dense, tunable, tmp_path, toy):
-    other = save_model("llama", tmp_path / "other", dense)
+    other = save_model_with_tokenizer("llama", tmp_path / "other")
     with pytest.raises(OptionError, match=r"^dense .*quantized from, with model\.layers"):
         init_adapter(tunable, tmp_path / "out", dense=other, calibration=TEXT)
     assert not (tmp_path / "out").exists()

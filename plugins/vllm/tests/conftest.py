@@ -1,7 +1,5 @@
 """The core's tiny models, packed with its quantizer for tests; and the modules beside the tests."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,9 +1,6 @@
 """Our checkpoints as GPTQ folders, and back."""
 
-from __future__ import annotations
-
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from modulora_core.models.formats import StoredWeight
 from modulora_core.tests.other_tools import assert_used
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
-KINDS: list[dict[str, Any]] = [
+KINDS = [
     {"bits": 2, "symmetric": True},
     {"bits": 3},
     {"bits": 8, "permuted": True},
