@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modulora_conformance.compiled_kernels import SHAPES, CompiledKernels
 from modulora_optq import solver
 from modulora_optq.options import Options
 from modulora_optq.quantizer import OPTQ, from_solution, to_solution
@@ -11,12 +12,14 @@ from modulora_optq.quantizer import OPTQ, from_solution, to_solution
 from modulora_core.errors import CheckpointError
 from modulora_core.spec import Calibration, PackedWeight
 
+BITS = (2, 3, 4, 8)
+
 
 @settings(max_examples=30, deadline=None)
 @given(
     options=st.builds(
         Options,
-        bits=st.sampled_from((2, 3, 4, 8)),
+        bits=st.sampled_from(BITS),
         group_size=st.sampled_from((16, 64, -1)),
         symmetric=st.booleans(),
         act_order=st.booleans(),
@@ -78,3 +81,25 @@ def test_a_permutation_that_changes_after_a_product_is_read_again(permuted):
     columns[42] = columns[43]
     with pytest.raises(CheckpointError, match="expected a permutation of its 100 columns"):
         optq.matmul(x, permuted)
+
+
+class TestKernels(CompiledKernels):
+    """Mapped files, the end of memory, other processors, several threads."""
+
+    instruction_sets = ("avx2",)  # the core and nf4 compare code without AVX2
+    loops_of_core = True
+
+    @pytest.fixture
+    def quantizers(self):
+        return [OPTQ(Options(bits=bits)) for bits in BITS]
+
+    @pytest.fixture
+    def weights(self, random_solution):
+        """Every code and zero, permuted or not, with a scale for each 16 columns."""
+        found = []
+        for bits in BITS:
+            options = Options(bits=bits, group_size=16)
+            for i, shape in enumerate(SHAPES):
+                solution = random_solution(shape, options, permuted=i % 2 == 1)
+                found.append((OPTQ(options), from_solution(solution, options)))
+        return found

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from modulora_conformance import compiled_kernels
 from modulora_kernels import rotation
 from modulora_quip_sharp_e8.quantizer import QuIPSharpE8, packed_of, window
 from modulora_quip_sharp_e8.reference import Options
@@ -99,3 +100,27 @@ def test_edited_metadata_is_refused(change, random_solution):
         QuIPSharpE8(options).matmul(torch.ones(1, 20), edited)
     with pytest.raises(CheckpointError, match="metadata"):
         QuIPSharpE8(options).dequantize_tile(edited, (0, 12), torch.float32)
+
+
+@pytest.mark.slow
+class TestKernels(compiled_kernels.CompiledKernels):
+    """Mapped files, the end of memory, other processors, several threads."""
+
+    instruction_sets = ("avx2",)  # the core and nf4 compare code without AVX2
+    loops_of_core = True
+    rounding = 1e-5
+    """A tile is a rotation, whose sums are made in another order. A wrong code moves it by 1e-3."""
+
+    @pytest.fixture
+    def quantizers(self):
+        return [QuIPSharpE8(Options(bits=bits)) for bits in BITS]
+
+    @pytest.fixture
+    def weights(self, random_solution):
+        """Codes and residuals of every bit pattern."""
+        options = [Options(bits=bits) for bits in BITS]
+        return [
+            (QuIPSharpE8(chosen), packed_of(random_solution(shape, chosen), chosen))
+            for chosen in options
+            for shape in compiled_kernels.SHAPES
+        ]
