@@ -43,6 +43,7 @@ def test_a_run_prints_the_result_alone_and_leaves_the_reports(tmp_path):
 
 WRONG = {
     "tyo": "did you mean 'toy'",
+    "toy -o levels": "expected key=value",
     "toy -o level=3": "levels",
     "toy -o levels=1000": "levels",
     "toy --level 10": "--level",

@@ -83,20 +83,6 @@ def test_a_case_that_was_deselected_is_missed(zoo, monkeypatch, capsys):
     assert "Passed, not certified: this run left out some checks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["zoo-helthy"], "did you mean 'zoo-healthy'"),
-        (["zoo-healthy", "-o", "group_size"], "expected key=value"),
-    ],
-)
-def test_a_wrong_request_is_refused_before_any_check(zoo, capsys, words, message):
-    assert main(words) == 2
-    printed = capsys.readouterr()
-    assert message in printed.out + printed.err
-    assert "passed" not in printed.out
-
-
 IN_PROCESSES = """
 from modulora_conformance import QuantizerConformance
 from modulora_zoo.healthy import Healthy

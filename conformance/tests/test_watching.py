@@ -7,7 +7,7 @@ from modulora_conformance.watching import Findings, blaming, filled_memory, watc
 from modulora_zoo.healthy import Healthy
 
 SHAPE = (1024, 1024)
-TABLES: dict[str, torch.Tensor] = {}
+TABLES = {}
 """What quantizers of these tests keep."""
 
 
