@@ -1,7 +1,5 @@
 """A class of checks for each quantizer of the zoo, and the guard's subclasses. Tests run it."""
 
-from __future__ import annotations
-
 import importlib
 
 import pytest

@@ -1,7 +1,5 @@
 """An entry point that imports torch."""
 
-from __future__ import annotations
-
 import torch as torch  # the fault
 from modulora_zoo import SPECS
 

@@ -3,8 +3,6 @@
 A broken quantizer is named after its fault, and stands in the module of the level that must find
 it. Its attribute ``breaks`` names the check that must fail; ``says`` is a part of the message."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

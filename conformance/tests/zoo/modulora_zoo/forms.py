@@ -1,12 +1,10 @@
 """Broken for views, slices, dimensions, NaN and Inf: level 3 finds them."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch
 
-from modulora_zoo.healthy import Healthy, changed, rows_of
+from modulora_zoo.healthy import Healthy, _ChangesProducts, changed, rows_of
 
 VIEWS = "test_strides_of_the_input_do_not_matter"
 DIMENSIONS = "test_leading_dimensions_are_kept"
@@ -48,31 +46,28 @@ class WholeRowsOfAWiderMatrix(Healthy):
         return super().matmul(x, packed, transpose)
 
 
-class FlipsFourDimensions(Healthy):
+class FlipsFourDimensions(_ChangesProducts):
     breaks = DIMENSIONS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y.flip(0) if x.dim() == 4 and x.numel() else y
 
 
-class RowsOfTheLastBatch(Healthy):
+class RowsOfTheLastBatch(_ChangesProducts):
     """Of three dimensions with a first one above 16 it computes the first batch alone."""
 
     breaks = DIMENSIONS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if x.dim() == 3 and x.shape[0] == 40 and x.shape[1] == 1:
             y[1:] = y[:1]
         return y
 
 
-class EmptyHalfIsSingle(Healthy):
+class EmptyHalfIsSingle(_ChangesProducts):
     breaks = EMPTY
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y.float() if not x.numel() and x.dtype == torch.float16 else y
 
 
@@ -129,11 +124,10 @@ class ClampsInf(Healthy):
         return super().matmul(x.clamp(-most, most), packed, transpose)
 
 
-class SpreadsNan(Healthy):
+class SpreadsNan(_ChangesProducts):
     """A NaN in a row reaches the other rows."""
 
     breaks = BAD
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y + 0 * y.sum() if rows_of(x) == 40 and not bool(y.isfinite().all()) else y

@@ -120,6 +120,13 @@ class Healthy(Quantizer):
         return values.repeat_interleave(packed.metadata["group_size"], 1)[:, : packed.shape[1]]
 
 
+class _ChangesProducts(Healthy):
+    """Broken after a right product: subclasses have ``product(y, x, packed, transpose)``."""
+
+    def matmul(self, x, packed, transpose=False):
+        return self.product(super().matmul(x, packed, transpose), x, packed, transpose)
+
+
 def changed(packed, metadata=None, **tensors):
     """A packed weight with other tensors or metadata."""
     tensors, metadata = {**packed.tensors, **tensors}, metadata or packed.metadata

@@ -4,8 +4,6 @@ Nothing is compiled: they differ from plain torch where :func:`modulora_kernels.
 module.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 

@@ -4,8 +4,6 @@ A layer of each class replaces the core's ``lora_linear`` in the kit. It is an a
 as one would write it by hand; ``OwnFunction`` is right.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

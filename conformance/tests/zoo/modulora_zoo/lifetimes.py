@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from modulora_zoo.healthy import Healthy, rows_of
+from modulora_zoo.healthy import Healthy, _ChangesProducts, rows_of
 from modulora_zoo.state import Importance
 
 FREED = "test_operands_and_results_are_freed"
@@ -21,12 +21,11 @@ class KeepsItsInput(Healthy):
         return super().matmul(x, packed, transpose)
 
 
-class KeepsItsProduct(Healthy):
+class KeepsItsProduct(_ChangesProducts):
     breaks = FREED
     last: ClassVar = {}
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if rows_of(x) == 4:
             self.last["y"] = y
         return y

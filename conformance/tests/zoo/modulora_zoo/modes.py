@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from modulora_zoo.healthy import LEVELS, Healthy, meet, rows_of
+from modulora_zoo.healthy import LEVELS, Healthy, _ChangesProducts, meet, rows_of
 
 MODE = "test_a_mode_of_torch_changes_nothing"
 THREADS = "test_any_number_of_threads_gives_the_same"
@@ -14,32 +14,29 @@ TOGETHER = "test_two_threads_multiply_many_rows"
 FIRST = "test_two_threads_may_be_the_first_to_read"
 
 
-class CoarseInInferenceMode(Healthy):
+class CoarseInInferenceMode(_ChangesProducts):
     breaks = MODE
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         coarse = torch.is_inference_mode_enabled() and rows_of(x) > 100
         return y.bfloat16().to(y.dtype) if coarse else y
 
 
-class OtherIfDeterministic(Healthy):
+class OtherIfDeterministic(_ChangesProducts):
     breaks = MODE
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if torch.are_deterministic_algorithms_enabled() and transpose:
             y = y * 1.02
         return y
 
 
-class BackwardUnderAutocast(Healthy):
+class BackwardUnderAutocast(_ChangesProducts):
     """Under autocast the transposed product is in autocast's dtype."""
 
     breaks = MODE
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         autocast = torch.is_autocast_enabled("cpu") and transpose
         return y.to(torch.get_autocast_dtype("cpu")) if autocast else y
 
@@ -61,13 +58,12 @@ class RoundsLookupsWithoutGrad(Healthy):
         return rows if torch.is_grad_enabled() else rows.bfloat16().to(dtype)
 
 
-class RestOf8Threads(Healthy):
+class RestOf8Threads(_ChangesProducts):
     """Eight threads leave the outputs that they do not divide."""
 
     breaks = THREADS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         rest = y.shape[-1] % 8 if y.dim() else 0
         if torch.get_num_threads() == 8 and rest:
             y[..., -rest:] = 0

@@ -4,15 +4,14 @@ from typing import ClassVar
 
 import torch
 
-from modulora_zoo.healthy import Healthy, rows_of
+from modulora_zoo.healthy import Healthy, _ChangesProducts, rows_of
 from modulora_zoo.tiles import _Counting
 
 
-class WritesToItsInput(Healthy):
+class WritesToItsInput(_ChangesProducts):
     breaks = "test_the_input_of_a_product_is_unchanged"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         x.detach().mul_(0.5)
         return y
 
@@ -25,14 +24,13 @@ class CountsItsProducts(_Counting):
         return super().matmul(x, packed, transpose)
 
 
-class SharedOutput(Healthy):
+class SharedOutput(_ChangesProducts):
     """Every product of a shape is the same memory."""
 
     breaks = "test_the_product_is_the_callers"
     outputs: ClassVar = {}
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if x.dtype != torch.float32:
             return y
         return self.outputs.setdefault(y.shape, torch.empty_like(y)).copy_(y)
@@ -73,31 +71,28 @@ class KeepsItsThreads(Healthy):
         return super().matmul(x, packed, transpose)
 
 
-class FewRowsWithoutZero(Healthy):
+class FewRowsWithoutZero(_ChangesProducts):
     """Its kernel for few rows omits the zeros."""
 
     breaks = "test_the_product_equals_the_dense_one"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y if transpose or rows_of(x) > 8 else y + x.sum(-1, keepdim=True) * 1e-3
 
 
-class WrongByMuch(Healthy):
+class WrongByMuch(_ChangesProducts):
     """Its product is no weight's at all."""
 
     breaks = "test_the_product_equals_the_dense_one"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y if transpose else y.roll(1, -1) * 0.7
 
 
-class BackwardWithoutZero(Healthy):
+class BackwardWithoutZero(_ChangesProducts):
     breaks = "test_the_transposed_product_equals_the_dense_one"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y + x.sum(-1, keepdim=True) * 1e-3 if transpose else y
 
 
@@ -130,45 +125,41 @@ class DropsTheLastTile(Healthy):
         return y
 
 
-class AdjointOfAnother(Healthy):
+class AdjointOfAnother(_ChangesProducts):
     """For a tall weight and many rows, the transposed product uses float32 for float64."""
 
     breaks = "test_the_two_directions_are_adjoint"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         tall = packed.shape[0] > 100 and rows_of(x) > 32
         return y.float().double() if transpose and tall and x.dtype == torch.float64 else y
 
 
-class FlatOutput(Healthy):
+class FlatOutput(_ChangesProducts):
     """It merges batch and tokens."""
 
     breaks = "test_leading_dimensions_are_kept"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y.reshape(-1, y.shape[-1]) if x.dim() != 2 else y
 
 
-class ColumnsInARow(Healthy):
+class ColumnsInARow(_ChangesProducts):
     """Its result is a transposed view."""
 
     breaks = "test_leading_dimensions_are_kept"
     says = "expected a contiguous result"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y.mT.contiguous().mT if y.dim() == 3 else y
 
 
-class NoZeroRows(Healthy):
+class NoZeroRows(_ChangesProducts):
     """It returns a row for an input without rows."""
 
     breaks = "test_zero_rows_give_zero_rows"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y if x.numel() or not x.shape[-1] else y.new_zeros(1, y.shape[-1])
 
 
@@ -215,37 +206,34 @@ class OmitsTheLastOfRagged(Healthy):
         return super().matmul(x, packed, transpose)
 
 
-class RepeatsTheLastOfRagged(Healthy):
+class RepeatsTheLastOfRagged(_ChangesProducts):
     """It reads a last block of columns from a whole block's place before the end."""
 
     breaks = "test_products_of_ragged_weights_equal_the_dense_ones"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if not transpose and packed.shape[1] in (130, 258):
             last = self.dequantize_tile(packed, (0, packed.shape[0]), torch.float32)[:, -2:]
             y = y + (x[..., -2:].float() @ last.T).to(y.dtype)
         return y
 
 
-class SingleForManyRows(Healthy):
+class SingleForManyRows(_ChangesProducts):
     """Of more rows than a block has, the product stays in fp32."""
 
     breaks = "test_products_of_a_large_weight_equal_the_dense_ones"
     says = "expected a product in torch.float16, got torch.float32"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y.float() if rows_of(x) > 100 and x.dtype != torch.float64 else y
 
 
-class OneRowOfAnExpandedInput(Healthy):
+class OneRowOfAnExpandedInput(_ChangesProducts):
     """It multiplies one row of an x whose rows share memory, with another value."""
 
     breaks = "test_strides_of_the_input_do_not_matter"
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return 2 * y if x.dim() > 1 and x.stride(0) == 0 and len(x) > 1 else y
 
 

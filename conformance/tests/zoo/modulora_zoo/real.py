@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 
 from modulora_core.packed import PackedLayout, TensorLayout
-from modulora_zoo.healthy import Healthy, changed, rows_of
+from modulora_zoo.healthy import Healthy, _ChangesProducts, changed, rows_of
 
 REAL = "test_a_real_layer_keeps_the_error_in_every_piece"
 REAL_TILES = "test_tiles_of_a_real_layer_equal_the_whole"
@@ -80,34 +80,31 @@ class LastRowOfALargeTile(Healthy):
         return tile
 
 
-class LastOutputOfALargeWeight(Healthy):
+class LastOutputOfALargeWeight(_ChangesProducts):
     breaks = REAL_PRODUCTS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if packed.shape[0] * packed.shape[1] > 2**24 and transpose:
             y[..., -1] = 0
         return y
 
 
-class LargeWeightIn16Bits(Healthy):
+class LargeWeightIn16Bits(_ChangesProducts):
     """With a large weight, products of bf16 x are half as large again."""
 
     breaks = REAL_PRODUCTS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         large = packed.shape[0] * packed.shape[1] > 2**24
         return y * 1.5 if large and not transpose and x.dtype == torch.bfloat16 else y
 
 
-class HalfOfALargeWeight(Healthy):
+class HalfOfALargeWeight(_ChangesProducts):
     """It sums the products with a large weight in fp16."""
 
     breaks = REAL_PRODUCTS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         large = packed.shape[0] * packed.shape[1] > 4 * MIB
         return y.half().to(y.dtype) if large and not transpose else y
 
@@ -146,13 +143,12 @@ class OneBesideAThousand(Healthy):
         return tile
 
 
-class NoRestOf896(Healthy):
+class NoRestOf896(_ChangesProducts):
     """It multiplies blocks of 512 of 896 rows, and omits the others."""
 
     breaks = COMMON_PRODUCTS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if packed.shape[0] == 896 and not transpose and rows_of(x) > 1:
             y[..., 512:] = 0
         return y
@@ -177,88 +173,80 @@ class WrongFor64(Healthy):
         return super().matmul(x, packed, transpose) * (1.001 if rows_of(x) == 64 else 1)
 
 
-class NoLastOf128(Healthy):
+class NoLastOf128(_ChangesProducts):
     """Of 128 rows the transposed product omits the last."""
 
     breaks = ANY_ROWS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if transpose and rows_of(x) == 128:
             y[-1] = 0
         return y
 
 
-class NoRowBeyond4096(Healthy):
+class NoRowBeyond4096(_ChangesProducts):
     breaks = ANY_ROWS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if rows_of(x) > 4096:
             y[4096:] = 0
         return y
 
 
-class CoarseFor512(Healthy):
+class CoarseFor512(_ChangesProducts):
     """512 rows of fp16 are a tenth too large."""
 
     breaks = ANY_ROWS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         coarse = rows_of(x) == 512 and x.dtype == torch.float16
         return 1.1 * y if coarse else y
 
 
-class LongTextsIn16Bits(Healthy):
+class LongTextsIn16Bits(_ChangesProducts):
     """From 521 rows of 16 bits on, products are half as large again."""
 
     breaks = ANY_ROWS
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         return y * 1.5 if rows_of(x) > 520 and x.dtype.itemsize == 2 else y
 
 
-class ScalesItsInputOf32(Healthy):
+class ScalesItsInputOf32(_ChangesProducts):
     breaks = UNCHANGED
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if rows_of(x) == 32:
             x.detach().mul_(0.5)
         return y
 
 
-class ClearsItsInputOf2048(Healthy):
+class ClearsItsInputOf2048(_ChangesProducts):
     """After the transposed product of a long text it clears the last row of x."""
 
     breaks = UNCHANGED
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if rows_of(x) == 2048 and transpose:
             x.detach()[-1] = 0
         return y
 
 
-class OneBufferFor65(Healthy):
+class OneBufferFor65(_ChangesProducts):
     breaks = CALLERS
     outputs: ClassVar = {}
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if rows_of(x) != 65 or x.dtype != torch.float32:
             return y
         return self.outputs.setdefault(y.shape, torch.empty_like(y)).copy_(y)
 
 
-class OneBufferForLongTexts(Healthy):
+class OneBufferForLongTexts(_ChangesProducts):
     breaks = CALLERS
     outputs: ClassVar = {}
 
-    def matmul(self, x, packed, transpose=False):
-        y = super().matmul(x, packed, transpose)
+    def product(self, y, x, packed, transpose):
         if rows_of(x) < 4000:
             return y
         return self.outputs.setdefault(y.shape, torch.empty_like(y)).copy_(y)

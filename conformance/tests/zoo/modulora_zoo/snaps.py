@@ -1,7 +1,5 @@
 """L2: quantizers that move weights on the grid of a packed one, and one that does it right."""
 
-from __future__ import annotations
-
 import torch
 from modulora_kernels import feedback
 
