@@ -14,16 +14,23 @@ from modulora_zoo.healthy import Healthy
 from modulora_zoo.packing import signs
 
 
-class PerRow(Healthy):
-    """A scale for each row, and no zero point: codes from -127 to 127."""
+class _TwoTensors(Healthy):
+    """Codes and scales, which ``quantized(W)`` gives."""
 
     def pack(self, weight, calibration=None):
         self.check_shape((weight.shape[0], weight.shape[1]))
         W = self.prepared(weight)
         self.check_finite(W)
-        scale = W.abs().amax(1, keepdim=True) / 127
-        codes = (W / torch.where(scale > 0, scale, 1.0)).round().to(torch.int8)
+        codes, scale = self.quantized(W)
         return self.layout(tuple(W.shape)).fill({"codes": codes, "scale": scale})
+
+
+class PerRow(_TwoTensors):
+    """A scale for each row, and no zero point: codes from -127 to 127."""
+
+    def quantized(self, W):
+        scale = W.abs().amax(1, keepdim=True) / 127
+        return (W / torch.where(scale > 0, scale, 1.0)).round().to(torch.int8), scale
 
     def layout(self, shape):
         return self.of(shape, codes=("int8", shape), scale=("float32", (shape[0], 1)))
@@ -36,14 +43,10 @@ class PerRow(Healthy):
 class Floating(PerRow):
     """Floats of 8 bits with 3 bits of mantissa, and a power of two for each row."""
 
-    def pack(self, weight, calibration=None):
-        self.check_shape((weight.shape[0], weight.shape[1]))
-        W = self.prepared(weight)
-        self.check_finite(W)
+    def quantized(self, W):
         largest = W.abs().amax(1, keepdim=True)
         scale = torch.where(largest > 0, (largest / 448).log2().ceil().exp2(), 1.0)
-        codes = (W / scale).to(torch.float8_e4m3fn)
-        return self.layout(tuple(W.shape)).fill({"codes": codes, "scale": scale})
+        return (W / scale).to(torch.float8_e4m3fn), scale
 
     def layout(self, shape):
         return self.of(shape, codes=("float8_e4m3fn", shape), scale=("float32", (shape[0], 1)))
@@ -52,10 +55,7 @@ class Floating(PerRow):
 class Lattice(PerRow):
     """Points of the lattice D2: pairs of whole numbers with an even sum, at a step for each row."""
 
-    def pack(self, weight, calibration=None):
-        self.check_shape((weight.shape[0], weight.shape[1]))
-        W = self.prepared(weight)
-        self.check_finite(W)
+    def quantized(self, W):
         scale = W.abs().amax(1, keepdim=True) / 126
         pairs = (W / torch.where(scale > 0, scale, 1.0)).view(len(W), -1, 2)
         whole = pairs.round()
@@ -63,8 +63,7 @@ class Lattice(PerRow):
         worse = torch.nn.functional.one_hot(error.abs().argmax(2), 2)  # the coordinate to move
         odd = whole.sum(2, keepdim=True).remainder(2)
         direction = torch.where(error < 0, -1.0, 1.0)
-        codes = (whole + odd * worse * direction).view(W.shape).to(torch.int8)
-        return self.layout(tuple(W.shape)).fill({"codes": codes, "scale": scale})
+        return (whole + odd * worse * direction).view(W.shape).to(torch.int8), scale
 
 
 class Rotated(PerRow):
@@ -86,18 +85,10 @@ class Rotated(PerRow):
         return (self.turned(turned) * sign).to(dtype)
 
 
-class RotatedKernels(KernelQuantizer):
-    """A toolkit's quantizer whose rows are turned by a Hadamard matrix, as the docs show it."""
+class _KernelsPerRow(KernelQuantizer):
+    """A toolkit's quantizer with the tensors of ``PerRow``."""
 
-    spec = SPECS["RotatedKernels"]
     kernels = "modulora_zoo"  # it has none
-
-    def pack(self, weight, calibration=None):
-        found = PerRow().pack(rotate(weight.detach().float(), self.signs(weight)))
-        return self.layout(tuple(weight.shape)).fill(found.tensors)
-
-    def signs(self, weight):
-        return random_signs(0, weight.shape[1], "input").to(weight.device, torch.float16)
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -108,6 +99,19 @@ class RotatedKernels(KernelQuantizer):
     def reference_tile(self, packed, rows):
         codes, scale = (packed.tensors[name][slice(*rows)] for name in ("codes", "scale"))
         return codes.float() * scale
+
+
+class RotatedKernels(_KernelsPerRow):
+    """A toolkit's quantizer whose rows are turned by a Hadamard matrix, as the docs show it."""
+
+    spec = SPECS["RotatedKernels"]
+
+    def pack(self, weight, calibration=None):
+        found = PerRow().pack(rotate(weight.detach().float(), self.signs(weight)))
+        return self.layout(tuple(weight.shape)).fill(found.tensors)
+
+    def signs(self, weight):
+        return random_signs(0, weight.shape[1], "input").to(weight.device, torch.float16)
 
     def matmul(self, x, packed, transpose=False):
         if x.shape[-1:] != (packed.shape[0 if transpose else 1],):
@@ -126,7 +130,7 @@ class RotatedKernels(KernelQuantizer):
         return rotate(C, self.signs(packed), after=True, transpose=True, dtype=wide).to(dtype)
 
 
-class Microscaled(Healthy):
+class Microscaled(_TwoTensors):
     """MXFP4 as its specification has it: blocks of 32, E8M0 scales of which 255 is NaN, E2M1."""
 
     LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -136,10 +140,7 @@ class Microscaled(Healthy):
         if shape[1] % 32:
             raise ShapeError(f"{self.spec.name}: in_features {shape[1]} is not a multiple of 32")
 
-    def pack(self, weight, calibration=None):
-        self.check_shape(tuple(weight.shape))
-        W = self.prepared(weight)
-        self.check_finite(W)
+    def quantized(self, W):
         blocks = W.unflatten(1, (-1, 32))
         largest = blocks.abs().amax(2).clamp(min=2.0**-120)
         exponent = (largest.log2().floor() - 2).clamp(-127, 124)
@@ -148,11 +149,7 @@ class Microscaled(Healthy):
         code = torch.bucketize(P.abs(), (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
         code |= (P < 0).to(torch.uint8) << 3
         code = code.flatten(1)
-        tensors = {
-            "codes": code[:, ::2] | code[:, 1::2] << 4,
-            "scale": (exponent + 127).to(torch.uint8),
-        }
-        return self.layout(tuple(W.shape)).fill(tensors)
+        return code[:, ::2] | code[:, 1::2] << 4, (exponent + 127).to(torch.uint8)
 
     def layout(self, shape):
         codes, scale = ((shape[0], shape[1] // n) for n in (2, 32))
@@ -167,23 +164,12 @@ class Microscaled(Healthy):
         return (P.unflatten(1, (-1, 32)) * X[..., None]).flatten(1)
 
 
-class Experts(KernelQuantizer):
+class Experts(_KernelsPerRow):
     """A toolkit's quantizer whose rows are gathered and joined: layers of experts become stacks."""
 
     spec = SPECS["Experts"]
-    kernels = "modulora_zoo"  # it has none
     row_tensors = ("codes", "scale")
 
     def pack(self, weight, calibration=None):
         found = PerRow().pack(weight)
         return self.layout(found.shape).fill(found.tensors)
-
-    @staticmethod
-    @lru_cache(maxsize=64)
-    def tensors(shape):
-        codes = TensorLayout("int8", shape)
-        return {"codes": codes, "scale": TensorLayout("float32", (shape[0], 1))}
-
-    def reference_tile(self, packed, rows):
-        codes, scale = (packed.tensors[name][slice(*rows)] for name in ("codes", "scale"))
-        return codes.float() * scale
