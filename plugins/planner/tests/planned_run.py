@@ -6,32 +6,26 @@ python planned_run.py training '{"model": ..., "out": ..., "rank": 8, ...}'
 held at once beside the weights. A job imports only what its command imports.
 """
 
-from __future__ import annotations
-
 import json
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from modulora_conformance.allocations import Allocations
 
 from modulora_core.checkpoints.peak_memory import PeakMemory
 
-Taken = Mapping[str, int]
 
-
-def training(options: dict[str, Any]) -> Taken:
+def training(options):
     """Run two steps of ``modulora finetune``, or as many as ``options`` say."""
     from transformers import Trainer
 
     from modulora_core.training.config import FinetuneConfig
     from modulora_core.training.finetune import finetune
 
-    steps: list[int] = []
+    steps = []
     step = Trainer.training_step
 
-    def counted(self: Any, model: Any, *arguments: Any, **more: Any) -> Any:
+    def counted(self, model, *arguments, **more):
         with Allocations([*model.parameters(), *model.buffers()]) as allocations:
             loss = step(self, model, *arguments, **more)
         steps.append(allocations.peak)
@@ -43,13 +37,13 @@ def training(options: dict[str, Any]) -> Taken:
     return {"peak": result.peak_memory_bytes, "work": max(steps)}
 
 
-def quantizing(options: dict[str, Any]) -> Taken:
+def quantizing(options):
     """Run ``modulora quantize``."""
     from modulora_core.quantization import quantize as module
 
     write, counted = module._write_packed, []
 
-    def watched(*arguments: Any, **more: Any) -> Any:
+    def watched(*arguments, **more):
         with Allocations() as allocations:
             packed = write(*arguments, **more)
         counted.append(allocations.peak)
@@ -60,7 +54,7 @@ def quantizing(options: dict[str, Any]) -> Taken:
     return {"peak": result.peak_memory_bytes, "work": max(counted)}
 
 
-def decoding(options: dict[str, Any]) -> Taken:
+def decoding(options):
     """Read a prompt of ``prompt`` tokens, and generate a few new ones."""
     from pydoc_data.topics import topics
 

@@ -9,22 +9,18 @@ Each model has a fork of this process, which has imported vLLM: the import takes
 model, and vLLM 0.32 starts only one CPU worker in a process.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import sys
 import traceback
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 
-def main(requests: list[dict[str, Any]]) -> list[Any]:
+def main(requests):
     import vllm.v1.engine.llm_engine
     import vllm.v1.worker.cpu_worker  # noqa: F401  # else each fork imports it
 
-    context, answers = multiprocessing.get_context("fork"), list[Any]()
+    context, answers = multiprocessing.get_context("fork"), []
     for request in requests:
         here, there = context.Pipe(duplex=False)
         process = context.Process(target=send_answer, args=(request, there))
@@ -38,7 +34,7 @@ def main(requests: list[dict[str, Any]]) -> list[Any]:
     return answers
 
 
-def send_answer(request: dict[str, Any], connection: Connection) -> None:
+def send_answer(request, connection):
     try:
         connection.send(answer(request))
     except BaseException as error:
@@ -46,7 +42,7 @@ def send_answer(request: dict[str, Any], connection: Connection) -> None:
         connection.send(f"{type(error).__name__}: {error}")
 
 
-def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+def answer(request):
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -1,15 +1,11 @@
 """vLLM in a process of its own, and transformers' values to compare its answers with."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,17 +16,14 @@ PROMPTS = [[3, 5, 7, 9, 11, 13, 2], [17], [4] * 20, list(range(20, 33)), [90, 1,
 """Prompts of unequal lengths, which vLLM puts into one batch."""
 
 
-def need_vllm() -> None:
+def need_vllm():
     """Skip a module's tests where vLLM isn't installed."""
     if importlib.util.find_spec("vllm") is None:
         reason = "vLLM isn't installed; make test-vllm runs these tests"
         pytest.skip(reason, allow_module_level=True)
 
 
-def run_vllm(
-    folder: Path, *requests: Mapping[str, Any], new: int = 6, site: Path | None = None,
-    processes: bool = False,
-) -> list[Any]:  # fmt: skip
+def run_vllm(folder, *requests, new=6, site=None, processes=False):
     """vLLM's answer to each request (:mod:`in_vllm`), or its error in one line.
 
     Args:
@@ -52,20 +45,17 @@ def run_vllm(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     print(done.stdout, done.stderr[-8000:])  # pytest shows it if the test fails
-    answers: list[Any] = json.loads(target.read_text())
-    return answers
+    return json.loads(target.read_text())
 
 
-def log_probabilities(model: Any, ids: Sequence[int]) -> torch.Tensor:
+def log_probabilities(model, ids):
     """Of each id but the first, by transformers."""
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-def largest_difference(
-    answers: Sequence[Mapping[str, Any]], model: Any, prompts: Sequence[Sequence[int]] = PROMPTS
-) -> float:
+def largest_difference(answers, model, prompts=PROMPTS):
     """Between vLLM's log-probabilities and transformers', over prompts and new tokens."""
     assert not isinstance(answers, str), answers
     worst = 0.0

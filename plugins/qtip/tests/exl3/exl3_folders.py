@@ -1,22 +1,17 @@
 """Tiny EXL3 folders, as ExLlamaV3 and GPTQModel write them, and the same models, dense."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from exl3_tensors import MULTIPLIERS, random_layer, weight
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES = {
     "llama": {
         "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 640,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
@@ -43,35 +38,26 @@ SIZES: dict[str, dict[str, Any]] = {
 
 UP = "model.layers.0.mlp.up_proj"
 
-Choice = Callable[[str, int], dict[str, Any]]
-"""The ``bits``, ``code`` and ``signs`` of a layer, by its name and its number."""
 
-
-def mixed(name: str, number: int) -> dict[str, Any]:
+def mixed(name, number):
     """1 to 8 bits, all codes, and signs in some layers."""
     code = ("3inst", "mcg", "mul1")[number % 3]
     bits = 6 if name == "lm_head" else 1 + (number + 3) % 8
     return {"bits": bits, "code": code, "signs": number % 5 == 4}
 
 
-def alike(bits: float, code: str) -> Choice:
+def alike(bits, code):
     """The same for all layers but the head, which has 6 bits."""
     return lambda name, _: {"bits": 6 if name == "lm_head" else bits, "code": code}
 
 
 def save_exl3(
-    folder: Path,
-    architecture: str = "llama",
-    choice: Choice = mixed,
-    *,
-    storage: bool = True,
-    parts: Mapping[str, Mapping[str, int]] | None = None,
-    in_config: bool = True,
-    **sizes: Any,
-) -> nn.Module:
+    folder, architecture="llama", choice=mixed, *, storage=True, parts=None, in_config=True, **sizes
+):
     """Save a tiny model of random tensors. Returns the same model, dense, in fp32.
 
     Args:
+        choice: gives ``bits``, ``code`` and ``signs`` of a layer, by its name and its number.
         storage: write ``tensor_storage``, as newer files have it.
         parts: rows of each part of a layer that the files have in parts, by its last word.
         in_config: put the quantization config into config.json, else in a file of its own.
@@ -115,17 +101,17 @@ def save_exl3(
     return model.eval()
 
 
-def padded(shape: tuple[int, int]) -> tuple[int, int]:
+def padded(shape):
     """Multiples of 128."""
     return -(-shape[0] // 128) * 128, -(-shape[1] // 128) * 128
 
 
-def _is_linear(name: str, tensor: Tensor) -> bool:
+def _is_linear(name, tensor):
     kept = ("embed_tokens", "mlp.gate.", "norm")
     return tensor.dim() == 2 and not any(word in name for word in kept)
 
 
-def _in_memory(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _in_memory(model, state):
     """Experts in stacks, biases without padding."""
     expected = model.state_dict()
     for name in expected.keys() - state.keys():
@@ -139,14 +125,8 @@ def _in_memory(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _write_config(
-    folder: Path,
-    written: dict[str, dict[str, Tensor]],
-    stored: dict[str, Tensor],
-    storage: bool,
-    in_config: bool,
-) -> None:
-    quantization: dict[str, Any] = {
+def _write_config(folder, written, stored, storage, in_config):
+    quantization = {
         "quant_method": "exl3", "version": "0.0.6", "bits": 3.0, "head_bits": 6,
         "calibration": {"rows": 100, "cols": 2048}, "out_scales": "auto",
     }  # fmt: skip
@@ -172,7 +152,7 @@ def _write_config(
     (folder / "config.json").write_text(json.dumps(values))
 
 
-def _bias(path: str, stored: dict[str, Tensor]) -> dict[str, Any]:
+def _bias(path, stored):
     bias = stored.get(f"{path}.bias")
     about = {} if bias is None else {"shape": list(bias.shape), "torch_dtype": "float16"}
     return {f"{path}.bias": about} if about else {}

@@ -3,14 +3,8 @@
 Nothing here uses the plugin, or torch's random numbers, which may change between versions.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 CODES = ("3inst", "mcg", "mul1")
 BITS = range(1, 9)
@@ -20,9 +14,7 @@ HALVES = (1.5, 2.5, 3.5)
 MULTIPLIERS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
 
 
-def random_layer(
-    shape: tuple[int, int], bits: float, code: str, *, seed: int = 0, signs: bool = False
-) -> dict[str, Tensor]:
+def random_layer(shape, bits, code, *, seed=0, signs=False):
     """Random tensors of a layer ``[out, in]``, whose weights are about 1 / √in.
 
     Args:
@@ -45,9 +37,9 @@ def random_layer(
     return tensors
 
 
-def inner(tensors: dict[str, Tensor]) -> NDArray[np.float16]:
+def inner(tensors):
     """The decoded trellis, fp16 ``[in, out]``, in the rotated basis."""
-    trellis: NDArray[Any] = tensors["trellis"].numpy().view(np.uint16)
+    trellis = tensors["trellis"].numpy().view(np.uint16)
     rows, columns, words = trellis.shape
     size = 16 * words
     ordered = trellis.reshape(rows, columns, words // 2, 2)[..., ::-1]  # high halves first
@@ -65,7 +57,7 @@ def inner(tensors: dict[str, Tensor]) -> NDArray[np.float16]:
     return W.reshape(16 * rows, 16 * columns)
 
 
-def value(state: NDArray[np.uint64], code: str) -> NDArray[np.float16]:
+def value(state, code):
     """The number of each state."""
     if code == "mul1":
         x = (state * np.uint64(MULTIPLIERS["mul1"])).astype(np.uint32)
@@ -81,7 +73,7 @@ def value(state: NDArray[np.uint64], code: str) -> NDArray[np.float16]:
     return low + high
 
 
-def weight(tensors: dict[str, Tensor]) -> Tensor:
+def weight(tensors):
     """The weight, fp64 ``[out, in]``."""
     H = np.ones((1, 1))
     while len(H) < 128:
@@ -94,10 +86,10 @@ def weight(tensors: dict[str, Tensor]) -> Tensor:
     return torch.from_numpy((scales(tensors, "u")[:, None] * W * scales(tensors, "v")).T.copy())
 
 
-def scales(tensors: dict[str, Tensor], side: str) -> NDArray[np.float64]:
+def scales(tensors, side):
     """Scales of inputs (side ``"u"``) or outputs (``"v"``)."""
     if f"s{side}h" in tensors:
         return tensors[f"s{side}h"].numpy().astype(np.float64)
-    fields: NDArray[Any] = tensors[f"s{side}"].numpy().view(np.uint16)
+    fields = tensors[f"s{side}"].numpy().view(np.uint16)
     negative = fields[:, None] >> np.arange(16) & 1
     return 1.0 - 2.0 * negative.reshape(-1)

@@ -8,8 +8,6 @@ GPTQModel is no dependency. To make the file again, in an environment of its own
 It runs GPTQModel's torch runtime, which decodes in fp32 on a CPU.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from importlib.metadata import version
@@ -26,7 +24,7 @@ SAMPLES = 32
 """Values of each weight, evenly spread."""
 
 
-def read(bits: int, code: str, signs: bool) -> dict[str, object]:
+def read(bits, code, signs):
     tensors = random_layer(SHAPE, bits, code, seed=bits, signs=signs)
     named = {name: t for name, t in tensors.items() if name not in ("su", "sv")}
     if signs:  # its torch runtime knows the unpacked form alone
