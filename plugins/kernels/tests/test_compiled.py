@@ -118,6 +118,17 @@ def test_compiled_kernels_are_cached_for_the_next_process(cpu, folder):
     assert done.returncode == 0, done.stderr
 
 
+def test_kernels_run_where_no_folder_can_be_written(tmp_path, monkeypatch):
+    caching = pytest.importorskip("numba.core.caching")
+    monkeypatch.setattr(caching.FunctionCache._impl_class, "_locator_classes", [])
+    (tmp_path / "unstored_kernels.py").write_text(KERNELS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    out = torch.empty(5)
+    kernels.launch(importlib.import_module("unstored_kernels").double, torch.arange(5.0), out)
+    assert out.tolist() == [0, 2, 4, 6, 8]
+    assert not [*tmp_path.rglob("*.nb?")]
+
+
 def test_the_first_launch_leaves_torchs_threads_and_teams_as_they_were(folder):
     """If this fails: torch takes all cores from then on, or a team inside each team."""
     check = """

@@ -1,10 +1,11 @@
-"""Plans add up, need a config alone, and answer a budget."""
+"""Plans add up, need a config alone, answer a budget, and are of one process of several."""
 
 import shutil
 
 import pytest
 from modulora_planner.fitting import CLOSE, plan
 from modulora_planner.memory import ITEMS
+from modulora_planner.processes import DIVIDED
 from transformers import LlamaConfig
 
 from modulora_core.checkpoints.opening import open_packed
@@ -98,3 +99,19 @@ def test_without_a_quantizer_the_weights_are_dense_and_nothing_is_packed(llama, 
     assert found.training.nbytes - packed.training.nbytes == pytest.approx(
         found.packed_bytes - packed.packed_bytes, rel=0.01
     )
+
+
+def test_ddp_copies_and_fsdp2_divides(llama):
+    one, copied, split = (
+        planned(llama, batch_size=1, seq_len=32, **of_four)
+        for of_four in ({}, {"processes": 4}, {"processes": 4, "shard": True})
+    )
+    items = dict(one.training.items)
+    adapter = items["adapter"]
+    assert copied.training.items == {**items, "gradients": items["gradients"] + adapter}
+    found = dict(split.training.items)
+    block = (items["packed_codes"] + items["packed_scales"] + adapter) / BLOCKS
+    assert found.pop("gathered") == pytest.approx(2 * block + 4 * VOCABULARY * HIDDEN, rel=1e-3)
+    parts = {name: round(items[name] / 4) if name in DIVIDED else items[name] for name in items}
+    assert found == parts
+    assert split.decoding == one.decoding
