@@ -17,6 +17,7 @@ from modulora_zoo.healthy import Healthy
 from rich.console import Console
 
 from modulora_core.autograd import FrozenWeight, lora_linear
+from modulora_core.cli import main
 from modulora_core.errors import OptionError, ShapeError, WorkError
 
 SMALL = BenchConfig(shape=(24, 40), rows=(1, 5), seconds=1e-6)
@@ -122,3 +123,20 @@ def test_a_shape_is_read_from_words():
         message = f"--shape: expected OUTxIN, such as 4096x11008, got '{wrong}'"
         with pytest.raises(OptionError, match=message):
             config_for(Healthy(), shape=wrong, **asked)
+
+
+def test_bench_prints_the_promised_object(toy, capsys):
+    words = "--shape 24x40 --rows 1 --rows 5 --seconds 1e-6 --device cpu -o levels=7"
+    assert main(["bench", "toy", *words.split(), "--dtype", "float16", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() >= {
+        "quantizer", "options", "shape", "device", "device_name", "threads", "bits_per_weight",
+        "comparisons",
+    }  # fmt: skip
+    assert (found["options"], found["shape"]) == ({"levels": 7}, [24, 40])
+    assert {row["dtype"] for row in found["comparisons"][1:]} == {"float16"}
+    for row in found["comparisons"]:
+        assert min(row["ours"]["seconds"], row["dense"]["seconds"], row["ratio"]) > 0
+        if "share_of_copy" in row:
+            assert row["kind"] in ("pack", "decode")
+            assert row["bytes_per_second"] > 0

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from pydantic import Field
 
@@ -262,36 +261,3 @@ class ZerosHaveNoCode(Healthy):
     def decode(self, packed, rows):
         W = super().decode(packed, rows)
         return torch.where(W == 0, 0.01, W)
-
-
-class DisablesGradients(Healthy):
-    """It turns gradients off for the whole process."""
-
-    breaks = "test_packing_leaves_global_state_alone"
-    says = "expected torch's gradient mode unchanged"
-
-    def prepared(self, weight):
-        torch.set_grad_enabled(False)
-        return super().prepared(weight)
-
-
-class SetsTheThreads(Healthy):
-    """It packs on one thread, and leaves the process so."""
-
-    breaks = "test_packing_leaves_global_state_alone"
-    says = "expected the number of torch's threads unchanged"
-
-    def prepared(self, weight):
-        torch.set_num_threads(1)
-        return super().prepared(weight)
-
-
-class IgnoresErrors(Healthy):
-    """It turns numpy's warnings off."""
-
-    breaks = "test_packing_leaves_global_state_alone"
-    says = "expected numpy's treatment of errors unchanged"
-
-    def prepared(self, weight):
-        np.seterr(all="ignore")
-        return super().prepared(weight)

@@ -7,6 +7,9 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from modulora_zoo.healthy import Healthy
 
 PACKING = "test_packing_leaves_global_state_alone"
@@ -48,6 +51,33 @@ class SetsAVariable(_Leaves):
 
     def leave(self):
         os.environ["OMP_NUM_THREADS"] = "7"
+
+
+class DisablesGradients(_Leaves):
+    """It turns gradients off for the whole process."""
+
+    says = "expected torch's gradient mode unchanged"
+
+    def leave(self):
+        torch.set_grad_enabled(False)
+
+
+class SetsTheThreads(_Leaves):
+    """It packs on one thread, and leaves the process so."""
+
+    says = "expected the number of torch's threads unchanged"
+
+    def leave(self):
+        torch.set_num_threads(1)
+
+
+class IgnoresErrors(_Leaves):
+    """It turns numpy's warnings off."""
+
+    says = "expected numpy's treatment of errors unchanged"
+
+    def leave(self):
+        np.seterr(all="ignore")
 
 
 class HidesWarnings(Healthy):
