@@ -6,22 +6,12 @@ import warnings
 
 import pytest
 import torch
-from modulora_evaluate.evaluate import (
-    accuracy,
-    evaluate,
-    perplexity,
-    rouge,
-)
+from modulora_evaluate.evaluate import accuracy, evaluate, perplexity, rouge
 from modulora_evaluate.passes import asked_in
 from transformers import AutoModelForCausalLM, Gemma2Config, GenerationConfig, LlamaConfig
 
 from modulora_core.data import token_segments
-from modulora_core.errors import (
-    DataError,
-    MissingExtraError,
-    OptionError,
-    WorkError,
-)
+from modulora_core.errors import DataError, MissingExtraError, OptionError, WorkError
 from modulora_core.inference.opened import open_to_run
 from modulora_core.models.generation import Sampling
 from modulora_core.tests.tiny_tokenizer import make_tokenizer, write_jsonl

@@ -56,13 +56,7 @@ def string(text):
 LLAMA = string("general.architecture") + struct.pack("<I", 8) + string("llama")
 
 
-def file_of(
-    *,
-    fields=LLAMA,
-    count=1,
-    tensors=(("a", (32, 2), 8, 0),),
-    values=68,
-):
+def file_of(*, fields=LLAMA, count=1, tensors=(("a", (32, 2), 8, 0),), values=68):
     """A GGUF file; each tensor is its name, its dims as in the file, its type and its offset."""
     header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), count) + fields
     for name, dims, kind, offset in tensors:

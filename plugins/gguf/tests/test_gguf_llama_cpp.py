@@ -14,13 +14,7 @@ from modulora_gguf.file.splits import _LIKE_GPT2, _SPLITS, LIKE_LLAMA_3
 from modulora_gguf.file.tokenizer import load_tokenizer
 from modulora_gguf.tests.adapted import adapted
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
-from modulora_gguf.tests.vocabularies import (
-    IMITATIONS,
-    TEXTS,
-    chat,
-    odd_texts,
-    write_vocabulary,
-)
+from modulora_gguf.tests.vocabularies import IMITATIONS, TEXTS, chat, odd_texts, write_vocabulary
 
 from modulora_core.hf.load_model import load_model
 from modulora_core.models.stops import stop_ids

@@ -11,10 +11,7 @@ from modulora_gguf.tests.adapted import adapted
 from modulora_gguf.tests.tiny_gguf import write_tiny_gguf
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import WeightConverter
-from transformers.integrations.gguf.gguf_conversion_mapping import (
-    GGUF_ARCHS,
-    TiledToGroupedInputs,
-)
+from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS, TiledToGroupedInputs
 
 from modulora_core.checkpoints.opening import open_model, open_packed
 from modulora_core.errors import CheckpointError, ModelError

@@ -16,12 +16,7 @@ from transformers import AutoModelForCausalLM
 from modulora_core.calibration import CalibrationConfig
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.data import token_segments
-from modulora_core.errors import (
-    CheckpointError,
-    DataError,
-    OptionError,
-    OutputError,
-)
+from modulora_core.errors import CheckpointError, DataError, OptionError, OutputError
 from modulora_core.hf.load_model import load_model
 from modulora_core.models import open_dense
 from modulora_core.quantization.quantize import Assignment, quantize
