@@ -10,7 +10,6 @@ from modulora_conformance.interpreted_kernels import InterpretedKernels
 from modulora_conformance.oracle import product_error
 from modulora_conformance.tolerances import PRODUCT
 from modulora_kernels.triton import write_tile
-from modulora_nf4 import packing, reference
 from modulora_nf4.kernels import gpu
 from modulora_nf4.quantizer import NF4, Options
 
@@ -28,34 +27,21 @@ def packed(shape, **options):
     return NF4(Options(**options)).pack(weight)
 
 
-def truth(weight):
-    """Ŵ by the reference alone, fp32."""
-    tensors, B = weight.tensors, weight.metadata["block_size"]
-    out_features, in_features = weight.shape
-    numel = out_features * in_features
-    c2 = tensors.get("absmax")
-    if c2 is None:
-        nested = tensors["absmax_codes"], tensors["nested_absmax"], tensors["offset"]
-        c2 = reference.double_dequantize(*nested)
-    return reference.dequantize(packing.unpack(tensors["codes"], 0, numel), c2, B).view(
-        weight.shape
-    )
-
-
 class TestInterpreted(InterpretedKernels):
     @pytest.fixture(params=itertools.product(SHAPES, OPTIONS), ids=str)
-    def weight(self, request):
+    def weight(self, request, by_the_reference):
         shape, options = request.param
         weight = packed(shape, **options)
-        return NF4(Options(**options)), weight, truth(weight)
+        return NF4(Options(**options)), weight, by_the_reference(weight)
 
 
-def test_a_sum_in_many_shares_is_the_same_every_time():
+def test_a_sum_in_many_shares_is_the_same_every_time(by_the_reference):
     weight = packed((40, 2048))
     x = torch.randn(1, 2048, generator=torch.Generator().manual_seed(1))
     y = gpu.product(x, weight, False)
     assert torch.equal(gpu.product(x, weight, False), y)
-    assert product_error(y, x, truth(weight).double(), False) <= PRODUCT[torch.float32].value
+    W = by_the_reference(weight).double()
+    assert product_error(y, x, W, False) <= PRODUCT[torch.float32].value
 
 
 def test_many_rows_and_fp64_are_left_to_tiles():
@@ -65,7 +51,7 @@ def test_many_rows_and_fp64_are_left_to_tiles():
 
 
 @pytest.mark.parametrize("below", [1, 63])
-def test_a_flat_index_just_below_2_to_the_31_does_not_wrap(below):
+def test_a_flat_index_just_below_2_to_the_31_does_not_wrap(below, by_the_reference):
     """Ŵ is one row of so many elements. Its first block alone is here to be read."""
     weight = packed((1, 64))
     tensors, levels = weight.tensors, gpu.operands(weight)[1]
@@ -75,4 +61,4 @@ def test_a_flat_index_just_below_2_to_the_31_does_not_wrap(below):
         gpu.decode, flat, out, (0, 1), (1, 2**31 - below), (6, True, False), columns=(0, 64),
         align=64,
     )  # fmt: skip
-    assert torch.equal(out, truth(weight))
+    assert torch.equal(out, by_the_reference(weight))

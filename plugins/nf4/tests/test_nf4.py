@@ -4,7 +4,7 @@ import pytest
 import torch
 from modulora_conformance.compiled_kernels import CompiledKernels
 from modulora_conformance.fixtures import without_kernels
-from modulora_nf4 import packing, reference
+from modulora_nf4 import reference
 from modulora_nf4.quantizer import NF4, Options
 from pydantic import ValidationError
 
@@ -19,26 +19,11 @@ options = pytest.mark.parametrize(
 compiled = pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "reference"])
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-def by_the_reference(packed):
-    """All of Ŵ from reference.py alone, fp32."""
-    out_features, in_features = packed.shape
-    t, size = packed.tensors, packed.metadata["block_size"]
-    if packed.metadata["double_quant"]:
-        absmax = reference.double_dequantize(t["absmax_codes"], t["nested_absmax"], t["offset"])
-    else:
-        absmax = t["absmax"]
-    q = packing.unpack(t["codes"], 0, out_features * in_features)
-    return reference.dequantize(q, absmax, size).reshape(out_features, in_features)
-
-
 @options
 @shapes
-def test_tiles_have_the_bits_of_the_reference(shape, options, generator, monkeypatch):
+def test_tiles_have_the_bits_of_the_reference(
+    shape, options, by_the_reference, generator, monkeypatch
+):
     w = torch.randn(shape, generator=generator)
     w[: shape[0] // 3] = 0
     packed = NF4(options).pack(w)
