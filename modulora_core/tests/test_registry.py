@@ -22,6 +22,7 @@ def named(name):
 # --- listing -------------------------------------------------------------------------------------
 
 
+HOOKED = "from modulora_core import hookimpl\n@hookimpl\n"
 BROKEN = {
     "it fails to import": (failing("no such GPU"), "RuntimeError: no such GPU"),
     "it exits": ("import sys; sys.exit('bye')", "SystemExit: bye"),
@@ -30,16 +31,16 @@ BROKEN = {
         "QuantizerSpec: name: String should match pattern",
     ),
     "its hook has another name": (
-        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantisers(): return []",
+        HOOKED + "def modulora_quantisers(): return []",
         "unknown hook 'modulora_quantisers'",
     ),
     "its hook isn't marked": ("def modulora_quantizers(): return []", "@hookimpl"),
     "its hook fails": (
-        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantizers(): return 1 / 0",
+        HOOKED + "def modulora_quantizers(): return 1 / 0",
         "ZeroDivisionError",
     ),
     "its hook returns something else": (
-        "from modulora_core import hookimpl\n@hookimpl\ndef modulora_quantizers(): return ['x']",
+        HOOKED + "def modulora_quantizers(): return ['x']",
         "expected a list of QuantizerSpec, got ['x']",
     ),
 }

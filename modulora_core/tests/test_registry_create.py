@@ -1,7 +1,5 @@
 """Loading a quantizer's class, and constructing it with options."""
 
-from __future__ import annotations
-
 import pytest
 
 from modulora_core import registry
@@ -56,7 +54,7 @@ def test_a_broken_class_is_refused_with_the_reason(site, source, reason):
     assert reason in str(raised.value)
 
 
-BAD_OPTIONS: dict[str, tuple[dict[str, object], list[str]]] = {
+BAD_OPTIONS = {
     "unknown": (
         {"groupsize": "64"},
         ["unknown option 'groupsize'", "did you mean 'group_size'?", "symmetric"],

@@ -1,10 +1,7 @@
 """The contract: specs, packed weights as values, and the defaults of Quantizer."""
 
-from __future__ import annotations
-
 import copy
 import json
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from modulora_core.spec import (
     check_rows,
 )
 
-GOOD: dict[str, Any] = {
+GOOD = {
     "name": "mine",
     "summary": "s",
     "location": "mine.quantizer:Mine",

@@ -1,7 +1,5 @@
 """A merged model gives the logits of the packed model with its adapter."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
@@ -33,7 +31,7 @@ def test_the_merged_model_gives_the_same_logits(pack, architecture, scales, tmp_
     packed = pack(architecture, "toy")[1]
     model = trained(load_model(packed), LoRASettings(rank=3, train_scales=scales))
     save_adapter(model, tmp_path / "adapter")
-    calls: list[tuple[str, int, int]] = []
+    calls = []
     with tile_budget(5 * 32 * 4):  # a few rows a tile: the rows of v must fit theirs
         result = merge(
             str(packed),

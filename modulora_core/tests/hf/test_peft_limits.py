@@ -3,13 +3,9 @@
 The refused and the working methods are all of PEFT's that train linear layers of a decoder.
 """
 
-from __future__ import annotations
-
 import copy
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -34,13 +30,13 @@ pytestmark = [
 ]
 
 WAY_OUT = "packed by toy: expected a product.* call model.dequantize"
-SOME: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
+SOME = {"target_modules": ["q_proj", "down_proj"]}
 
 
 @pytest.fixture(scope="module")
 def load(toy, tmp_path_factory):
     """Loads a tiny Llama: its layers are packed, or its tables too, apart or tied."""
-    made: dict[tuple[str, bool], Path] = {}
+    made = {}
 
     def loaded(tables=False, architecture="llama"):
         if (architecture, tables) not in made:
@@ -84,7 +80,7 @@ def test_dora_which_peft_refuses_itself(load):
         get_peft_model(load(), lora(use_dora=True))
 
 
-WORK: dict[str, Any] = {
+WORK = {
     "orthogonal": lora(init_lora_weights="orthogonal"),
     "not zero": lora(init_lora_weights=False),
     "lora_bias": lora(lora_bias=True),
@@ -173,7 +169,7 @@ def saved(*names):
     )
 
 
-UNFREEZE: dict[str, Callable[[Any], object]] = {
+UNFREEZE = {
     "model": lambda model: model.requires_grad_(True),
     "layer": layer,
     "weight": weight,

@@ -1,11 +1,8 @@
 """The head of a task, such as a classifier's, trains and is saved with the adapter."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -43,8 +40,7 @@ def step(model, labels, steps=2):
 
 def scores(model):
     with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=IDS)[0]
-    return found
+        return model.eval()(input_ids=IDS)[0]
 
 
 def head_of(model):

@@ -1,11 +1,7 @@
 """TRL's trainers on a packed model, its head packed too, beside the same model made dense."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,14 +32,14 @@ pytestmark = [
 
 TEXTS = ("Who", " me"), ("What then", " it was that"), ("When", " now"), ("How so", " well enough")
 PAIRS = [{"prompt": p, "chosen": a, "rejected": " nobody else"} for p, a in TEXTS]
-ROWS: dict[str, list[dict[str, Any]]] = {
+ROWS = {
     "SFT": [{"prompt": p, "completion": a} for p, a in TEXTS],
     "KTO": [{"prompt": p, "completion": a, "label": len(p) > 4} for p, a in TEXTS],
     "GRPO": [{"prompt": p} for p, _ in TEXTS],
     "RLOO": [{"prompt": p} for p, _ in TEXTS],
 }
 GROUPS = {"num_generations": 2, "max_completion_length": 8, "beta": 0.1}
-TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
+TRAINERS = {
     "SFT nll": ("SFT", {}),
     "SFT chunked_nll": ("SFT", {"loss_type": "chunked_nll"}),
     "SFT dft": ("SFT", {"loss_type": "dft"}),
@@ -59,7 +55,7 @@ ADAPTERS = ("peft", "add_lora")
 
 
 @pytest.fixture(scope="module")
-def folders(toy: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(toy, tmp_path_factory):
     """Tiny Llamas whose layers, embedding and output head are packed."""
     made = {}
     for head in HEADS:
@@ -71,7 +67,7 @@ def folders(toy: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return made
 
 
-def plain(name: str) -> str:
+def plain(name):
     """The name of a parameter with our layers, which PEFT nests."""
     name = name.removeprefix("base_model.model.").removesuffix(".weight")
     return name.replace(".modules_to_save.default", "")
@@ -80,20 +76,18 @@ def plain(name: str) -> str:
 class Gradients(TrainerCallback):
     """Keeps the gradients of each step, by the names of our layers."""
 
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Tensor]] = []
+    def __init__(self):
+        self.steps = []
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         trained = {plain(name): p.grad for name, p in model.named_parameters()}
         self.steps.append({n: g.float().clone() for n, g in trained.items() if g is not None})
 
 
-def loaded(folder: Path, method: str, adapter: str, *, dense: bool, dtype: str) -> Any:
+def loaded(folder, method, adapter, *, dense, dtype):
     torch.manual_seed(0)
     if method == "Reward":
-        kind: Any = AutoModelForSequenceClassification
+        kind = AutoModelForSequenceClassification
         model = kind.from_pretrained(folder, dtype=getattr(torch, dtype), num_labels=1)
     else:
         model = load_model(folder, dtype=dtype, device="cpu")
@@ -111,22 +105,18 @@ def loaded(folder: Path, method: str, adapter: str, *, dense: bool, dtype: str) 
     return model
 
 
-Run = tuple[list[float], list[dict[str, Tensor]]]
-DENSE: dict[tuple[Path, str, bool], Run] = {}
+DENSE = {}
 """The runs of the dense model, with PEFT's adapter: ours trains alike."""
 
 
-def trained(
-    folder: Path, trainer: str, adapter: str, out: Path, *, dense: bool = False,
-    dtype: str = "float32", within: Any = None, **options: Any,
-) -> Run:  # fmt: skip
+def trained(folder, trainer, adapter, out, *, dense=False, dtype="float32", within=None, **options):
     """The losses of two steps, and their gradients."""
     method, own = TRAINERS[trainer]
-    source: Any = trl
+    source = trl
     if method == "ORPO":
         import trl.experimental.orpo as source
     model = loaded(folder, method, adapter, dense=dense, dtype=dtype)
-    more: dict[str, Any] = {}
+    more = {}
     if method in ("GRPO", "RLOO"):
         more["reward_funcs"] = lambda completions, **_: [float(len(c) % 5) for c in completions]
     gradients, tokenizer = Gradients(), AutoTokenizer.from_pretrained(folder)
@@ -145,32 +135,20 @@ def trained(
     return [e["loss"] for e in made.state.log_history if "loss" in e], gradients.steps
 
 
+@pytest.mark.parametrize("usual", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_losses_and_gradients_are_the_dense_model_s(
-    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str, adapter: str
-) -> None:
-    """With gradient checkpointing, TRL's default, on the untied head, and without on the other."""
-    check(folders[head], trainer, adapter, tmp_path, checkpointing=head == "untied")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ADAPTERS)
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_so_they_are_with_the_other_setting_of_checkpointing(
-    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str, adapter: str
-) -> None:
-    check(folders[head], trainer, adapter, tmp_path, checkpointing=head == "tied")
-
-
-def check(folder: Path, trainer: str, adapter: str, out: Path, *, checkpointing: bool) -> None:
+    folders, tmp_path, trainer, head, adapter, usual
+):
+    """Usually with gradient checkpointing, TRL's default, on the untied head alone."""
+    folder, checkpointing = folders[head], (head == "untied") == usual
     options = {"gradient_checkpointing": checkpointing}
-    losses, steps = trained(folder, trainer, adapter, out, **options)
+    losses, steps = trained(folder, trainer, adapter, tmp_path, **options)
     key = folder, trainer, checkpointing
     if key not in DENSE:
-        DENSE[key] = trained(folder, trainer, "peft", out, dense=True, **options)
+        DENSE[key] = trained(folder, trainer, "peft", tmp_path, dense=True, **options)
     expected, expected_steps = DENSE[key]
     assert losses == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert len(steps) == 2
@@ -184,15 +162,13 @@ def check(folder: Path, trainer: str, adapter: str, out: Path, *, checkpointing:
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("trainer", ["SFT nll", "DPO"])
-def test_bfloat16_is_no_farther_from_float32_than_the_dense_model(
-    folders: dict[str, Path], tmp_path: Path, trainer: str, head: str
-) -> None:
+def test_bfloat16_is_no_farther_from_float32_than_the_dense_model(folders, tmp_path, trainer, head):
     truth, packed, dense = (
         trained(folders[head], trainer, "peft", tmp_path, dense=is_dense, dtype=dtype)[1]
         for is_dense, dtype in ((True, "float32"), (False, "bfloat16"), (True, "bfloat16"))
     )
 
-    def distance(steps: list[dict[str, Tensor]]) -> float:
+    def distance(steps):
         parts = ((steps[0][name] - truth[0][name]).square().sum() for name in truth[0])
         return float(sum(parts)) ** 0.5
 
@@ -200,9 +176,7 @@ def test_bfloat16_is_no_farther_from_float32_than_the_dense_model(
 
 
 @pytest.mark.parametrize(("trainer", "head"), [("SFT nll", "untied"), ("DPO", "tied")])
-def test_no_dense_head_exists_at_a_vocabulary_of_128000(
-    toy: object, tmp_path: Path, trainer: str, head: str
-) -> None:
+def test_no_dense_head_exists_at_a_vocabulary_of_128000(toy, tmp_path, trainer, head):
     rows, width = 128_000, 64
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -212,7 +186,7 @@ def test_no_dense_head_exists_at_a_vocabulary_of_128000(
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
     make_tokenizer().save_pretrained(tmp_path / "dense")
-    own: Any = {} if head == "tied" else {"head": Choice("toy")}
+    own = {} if head == "tied" else {"head": Choice("toy")}
     quantize(
         str(tmp_path / "dense"), tmp_path / "packed", "toy", embeddings=Choice("toy"), **own
     )  # fmt: skip
@@ -225,12 +199,10 @@ def test_no_dense_head_exists_at_a_vocabulary_of_128000(
     assert packed.peak < dense.peak + head_bytes / 2, "the dense head was there before"
 
 
-def test_an_adapted_head_is_refused_and_not_left_out(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapted_head_is_refused_and_not_left_out(folders, tmp_path, monkeypatch):
     """TRL multiplies by the weight alone."""
 
-    def adapted(*arguments: Any, **options: Any) -> Any:
+    def adapted(*arguments, **options):
         model = load_model(folders["untied"], device="cpu")
         add_lora(model, LoRASettings(targets=("lm_head", "q_proj")))
         return model
@@ -240,8 +212,7 @@ def test_an_adapted_head_is_refused_and_not_left_out(
         trained(folders["untied"], "SFT nll", "add_lora", tmp_path)
 
 
-Read = Callable[[Any], Any]
-READS: dict[str, Read] = {
+READS = {
     "slice": lambda W: W[3:77],
     "open slice": lambda W: W[590:],
     "empty": lambda W: W[5:5],
@@ -261,9 +232,7 @@ READS: dict[str, Read] = {
 @pytest.mark.parametrize("read", READS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("head", HEADS)
-def test_rows_are_the_dense_model_s(
-    folders: dict[str, Path], head: str, dtype: str, read: str
-) -> None:
+def test_rows_are_the_dense_model_s(folders, head, dtype, read):
     model = load_model(folders[head], dtype=dtype, device="cpu")
     weights = [model.get_output_embeddings().weight, model.get_input_embeddings().weight]
     found = [READS[read](weight) for weight in weights]
@@ -280,7 +249,7 @@ def test_rows_are_the_dense_model_s(
             assert value == expected
 
 
-def test_a_row_outside_is_an_index_error(folders: dict[str, Path]) -> None:
+def test_a_row_outside_is_an_index_error(folders):
     model = load_model(folders["untied"], device="cpu")
     for weight in (model.lm_head.weight, model.model.embed_tokens.weight):
         for index in (600, torch.tensor([1, 600]), (slice(0, 4), 0)):
@@ -288,7 +257,7 @@ def test_a_row_outside_is_an_index_error(folders: dict[str, Path]) -> None:
                 weight[index]
 
 
-def test_rows_take_part_in_autograd_as_constants(folders: dict[str, Path]) -> None:
+def test_rows_take_part_in_autograd_as_constants(folders):
     model = load_model(folders["untied"], dtype="float32", device="cpu")
     hidden = torch.randn(3, 32, requires_grad=True)
     (hidden @ model.lm_head.weight[10:20].T).square().sum().backward()
@@ -296,7 +265,7 @@ def test_rows_take_part_in_autograd_as_constants(folders: dict[str, Path]) -> No
     torch.testing.assert_close(hidden.grad, 2 * hidden.detach() @ W.T @ W)
 
 
-REFUSED: dict[str, Read] = {
+REFUSED = {
     "data": lambda W: W.data,
     "data_ptr": lambda W: W.data_ptr(),
     "untyped_storage": lambda W: W.untyped_storage(),
@@ -312,9 +281,7 @@ REFUSED: dict[str, Read] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("head", HEADS)
-def test_another_use_says_what_was_tried_on_which_weight(
-    folders: dict[str, Path], head: str, name: str
-) -> None:
+def test_another_use_says_what_was_tried_on_which_weight(folders, head, name):
     model = load_model(folders[head], device="cpu")
     inner = model.model.layers[1].mlp.up_proj.weight
     shapes = {"600x32": model.lm_head.weight, "64x32": inner}
@@ -325,7 +292,7 @@ def test_another_use_says_what_was_tried_on_which_weight(
             REFUSED[name](weight)
 
 
-def test_a_weight_in_its_own_dtype_is_itself(folders: dict[str, Path]) -> None:
+def test_a_weight_in_its_own_dtype_is_itself(folders):
     """GRPO's ``cast_lm_head_to_fp32`` casts the head, and then its weight at each forward."""
     model = load_model(folders["untied"], dtype="bfloat16", device="cpu")
     x = torch.randn(2, 32)

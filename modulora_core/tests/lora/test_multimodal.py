@@ -1,10 +1,7 @@
 """Groups of targets adapt the text decoder of a multimodal model."""
 
-from __future__ import annotations
-
 import ast
 import json
-from typing import Any
 
 import pytest
 from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel
@@ -24,7 +21,7 @@ QWEN = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4,
 TEXT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
-MODELS: dict[str, dict[str, Any]] = {
+MODELS = {
     "llava": {"vision_config": {**VISION, "model_type": "clip_vision_model"},
               "text_config": {**TEXT, "model_type": "llama"}, "image_token_index": 90},
     "gemma3": {"vision_config": VISION, "text_config": {**TEXT, "head_dim": 8},

@@ -102,15 +102,9 @@ def test_the_table_of_a_tied_model_is_stored_once(end, toy, tmp_path):
     assert model.to(torch.bfloat16).lm_head(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "message"),
-    [
-        ("llama-tied", {"head": TOY, "embeddings": Choice("verbatim")}, "one choice, got toy"),
-    ],
-)
-def test_a_bad_request_for_an_end_is_refused_before_work(family, options, message, toy, tmp_path):
-    with pytest.raises(RequestError, match=message):
-        packed(family, tmp_path, **options)
+def test_two_choices_for_one_tied_table_are_refused_before_work(toy, tmp_path):
+    with pytest.raises(RequestError, match="one choice, got toy"):
+        packed("llama-tied", tmp_path, head=TOY, embeddings=Choice("verbatim"))
     assert not list(tmp_path.glob("packed*"))
 
 

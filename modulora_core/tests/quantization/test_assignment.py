@@ -1,12 +1,10 @@
 """The file that says which quantizer packs which layers."""
 
-from __future__ import annotations
-
 import pytest
 
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.cli import main
-from modulora_core.errors import ModuLoRAError, OptionError, PluginError
+from modulora_core.errors import OptionError, PluginError
 from modulora_core.quantization.quantize import Assignment, Choice, quantize
 from modulora_core.tests.stopped_runs import stored
 from modulora_core.tests.tiny_models import save_tiny_model
@@ -72,7 +70,7 @@ def test_a_file_python_and_options_give_the_same_bytes(source, tmp_path, write, 
     assert stored(tmp_path / "options") == stored(tmp_path / "same")
 
 
-WRONG: dict[str, tuple[type[ModuLoRAError], str]] = {
+WRONG = {
     "default: toy\nhaed: toy": (OptionError, r"mixed\.yaml: unknown option 'haed'.*'head'"),
     "layers: {}": (OptionError, r"mixed\.yaml: option 'default': expected a value, got none"),
     "default: toy\nlayers: {'a.*': [toy]}": (OptionError, r"option 'layers\.a\.\*': expected NAME"),

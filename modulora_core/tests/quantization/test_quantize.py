@@ -1,12 +1,9 @@
 """Quantizing without calibration: choices, refusals, killed runs, and opening the result."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -115,7 +112,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(toy, source, tmp_path, after, mo
     out = tmp_path / "out"
     stop(lambda: quantize(source, out, "toy", seed=1), after)
     assert not out.exists()
-    changes: tuple[dict[str, Any], ...] = ({"options": {"levels": 3}}, {"max_shard_bytes": 20_000})
+    changes = ({"options": {"levels": 3}}, {"max_shard_bytes": 20_000})
     for change in changes:
         with pytest.raises(CheckpointError, match="remove the folder to start again"):
             quantize(source, out, "toy", seed=1, resume=True, **change)

@@ -1,11 +1,8 @@
 """Finetuning runs on a tiny packed Llama: their results, their files, and refused requests."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -32,7 +29,6 @@ from modulora_core.tests.adapted_models import trained
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
-from modulora_core.training.trainer import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,6 +40,7 @@ ANSWERS = {
     "When then?": " some time, or maybe never",
 }
 WEIGHTS = "adapter_model.safetensors"
+ROWS = [{"prompt": f"{word}?", "completion": f" {word}"} for word in ("yes", "no", "so", "now")]
 
 
 @pytest.fixture
@@ -96,8 +93,8 @@ def test_losses_are_means_over_tokens_for_any_batches(
     configure, answers, tunable, tmp_path, batch_size, grad_accum
 ):
     """A step takes all data, so its first loss is the base's; a new adapter changes nothing."""
-    evaluations: list[tuple[int, float]] = []
-    steps: list[TrainingStep] = []
+    evaluations = []
+    steps = []
     config = configure(data=str(answers), eval_data=str(answers), eval_every=1, epochs=2,
                        batch_size=batch_size, grad_accum=grad_accum, dropout=0, warmup=0,
                        seq_len=96)  # fmt: skip
@@ -207,7 +204,7 @@ def test_a_short_epoch_suggests_more_steps(configure, tmp_path, caplog):
 
 def test_a_run_that_diverged_warns_and_still_finishes(configure, tmp_path, caplog):
     (tmp_path / "easy.txt").write_text("the cat and " * 400)
-    easy: dict[str, Any] = {"data": str(tmp_path / "easy.txt"), "grad_accum": 1}
+    easy = {"data": str(tmp_path / "easy.txt"), "grad_accum": 1}
     # random weights are worse than a uniform guess
     finetune(configure(**easy, out=str(tmp_path / "good"), steps=20, lr=3e-2))
     assert caplog.messages == []
@@ -218,6 +215,24 @@ def test_a_run_that_diverged_warns_and_still_finishes(configure, tmp_path, caplo
     assert warning.startswith(f"{tmp_path / 'out'}: the loss was ")
     assert warning.endswith(": the adapter makes the model worse; lower the learning rate (lr 1)")
     assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_records_train_as_a_file_of_them_does(configure, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    file = tmp_path / "rows.jsonl"
+    datasets.Dataset.from_list(ROWS).to_json(file)
+    expected = finetune(configure(data=str(file), steps=2, dropout=0)).losses
+    for number, rows in enumerate((ROWS, datasets.Dataset.from_list(ROWS))):
+        out = tmp_path / str(number)
+        config = configure(data=None, out=str(out), steps=2, dropout=0, eval_every=1)
+        result = finetune(config, data=rows, eval_data=rows)
+        assert result.losses == expected
+        assert result.eval_loss is not None
+        assert "Data: 4 records." in (out / "README.md").read_text()
+    with pytest.raises(OptionError, match="data: expected it in the config or beside it, got both"):
+        finetune(configure(), data=ROWS)
+    with pytest.raises(OptionError, match="data: expected training data, got none"):
+        finetune(configure(data=None))
 
 
 # refused before any work
