@@ -1,11 +1,6 @@
 """Tiny packed models with adapters that change their logits."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from modulora_core.lora.adapted import adapter_layers
@@ -16,7 +11,7 @@ from modulora_core.tests.tiny_tokenizer import make_tokenizer
 IDS = torch.arange(3, 27).view(2, 12)  # [batch, sequence]
 
 
-def randomize(model: nn.Module, seed: int = 0) -> None:
+def randomize(model, seed=0):
     """Change B from zero and channel scales from one, as training does, so that mistakes show."""
     generator = torch.Generator().manual_seed(seed)
     for _, layer in adapter_layers(model):
@@ -26,19 +21,19 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
             scale.data.copy_(1 + torch.randn(scale.shape, generator=generator) / 4)
 
 
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     with torch.no_grad():
-        return model.eval()(IDS).logits  # type: ignore[no-any-return]
+        return model.eval()(IDS).logits
 
 
-def trained(model: nn.Module, settings: LoRASettings | None = None) -> nn.Module:
+def trained(model, settings=None):
     """``model`` with an adapter that changes its logits."""
     add_lora(model, settings or LoRASettings(rank=4))
     randomize(model)
     return model
 
 
-def save_llama_with_tokenizer(folder: Path, **other_sizes: int) -> None:
+def save_llama_with_tokenizer(folder, **other_sizes):
     """Save a tiny random Llama that can read text; ``other_sizes`` override its config."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 600,

@@ -1,14 +1,10 @@
 """Folders that the package compressed-tensors packs, and transformers reads."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -16,13 +12,7 @@ from modulora_core.tests.other_tools import _SIZES
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
 
-def save_compressed(
-    folder: Path,
-    name: str,
-    dtype: torch.dtype = torch.bfloat16,
-    architecture: str = "llama",
-    **weights: Any,
-) -> None:
+def save_compressed(folder, name, dtype=torch.bfloat16, architecture="llama", **weights):
     """Save a tiny model in the format ``name``, whose layers but the head have these arguments."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -36,7 +26,7 @@ def save_compressed(
     args = QuantizationArgs(**weights)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     compressor = BaseCompressor.get_value_from_registry(name)
-    stored: dict[str, Tensor] = {}
+    stored = {}
     dense = load_file(folder / "model.safetensors")
     for key, tensor in dense.items():
         module = key.removesuffix(".weight")
@@ -57,7 +47,7 @@ def save_compressed(
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def _parameters(weight: Tensor, args: Any, fused: Tensor) -> dict[str, Tensor]:
+def _parameters(weight, args, fused):
     """Scales and zero points by compressed-tensors' rules; the global scale is of ``fused``."""
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
@@ -71,12 +61,10 @@ def _parameters(weight: Tensor, args: Any, fused: Tensor) -> dict[str, Tensor]:
     return made | {f"weight_{name}": value for name, value in more.items()}
 
 
-def load_dequantized(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_dequantized(folder, dtype=torch.float32):
     """The folder as transformers makes it of floats."""
     from transformers import CompressedTensorsConfig
 
     config = CompressedTensorsConfig(dequantize=True)
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=dtype
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
     return model.to(dtype)  # transformers before 5.24 keeps bf16

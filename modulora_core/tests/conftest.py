@@ -7,6 +7,7 @@ folder, which the real importlib.metadata finds on the path.
 import importlib
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -36,6 +37,19 @@ def install_package(root, distribution, entry_point, package, files):
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[modulora]\n{entry_point} = {package}\n")
+
+
+@contextmanager
+def installed_quantizers(root, name, init, quantizer):
+    """The module of quantizers of ``modulora_NAME``, a plugin in ``root`` while this lasts."""
+    package, files = f"modulora_{name}", {"__init__.py": init, "quantizer.py": quantizer}
+    install_package(root, f"modulora-{name}", name, package, files)
+    sys.path.insert(0, str(root))
+    importlib.invalidate_caches()
+    try:
+        yield importlib.import_module(f"{package}.quantizer")
+    finally:
+        sys.path.remove(str(root))
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,22 @@
 """Save folders in the format ``crude``, as another tool would: nothing of the core is used."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from modulora_core.tests.tiny_models import tiny_model
 
 
 def save_crude(
-    folder: Path,
-    architecture: str = "llama",
+    folder,
+    architecture="llama",
     *,
-    chosen: Callable[[str], bool] = lambda name: name.endswith("proj"),
-    files: int = 1,
-    config_file: str | None = "config.json",
-    **more: Tensor,
-) -> nn.Module:
+    chosen=lambda name: name.endswith("proj"),
+    files=1,
+    config_file="config.json",
+    **more,
+):
     """Save a tiny model with its chosen layers quantized.
 
     Args:
@@ -36,8 +30,8 @@ def save_crude(
     """
     model = tiny_model(architecture)
     model.save_pretrained(folder)
-    tensors: dict[str, Tensor] = {}
-    rounded: dict[str, Tensor] = {}
+    tensors = {}
+    rounded = {}
     for name, mapped in load_file(folder / "model.safetensors").items():
         tensor = mapped.clone()  # older releases map the file, which is written again
         module = name.removesuffix(".weight")
@@ -57,7 +51,7 @@ def save_crude(
     return model
 
 
-def _save(folder: Path, tensors: dict[str, Tensor], files: int) -> None:
+def _save(folder, tensors, files):
     if files == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         return
@@ -70,7 +64,7 @@ def _save(folder: Path, tensors: dict[str, Tensor], files: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def _save_config(folder: Path, config_file: str | None) -> None:
+def _save_config(folder, config_file):
     quantization = {"quant_method": "crude", "levels": 127}
     if config_file is None:
         edit_config(folder, crude_levels=127)
@@ -80,6 +74,6 @@ def _save_config(folder: Path, config_file: str | None) -> None:
         (folder / config_file).write_text(json.dumps(quantization))
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
+def edit_config(folder, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))

@@ -1,10 +1,5 @@
 """Compare the gradients of an adapter on a packed mixture of experts with PEFT's on a dense one."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +13,7 @@ from modulora_core.lora.settings import LoRASettings
 from modulora_core.tests.adapted_models import IDS, randomize
 
 
-def worst_gradient(packed: Path, work: Path) -> float:
+def worst_gradient(packed, work):
     """The largest relative error of a gradient of A or B, in float64. ``work``: a folder to use."""
     model = load_model(packed, dtype="float32", device="cpu")
     add_lora(model, LoRASettings(rank=3, dropout=0))
@@ -27,14 +22,14 @@ def worst_gradient(packed: Path, work: Path) -> float:
     merge(str(packed), work / "dense", dtype="float32")
     # transformers' batched products have no float64
     dense = AutoModelForCausalLM.from_pretrained(work / "dense", experts_implementation="eager")
-    theirs: Any = PeftModel.from_pretrained(dense, work / "adapter", is_trainable=True)
+    theirs = PeftModel.from_pretrained(dense, work / "adapter", is_trainable=True)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for each in (model, theirs):
         each.double().train()
         each.config.use_cache = False
         each(input_ids=IDS, labels=IDS).loss.backward()
     layers = {path: layer.parameters_of("default") for path, layer in adapter_layers(model)}
-    ours: Any = {path: (p["lora_A"].grad, p["lora_B"].grad) for path, p in layers.items()}
+    ours = {path: (p["lora_A"].grad, p["lora_B"].grad) for path, p in layers.items()}
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     laid = {
         f"base_model.model.{path}.lora_{kind}.default.weight": gradient

@@ -1,23 +1,18 @@
 """Serve one repository on this machine to the Hugging Face Hub's real client."""
 
-from __future__ import annotations
-
 import http.server
 import json
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextmanager
-def serve_repository(folder: Path) -> Iterator[str]:
+def serve_repository(folder):
     """Serve the files of ``folder`` under any repository name. Gives the server's URL."""
 
-    def answer(url: str) -> bytes:
+    def answer(url):
         if f"/resolve/{COMMIT}/" in url:
             return (folder / url.rpartition("/")[2]).read_bytes()
         files = sorted(folder.iterdir())
@@ -28,11 +23,11 @@ def serve_repository(folder: Path) -> Iterator[str]:
             ]
             return json.dumps(tree).encode()
         siblings = [{"rfilename": file.name} for file in files]
-        about: dict[str, Any] = {"id": "org/name", "sha": COMMIT, "siblings": siblings}
+        about = {"id": "org/name", "sha": COMMIT, "siblings": siblings}
         return json.dumps(about).encode()
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
+        def do_GET(self):
             body = answer(self.path)
             self.send_response(200)
             self.send_header("ETag", f'"{self.path.rpartition("/")[2]}"')
@@ -44,7 +39,7 @@ def serve_repository(folder: Path) -> Iterator[str]:
 
         do_HEAD = do_GET  # noqa: N815
 
-        def log_message(self, *arguments: object) -> None:
+        def log_message(self, *arguments):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:

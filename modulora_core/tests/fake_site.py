@@ -1,7 +1,5 @@
 """A folder like site-packages, for tests of discovery: real modules and dist-info folders."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -45,7 +43,7 @@ class Mine(Quantizer):
 """
 
 
-def spec(name: str, location: str, *, protocol: int = 2, **fields: object) -> str:
+def spec(name, location, *, protocol=2, **fields):
     """The source of a QuantizerSpec."""
     summary = f"{name} for tests"
     known = {
@@ -64,15 +62,7 @@ class FakeSite:
 
     path: Path
 
-    def install(
-        self,
-        distribution: str,
-        entry_points: dict[str, str],
-        modules: dict[str, str],
-        *,
-        version: str = "1.0",
-        group: str = "modulora",
-    ) -> None:
+    def install(self, distribution, entry_points, modules, *, version="1.0", group="modulora"):
         """Write a dist-info folder and modules (name to source)."""
         info = self.path / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
@@ -86,15 +76,13 @@ class FakeSite:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(dedent(source))
 
-    def install_quantizer(
-        self, name: str, *, distribution: str, module: str, version: str = "1.0", protocol: int = 2
-    ) -> None:
+    def install_quantizer(self, name, *, distribution, module, version="1.0", protocol=2):
         """Install a plugin with one quantizer, in two modules: the hook's and the class's."""
         hook = HOOK.format(specs=spec(name, f"{module}_quantizer:Mine", protocol=protocol))
         modules = {module: hook, f"{module}_quantizer": QUANTIZER.format(module=module)}
         self.install(distribution, {name: module}, modules, version=version)
 
-    def run(self, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, code, **environment):
         """Run Python code in a process that has these distributions installed."""
         path = os.pathsep.join([str(self.path), *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.run(
@@ -106,6 +94,6 @@ class FakeSite:
         )
 
 
-def failing(reason: str) -> str:
+def failing(reason):
     """The source of a module that fails to import."""
     return "raise RuntimeError(" + repr(reason) + ")\n"

@@ -3,16 +3,10 @@
 CI draws the same cases in each run. Other ones: ``pytest --hypothesis-profile search``.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
-from typing import Any, TypeVar
 
 import torch
 from hypothesis import HealthCheck, event, given, settings
@@ -21,8 +15,6 @@ from hypothesis import strategies as st
 from modulora_core.checkpoints.opening import open_packed
 from modulora_core.errors import RequestError
 from modulora_core.hf.load_model import load_model
-
-T = TypeVar("T")
 
 LONGEST = 300
 """Seconds of a case on a busy machine, which may compile kernels. A longer one is a hang."""
@@ -38,13 +30,13 @@ VALUES = st.one_of(
 """JSON of other types and sizes than a file of ours has."""
 
 
-def cases(count: int) -> Callable[[T], T]:
+def cases(count):
     """Settings of a fuzz test with so many cases, which may use fixtures."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=count, suppress_health_check=checks)  # type: ignore[return-value]
+    return settings(max_examples=count, suppress_health_check=checks)
 
 
-def read_or_refused(read: Callable[[], T]) -> T | None:
+def read_or_refused(read):
     """Call a reader. Its value, or None if it refuses the file as a wrong request, in one line."""
     with _within(LONGEST):
         try:
@@ -59,7 +51,7 @@ def read_or_refused(read: Callable[[], T]) -> T | None:
     return None
 
 
-def run_once(model: Path) -> None:
+def run_once(model):
     """Check a packed model as every command does; load it and run it once."""
     checkpoint = open_packed(model)
     checkpoint.check_whole()
@@ -67,21 +59,19 @@ def run_once(model: Path) -> None:
         load_model(checkpoint)(torch.arange(3, 11)[None])
 
 
-def refused_or_runs(folder: Path, count: int = 60) -> None:
+def refused_or_runs(folder, count=60):
     """Change a folder of a packed model so many times. It is refused in one line, or runs."""
     run_once(folder)
 
     @cases(count)
     @given(data=st.data())
-    def check(data: st.DataObject) -> None:
+    def check(data):
         read_changed(folder, ["config.json", "*.safetensors"], data, lambda: run_once(folder))
 
     check()
 
 
-def read_changed(
-    folder: Path, patterns: Sequence[str], data: st.DataObject, read: Callable[[], object]
-) -> None:
+def read_changed(folder, patterns, data, read):
     """Change a file of one of the patterns, and read the folder; then put the file back."""
     file = data.draw(st.sampled_from(sorted(folder.glob(data.draw(st.sampled_from(patterns))))))
     content = file.read_bytes()
@@ -94,8 +84,8 @@ def read_changed(
 
 
 @contextmanager
-def _within(seconds: int) -> Iterator[None]:
-    def late(number: int, frame: FrameType | None) -> None:
+def _within(seconds):
+    def late(number, frame):
         raise TimeoutError(f"no answer within {seconds} s")
 
     before = signal.signal(signal.SIGALRM, late)
@@ -107,14 +97,14 @@ def _within(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def changed_json(data: st.DataObject, content: bytes) -> bytes:
+def changed_json(data, content):
     """JSON with another value at one place, or without it."""
     parsed = json.loads(content)
     place = data.draw(st.sampled_from(places(parsed)))
     return json.dumps(edited(parsed, place, data.draw(st.just(...) | VALUES))).encode()
 
 
-def changed_bytes(data: st.DataObject, content: bytes) -> bytes:
+def changed_bytes(data, content):
     """A file cut short, or with up to three other bytes: anywhere, or near its beginning."""
     length = data.draw(st.just(len(content)) | st.integers(0, len(content)))
     changed = bytearray(content[:length])
@@ -124,14 +114,14 @@ def changed_bytes(data: st.DataObject, content: bytes) -> bytes:
     return bytes(changed)
 
 
-def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+def places(node, path=()):
     """The path of every value in parsed JSON."""
-    items: Any = node.items() if isinstance(node, dict) else ()
+    items = node.items() if isinstance(node, dict) else ()
     items = enumerate(node) if isinstance(node, list) else items
     return [path] * bool(path) + [p for key, value in items for p in places(value, (*path, key))]
 
 
-def edited(node: Any, place: tuple[Any, ...], value: Any) -> Any:
+def edited(node, place, value):
     """A copy of parsed JSON with another value at a place; ``...`` removes it."""
     whole = copy.deepcopy(node)
     parent = whole

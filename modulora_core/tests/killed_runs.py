@@ -5,8 +5,6 @@ Twenty kills of each command by hand, from the root of the repository::
     python -m modulora_core.tests.killed_runs 20 SEED
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -53,7 +51,7 @@ for line in sys.stdin:
 class Commands:
     """Runs commands of modulora in a folder, and kills them. ``sites`` install more plugins."""
 
-    def __init__(self, folder: Path, *sites: Path) -> None:
+    def __init__(self, folder, *sites):
         self.folder = folder
         paths = os.pathsep.join(map(str, (*sites, TOY, TOY.parents[2])))
         self._server = subprocess.Popen(
@@ -61,10 +59,10 @@ class Commands:
             env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
-    def close(self) -> None:
+    def close(self):
         self._server.communicate("")
 
-    def run(self, words: list[str], number: int = 0, after: float = 0, lines: int = 0) -> int:
+    def run(self, words, number=0, after=0, lines=0):
         """Run a command and return its exit code.
 
         Args:
@@ -90,16 +88,16 @@ class Commands:
         self.seconds = time.monotonic() - begin
         return code
 
-    def _ended(self, child: int) -> bool:
+    def _ended(self, child):
         return not Path(f"/proc/{child}/fd").exists()
 
     @property
-    def said(self) -> str:
+    def said(self):
         """The output of the last command."""
         return (self.folder / "log").read_text()
 
 
-def _lines(partial: Path) -> int:
+def _lines(partial):
     """The lines of an OUT.partial's journal; -1 without OUT.partial."""
     journal = partial / JOURNAL
     return journal.read_text().count("\n") if journal.exists() else partial.exists() - 1
@@ -108,7 +106,7 @@ def _lines(partial: Path) -> int:
 class Works:
     """The four commands on a tiny model, with bytes and seconds of uninterrupted runs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder):
         sizes = {"intermediate_size": 256, "num_hidden_layers": 6}
         save_llama_with_tokenizer(folder / "dense", **sizes)
         (folder / "text.txt").write_text("To be, or not to be: that is the question.\n" * 40)
@@ -119,8 +117,8 @@ class Works:
             "merge": ["merge", "packed", "merged", "--adapter", "adapter"],
             "convert": ["convert", "packed", "converted", "--to", "crude"],
         }
-        self.whole: dict[str, dict[str, bytes]] = {}
-        self.seconds: dict[str, float] = {}
+        self.whole = {}
+        self.seconds = {}
         for name, words in self.words.items():
             assert self.commands.run(words) == 0, self.commands.said
             self.seconds[name] = self.commands.seconds
@@ -128,10 +126,10 @@ class Works:
         for words in self.words.values():
             words[2] = f"{words[2]}-again"
 
-    def out(self, name: str) -> Path:
+    def out(self, name):
         return self.commands.folder / self.words[name][2]
 
-    def content(self, name: str) -> dict[str, bytes]:
+    def content(self, name):
         """The files of OUT if it is complete, else none."""
         out = self.out(name)
         if name == "finetune":
@@ -141,7 +139,7 @@ class Works:
             files = [path for path in out.glob("*") if path.name != MARKER]
         return {path.name: path.read_bytes() for path in files}
 
-    def kill(self, name: str, number: int, after: float) -> str:
+    def kill(self, name, number, after):
         """Run a command, send it a signal, and run it again until it is done.
 
         Args:
@@ -171,13 +169,13 @@ _TRAINING = ["--data", "text.txt", "--steps", "6", "--save-every", "2", "--batch
              "--grad-accum", "1", "--seq-len", "32"]  # fmt: skip
 
 
-def main(kills: int, seed: int) -> None:
+def main(kills, seed):
     """Kill each command so many times, and print how it went on."""
     moments = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         works = Works(Path(folder))
         for name in COMMANDS:
-            found: Counter[str] = Counter()
+            found = Counter()
             for _ in range(kills):
                 number, after = moments.choice(SIGNALS), moments.uniform(0, 1)
                 found[f"{number.name} {works.kill(name, number, after)}"] += 1

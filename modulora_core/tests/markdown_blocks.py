@@ -1,11 +1,7 @@
 """Read the fenced blocks of a Markdown page, and do to a folder what the page tells its reader."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 _BLOCK = re.compile(r"^```(\w+)(?: title=\"([^\"]+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -22,13 +18,13 @@ class Block:
     text: str
 
 
-def blocks(page: Path, *languages: str) -> list[Block]:
+def blocks(page, *languages):
     """The blocks of these languages, in order."""
     found = (Block(m[1], m[2] or "", m[3]) for m in _BLOCK.finditer(page.read_text("utf-8")))
     return [block for block in found if block.language in languages]
 
 
-def commands(page: Path, program: str = "") -> list[str]:
+def commands(page, program=""):
     """The commands after ``$`` in the console blocks, perhaps of one program only.
 
     A backslash at the end of a line continues the command.
@@ -38,7 +34,7 @@ def commands(page: Path, program: str = "") -> list[str]:
     return [line for line in found if line.split()[0] == program or not program]
 
 
-def follow(page: Path, folder: Path) -> None:
+def follow(page, folder):
     """Write the Python blocks that have a title to files of that name, and apply the diffs."""
     for block in blocks(page, "python", "diff"):
         if not block.title:
@@ -55,7 +51,7 @@ def follow(page: Path, folder: Path) -> None:
         file.write_text(text, "utf-8")
 
 
-def _places(diff: str) -> Iterator[tuple[str, str]]:
+def _places(diff):
     """The lines before and after, at each place."""
     for place in diff.split(NEXT_PLACE):
         lines = place.splitlines(keepends=True)

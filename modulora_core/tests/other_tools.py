@@ -1,14 +1,10 @@
 """Folders that transformers and another tool write, and checks that they hold the same model."""
 
-from __future__ import annotations
-
 import warnings
-from pathlib import Path
-from typing import Any
 
 import torch
 from modulora_convert.convert import convert
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -23,7 +19,7 @@ from modulora_core.training.finetune import finetune
 
 IDS = torch.arange(3, 27).view(2, 12)
 
-_SIZES: dict[str, dict[str, Any]] = {
+_SIZES = {
     "llama": {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 640,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
@@ -40,9 +36,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 """Rows of whole blocks of 64: with AVX-512, bitsandbytes 0.50 misreads others."""
 
 
-def save_quantized(
-    folder: Path, quantization: Any, architecture: str = "llama", dtype: torch.dtype = torch.float32
-) -> None:
+def save_quantized(folder, quantization, architecture="llama", dtype=torch.float32):
     """Save a tiny model as transformers does, quantized by one of its configs; with a tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**_SIZES[architecture]))
@@ -58,7 +52,7 @@ def save_quantized(
     make_tokenizer().save_pretrained(folder)
 
 
-def load_with_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_with_transformers(folder, dtype=torch.float32):
     """The folder as its tool runs it, in training mode.
 
     For inference on the CPU, bitsandbytes rounds the scales to bfloat16.
@@ -68,13 +62,13 @@ def load_with_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> 
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).train()
 
 
-def logits(model: nn.Module) -> Tensor:
+def logits(model):
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        return model(IDS).logits.float()  # type: ignore[no-any-return]
+        return model(IDS).logits.float()
 
 
-def assert_trains_as_converted(folder: Path, out: Path) -> None:
+def assert_trains_as_converted(folder, out):
     """The folder and its copy in our format give the same losses, which fall."""
     converted, data = out / "converted", out / "text.txt"
     data.write_text("a line to learn by heart, again and again\n" * 20)
@@ -90,7 +84,7 @@ def assert_trains_as_converted(folder: Path, out: Path) -> None:
     assert losses[0][-1] < losses[0][0]
 
 
-def assert_used(folder: Path, out: Path) -> nn.Module:
+def assert_used(folder, out):
     """The folder is merged, converted, finetuned and asked. Returns its dense model."""
     merge(str(folder), out / "dense", dtype="float32")
     convert(str(folder), out / "ours", "modulora")
@@ -113,7 +107,7 @@ def assert_used(folder: Path, out: Path) -> nn.Module:
     return dense
 
 
-def assert_close(found: Tensor, expected: Tensor) -> None:
+def assert_close(found, expected):
     """Equal to rounding in fp32, in relation to the largest value."""
     limit = 1e-4 * float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=limit)

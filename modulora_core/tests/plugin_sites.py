@@ -1,13 +1,10 @@
 """Plugin packages that look installed: a folder for PYTHONPATH with code and dist-info."""
 
-from __future__ import annotations
-
 import shutil
 import tomllib
-from pathlib import Path
 
 
-def site_of(package: Path, site: Path) -> Path:
+def site_of(package, site):
     """Copy a project's package (in ``src/``) and its metadata into ``site``, and return it."""
     project = tomllib.loads((package / "pyproject.toml").read_text("utf-8"))["project"]
     shutil.copytree(package / "src", site, dirs_exist_ok=True)
@@ -15,7 +12,7 @@ def site_of(package: Path, site: Path) -> Path:
     return site
 
 
-def write_metadata(site: Path, name: str, version: str, quantizers: dict[str, str]) -> None:
+def write_metadata(site, name, version, quantizers):
     """The dist-info of a distribution with the entry points of these quantizers."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()

@@ -1,7 +1,5 @@
 """Jobs for several processes on the CPU, started as torchrun starts them."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import functools
@@ -11,28 +9,22 @@ import os
 import socket
 import sys
 import weakref
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 PATIENCE = 600
 """Seconds until processes that wait for each other in vain are ended."""
 
 
-def run_in_processes(number: int, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_in_processes(number, job, *arguments):
     """``job(*arguments)`` in each of ``number`` processes; their results by rank."""
     launcher = _launcher()
     launcher.send((number, job, arguments, sys.path, dict(os.environ)))
-    found: list[Any] = launcher.recv()
-    return found
+    return launcher.recv()
 
 
 @functools.cache
-def _launcher() -> Connection:
+def _launcher():
     """A connection to a clean process, which imports transformers once and forks for each rank."""
     # not forkserver: the kit has it, and its children must not know transformers or Triton
     context = multiprocessing.get_context("spawn")
@@ -43,7 +35,7 @@ def _launcher() -> Connection:
     return here
 
 
-def _launch(requests: Connection) -> None:
+def _launch(requests):
     for module in ("quantization.quantize", "training.finetune"):
         importlib.import_module(f"modulora_core.{module}")
     with contextlib.suppress(EOFError):
@@ -51,9 +43,7 @@ def _launch(requests: Connection) -> None:
             requests.send(_forked(*requests.recv()))
 
 
-def _forked(
-    number: int, job: Callable[..., Any], arguments: Any, path: list[str], given: dict[str, str]
-) -> list[Any]:
+def _forked(number, job, arguments, path, given):
     context = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -77,13 +67,7 @@ def _forked(
             process.kill()
 
 
-def _run(
-    path: list[str],
-    environment: dict[str, str],
-    out: Connection,
-    job: Callable[..., Any],
-    *args: Any,
-) -> None:
+def _run(path, environment, out, job, *args):
     sys.path[:] = path
     os.environ |= {**environment, "MASTER_ADDR": "localhost", "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
@@ -93,7 +77,7 @@ def _run(
         out.send(f"{type(error).__name__}: {error}")
 
 
-def finetuned(**options: Any) -> list[float]:
+def finetuned(**options):
     """The losses of a run, and its loss on the evaluation data."""
     from modulora_core.training.config import FinetuneConfig
     from modulora_core.training.finetune import finetune
@@ -104,7 +88,7 @@ def finetuned(**options: Any) -> list[float]:
     return [*result.losses, result.eval_loss]
 
 
-def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[float], int]:
+def trained_by_hand(folder, ids, *, split):
     """Losses of a loop with torch's ``fully_shard``, and this process's bytes of packed tensors."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -146,7 +130,7 @@ def trained_by_hand(folder: Path, ids: Tensor, *, split: bool) -> tuple[list[flo
     return found.tolist(), packed_bytes(model)
 
 
-def packed_bytes(model: nn.Module) -> int:
+def packed_bytes(model):
     """Bytes of this process's part of the packed tensors."""
     from torch.distributed.tensor import DTensor
 
@@ -155,16 +139,14 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(part.untyped_storage().nbytes() for part in parts)
 
 
-def packed_tensors(model: nn.Module) -> list[nn.Parameter]:
+def packed_tensors(model):
     from modulora_core.packed_parameters import PackedParameter
 
     modules = [module for module in model.modules() if isinstance(module, PackedParameter)]
     return [tensor for module in modules for tensor in module.parameters()]
 
 
-def quantized(
-    model: Path, out: Path, quantizer: str, text: Path, weighting: Literal["loss"] | None = None
-) -> list[str]:
+def quantized(model, out, quantizer, text, weighting=None):
     """Quantize with calibration; the experts that no token reached."""
     from modulora_core.calibration import CalibrationConfig
     from modulora_core.quantization.quantize import quantize

@@ -1,14 +1,10 @@
 """Records the inputs of a model's linear weights: each matrix product of torch as it is called."""
 
-from __future__ import annotations
-
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 from modulora_core.models.sites import find_sites
 
@@ -19,16 +15,16 @@ class Products(TorchFunctionMode):
     A weight is known by the address where it begins; an expert's is a slice of its stack.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model):
         super().__init__()
-        self.inputs: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
-        self._at: dict[int, tuple[str, int]] = {}
+        self.inputs = defaultdict(list)
+        self._at = {}
         for site in find_sites(model).linears:
             parameter = model.get_parameter(site.name)
             for i, matrix in enumerate(parameter if site.experts else [parameter]):
                 self._at[matrix.data_ptr()] = (site.name, i)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         x = weight = None
         if func is nn.functional.linear:
             x, weight = args[0], args[1]
@@ -51,16 +47,16 @@ class Products(TorchFunctionMode):
             self.gave(name, i, y, stacked=func is torch.bmm)
         return y
 
-    def gave(self, name: str, expert: int, y: Tensor, *, stacked: bool) -> None:
+    def gave(self, name, expert, y, *, stacked):
         """For subclasses: the result of a product, ``[experts, ...]`` if ``stacked``."""
 
-    def hessian(self, name: str, expert: int = 0) -> Tensor:
+    def hessian(self, name, expert=0):
         """E[xxᵀ] in fp64."""
         rows = torch.cat(self.inputs[name, expert])
         return rows.t() @ rows / len(rows)
 
 
-def second_moments(model: PreTrainedModel, ids: Tensor) -> Products:
+def second_moments(model, ids):
     """The inputs of the linear weights of a model on ``ids``."""
     seen = Products(model)
     with torch.no_grad(), seen:

@@ -1,17 +1,8 @@
 """An outsider's quantizer with a vector for each side of its codes, installed as a package."""
 
-from __future__ import annotations
-
-import importlib
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
-
 from transformers import AutoModelForCausalLM
 
-from modulora_core.tests.conftest import install_package
+from modulora_core.tests.conftest import installed_quantizers
 from modulora_core.tests.tiny_models import tiny_config
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 
@@ -59,20 +50,11 @@ class Scaled(Quantizer):
 """
 
 
-@contextmanager
-def installed(root: Path) -> Iterator[ModuleType]:
-    """The quantizer's module, found as a plugin in ``root`` while this lasts."""
-    files = {"__init__.py": INIT, "quantizer.py": QUANTIZER}
-    install_package(root, "modulora-scaled", "scaled", "modulora_scaled", files)
-    sys.path.insert(0, str(root))
-    importlib.invalidate_caches()
-    try:
-        yield importlib.import_module("modulora_scaled.quantizer")
-    finally:
-        sys.path.remove(str(root))
+def installed(root):
+    return installed_quantizers(root, "scaled", INIT, QUANTIZER)
 
 
-def save_model_with_tokenizer(architecture: str, folder: Path, dtype: str = "float32") -> Path:
+def save_model_with_tokenizer(architecture, folder, dtype="float32"):
     """A tiny random model that can read text. Returns ``folder``."""
     import torch
 

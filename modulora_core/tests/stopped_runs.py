@@ -1,17 +1,14 @@
-"""Ends runs of ``quantize`` as a kill does, after so many parameters were written."""
+"""Ends runs as a kill does: of ``quantize`` after so many parameters, of ``finetune`` at a step."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from modulora_core.checkpoints.shards import ShardWriter
+from modulora_core.training.finetune import finetune
 
 
-def stored(folder: Path) -> dict[str, bytes]:
+def stored(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
@@ -19,16 +16,12 @@ class Killed(BaseException):
     """Nothing of ours catches it."""
 
 
-def stop(
-    run: Callable[[], object],
-    after: int,
-    calls: Sequence[tuple[type, str]] = ((ShardWriter, "write"),),
-) -> None:
+def stop(run, after, calls=((ShardWriter, "write"),)):
     """Run until ``after`` calls, by default parameters that were written, and no further."""
     count = 0
 
-    def dying(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any) -> Any:
+    def dying(call):
+        def wrapped(*arguments):
             nonlocal count
             count += 1
             if count > after:
@@ -41,3 +34,15 @@ def stop(
         for cls, name in calls:
             patch.setattr(cls, name, dying(getattr(cls, name)))
         run()
+
+
+def stop_finetune(config, step):
+    """Run until a step. Returns the folder of the run's checkpoints."""
+
+    def dying(taken):
+        if taken.step == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        finetune(config, on_step=dying)
+    return Path(config.out) / "checkpoints"

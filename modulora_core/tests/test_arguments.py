@@ -1,9 +1,7 @@
 """Arguments of other types are refused by name, in one sentence."""
 
-from __future__ import annotations
-
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +14,9 @@ import modulora_core
 from modulora_core.arguments import checked
 from modulora_core.errors import OptionError, RequestError
 
-api: Any = modulora_core
+api = modulora_core
 
-WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
+WRONG = {
     "bytes": (lambda _: api.load_model("a\udcff"), "model 'a\\udcff': expected a name in UTF-8"),
     "out": (
         lambda _: api.quantize("m", None, "toy"),
@@ -53,7 +51,7 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_an_argument_of_another_type_is_refused(case: str, tmp_path: Path) -> None:
+def test_an_argument_of_another_type_is_refused(case, tmp_path):
     call, message = WRONG[case]
     with pytest.raises(RequestError) as found:
         call(tmp_path / "out")
@@ -61,15 +59,20 @@ def test_an_argument_of_another_type_is_refused(case: str, tmp_path: Path) -> No
     assert "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_public_functions_refuse_other_types_in_every_argument(name: str) -> None:
-    function = getattr(api, name)
-    config = api.FinetuneConfig(model="m", out="o", data="d")
-    sound: dict[str, Any] = {"tasks": ["x"], "config": config, "nbytes": 1}
-    sound["model"] = nn.Module() if "lora" in name or "adapter" in name else "m"
-    parameters = inspect.signature(function).parameters
+def parameters_and_arguments(name, **sound):
+    """The parameters of a public function, and values for those that have no default."""
+    parameters = inspect.signature(getattr(api, name)).parameters
+    sound |= {"tasks": ["x"], "nbytes": 1}
+    if "lora" in name or "adapter" in name:
+        sound["model"] = nn.Module()
     needed = [each for each in parameters.values() if each.default is each.empty]
-    arguments = {each.name: sound.get(each.name, "x") for each in needed if each.kind < 4}
+    return parameters, {each.name: sound.get(each.name, "x") for each in needed if each.kind < 4}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_refuse_other_types_in_every_argument(name):
+    function, config = getattr(api, name), api.FinetuneConfig(model="m", out="o", data="d")
+    parameters, arguments = parameters_and_arguments(name, config=config)
     for parameter in parameters.values():
         if parameter.kind is not parameter.VAR_KEYWORD:
             with pytest.raises(OptionError, match=f"^{parameter.name}: expected .*, got <object"):
@@ -77,19 +80,14 @@ def test_public_functions_refuse_other_types_in_every_argument(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_path_is_taken_where_a_string_is(name: str, tmp_path: Path) -> None:
+def test_a_path_is_taken_where_a_string_is(name, tmp_path):
     """A missing file or folder gives one error, as a string and as a Path."""
     function, missing = getattr(api, name), tmp_path / "missing"
-    module = "lora" in name or "adapter" in name
-    sound: dict[str, Any] = {"tasks": ["x"], "nbytes": 1, "out": tmp_path / "out"}
-    places = {"model", "source", "out", "adapter", "path", "base", "include_path", "data"}
-    parameters = inspect.signature(function).parameters
-    arguments = {
-        each.name: nn.Module() if each.name == "model" and module else sound.get(each.name, "x")
-        for each in parameters.values()
-        if each.default is each.empty and each.kind < 4
-    }
-    for place in places & set(parameters) - ({"model"} if module else set()):
+    parameters, arguments = parameters_and_arguments(name, out=tmp_path / "out")
+    places = {"source", "out", "adapter", "path", "base", "include_path", "data"}
+    if not isinstance(arguments.get("model"), nn.Module):
+        places.add("model")
+    for place in places & set(parameters):
         found = []
         for value in (str(missing), missing):
             config = {"config": api.FinetuneConfig(model=value, out=value)}
@@ -100,7 +98,7 @@ def test_a_path_is_taken_where_a_string_is(name: str, tmp_path: Path) -> None:
         assert found[0] == found[1]
 
 
-def test_a_config_takes_paths_and_says_what_it_refuses() -> None:
+def test_a_config_takes_paths_and_says_what_it_refuses():
     one, other = (
         api.FinetuneConfig(model=of("m"), out=of("o"), data=[of("a"), of("b")], adapter=of("c"),
                            lora_file=of("f"))
@@ -124,7 +122,7 @@ def _function(
     return a
 
 
-def test_other_values_pass() -> None:
+def test_other_values_pass():
     assert _function(3, np.float64(3), c=["a"], d={}, e=False, g=5) == 3
     assert api.Sampling(temperature=np.float64(0.5)).temperature == 0.5
     for wrong in ({"a": 1.0}, {"a": True}, {"b": "1"}, {"c": "a"}, {"c": [1]}, {"e": "y"}):

@@ -113,7 +113,6 @@ def test_output_and_gradients_equal_the_dense_layer(quantizer, packed, dtype, le
     # all gradients but dX are sums over rows, whose roundings add up
     atol = tolerance * max(1, t["x"].numel() // IN)
     for name, tensor in t.items():
-        assert tensor.grad is not None
         assert (tensor.grad.dtype, tensor.grad.shape) == (tensor.dtype, tensor.shape)
         torch.testing.assert_close(
             tensor.grad.double(), oracle[name].grad, rtol=tolerance, atol=atol, msg=name
@@ -164,6 +163,35 @@ def test_the_output_may_be_changed_in_place(quantizer, packed, names):
     (2 * dense_layer(whole(quantizer, packed), oracle)).sum().backward()
     for name in t:
         torch.testing.assert_close(t[name].grad, oracle[name].grad)
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "trains", "saved"),
+    [
+        ("x A B", "x A B", ["x", "U", "A", "B"]),
+        ("x A B", "A", ["x", "B"]),
+        ("x A B", "B", ["U"]),
+        ("x A B", "", []),
+        ("x", "x", []),
+        ("x u v", "x u v", ["x", "Z", "u", "v"]),
+        ("x u v", "u", ["x", "v"]),
+        ("x u v", "v", ["Z"]),
+    ],
+)
+def test_autograd_saves_the_operands_of_the_formulas(quantizer, packed, names, trains, saved):
+    """No dense weight is among them."""
+    t = leaves(torch.float32, names=names.split())
+    for name, tensor in t.items():
+        tensor.requires_grad_(name in trains.split())
+    sizes = []
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda s: sizes.append(s.numel()), lambda s: s)
+    with keep:
+        layer(quantizer, packed, t)
+    results = {"U": 5 * RANK, "Z": 5 * OUT}  # U = x Aᵀ, Z = (x ⊙ u) Ŵᵀ
+    assert sorted(sizes) == sorted(results.get(name) or t[name].numel() for name in saved)
 
 
 # --- errors ------------------------------------------------------------------------------------

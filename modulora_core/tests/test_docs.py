@@ -177,7 +177,6 @@ def test_the_first_tutorial_gives_the_perplexities_of_the_page(tmp_path):
         float(number) for number in re.findall(r"^perplexity +([\d.]+)", printed, re.M)
     )
     promised = re.search(r"falls from ([\d.]+) to about ([\d.]+)", page.read_text("utf-8"))
-    assert promised is not None
     assert before == pytest.approx(float(promised[1]), abs=0.01)
     assert after == pytest.approx(float(promised[2]), abs=0.1)
 

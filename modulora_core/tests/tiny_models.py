@@ -1,13 +1,8 @@
 """Make tiny causal language models of many architectures, with random values."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 _COMMON = {
@@ -44,7 +39,7 @@ _ROUTED = {
 }
 _ROUTED = {**_ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+ARCHITECTURES = {
     "llama": ("llama", {**_GROUPED, "tie_word_embeddings": False}),
     "llama-tied": ("llama", {**_GROUPED, "tie_word_embeddings": True}),
     "llama-biased": ("llama", {**_GROUPED, "attention_bias": True, "mlp_bias": True}),
@@ -82,14 +77,12 @@ EVERY_ARCHITECTURE = pytest.mark.parametrize(
 """Each push tests the families, ``make test-all`` all architectures."""
 
 
-def tiny_config(architecture: str) -> Any:
+def tiny_config(architecture):
     model_type, options = ARCHITECTURES[architecture]
     return CONFIG_MAPPING[model_type](**options)
 
 
-def tiny_model(
-    architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> PreTrainedModel:
+def tiny_model(architecture, dtype=torch.float32, seed=0):
     """A model with random norms and biases too, so that a wrong order or sign shows."""
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=dtype)
@@ -100,9 +93,7 @@ def tiny_model(
     return model.eval()
 
 
-def save_tiny_model(
-    architecture: str, folder: Path, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
-) -> Path:
+def save_tiny_model(architecture, folder, dtype=torch.float32, max_shard_size="1GB"):
     """Save a tiny model as transformers does, by default in one file. Returns ``folder``."""
     tiny_model(architecture, dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     return folder

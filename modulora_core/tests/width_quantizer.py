@@ -1,15 +1,6 @@
 """An outsider's quantizers of a chosen width, as a package: ``heeding`` heeds H and H_O."""
 
-from __future__ import annotations
-
-import importlib
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
-
-from modulora_core.tests.conftest import install_package
+from modulora_core.tests.conftest import installed_quantizers
 
 INIT = """
 from modulora_core.hookspecs import hookimpl
@@ -89,14 +80,5 @@ class Heeding(Plain):
 """
 
 
-@contextmanager
-def installed(root: Path) -> Iterator[ModuleType]:
-    """The quantizers' module, found as plugins in ``root`` while this lasts."""
-    files = {"__init__.py": INIT, "quantizer.py": QUANTIZER}
-    install_package(root, "modulora-widths", "widths", "modulora_widths", files)
-    sys.path.insert(0, str(root))
-    importlib.invalidate_caches()
-    try:
-        yield importlib.import_module("modulora_widths.quantizer")
-    finally:
-        sys.path.remove(str(root))
+def installed(root):
+    return installed_quantizers(root, "widths", INIT, QUANTIZER)

@@ -53,6 +53,7 @@ def trainer(method, model, folder, **options):
     rows, more = {"KTO": LABELS, "SFT": texts}.get(method, ROWS), {}
     if method in {"GRPO", "RLOO"}:
         more["reward_funcs"] = [lambda completions, **_: [0.0] * len(completions)]
+        options |= {"beta": 0.1, "num_generations": 2}
     if reference := options.pop("ref_model", None):
         more["ref_model"] = reference
     arguments = getattr(trl, f"{method}Config")(
@@ -66,59 +67,53 @@ def trainer(method, model, folder, **options):
     )  # fmt: skip
 
 
+def assert_begins_with_the_reference(made):
+    """DPO's loss is log 2 where the model is its own reference."""
+    made.train()
+    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+
+
 @pytest.mark.parametrize("model", [continued, with_a_second_one])
 @pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
 def test_no_reference_without_the_adapter(tunable, adapter, tmp_path, method, model):
-    options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
     with pytest.raises(AdapterError, match=REFUSED):
-        trainer(method, model(tunable, adapter), tmp_path, **options)
+        trainer(method, model(tunable, adapter), tmp_path)
 
 
 @pytest.mark.parametrize("model", [continued, with_a_second_one])
 def test_the_precomputed_reference_has_the_adapter(tunable, adapter, tmp_path, model):
     made = trainer("DPO", model(tunable, adapter), tmp_path, precompute_ref_log_probs=True)
-    made.train()
-    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert_begins_with_the_reference(made)
 
 
 def test_a_new_adapter_has_the_packed_model_as_its_reference(tunable, tmp_path):
     model = load_model(tunable, device="cpu")
     add_lora(model)
     made = trainer("DPO", model, tmp_path)
-    made.train()
-    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert_begins_with_the_reference(made)
 
 
 @pytest.fixture(scope="module")
 def tuned(tunable, tmp_path_factory):
     """A model after SFT in this process, pickled, since no living one may disturb other tests."""
-    model = load_model(tunable, device="cpu")
+    model, options = load_model(tunable, device="cpu"), {"gradient_checkpointing": False}
     add_lora(model)
-    trainer(
-        "SFT",
-        model,
-        tmp_path_factory.mktemp("sft"),
-        learning_rate=1e-2,
-        gradient_checkpointing=False,
-    ).train()
+    trainer("SFT", model, tmp_path_factory.mktemp("sft"), learning_rate=1e-2, **options).train()
     return pickle.dumps(model)
 
 
 @pytest.mark.parametrize("method", ["DPO", "KTO", "GRPO", "RLOO"])
 def test_no_reference_without_the_adapter_of_this_process(tuned, tmp_path, method):
-    options = {"beta": 0.1, "num_generations": 2} if method in {"GRPO", "RLOO"} else {}
     with pytest.raises(AdapterError, match=REFUSED):
-        trainer(method, pickle.loads(tuned), tmp_path, **options)
+        trainer(method, pickle.loads(tuned), tmp_path)
 
 
 def test_further_trainings_of_the_adapter_of_this_process(tunable, tuned, tmp_path):
     model = pickle.loads(tuned)
     made = trainer("DPO", model, tmp_path, precompute_ref_log_probs=True)
-    made.train()
-    assert made.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert_begins_with_the_reference(made)
     reference = trainer("DPO", model, tmp_path, ref_model=copy.deepcopy(model))
-    reference.train()
-    assert reference.state.log_history[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)
+    assert_begins_with_the_reference(reference)
     trainer("SFT", model, tmp_path).train()
     assert model.config.name_or_path == str(tunable)
 

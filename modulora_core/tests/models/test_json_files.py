@@ -80,14 +80,12 @@ def test_a_full_disk_says_what_to_do():
     with pytest.raises(OSError, match="No space") as found, Path("/dev/full").open("w") as full:
         full.write("x" * 10**6)
     error = as_output_error(found.value, Path("OUT"))
-    assert error is not None
     assert str(error).startswith("OUT: ")
     assert "free some room" in str(error)
     for size in (10, 10**6):  # the system fails at the end, or before
         with pytest.raises(RuntimeError) as torchs:
             torch.save(torch.zeros(size), "/dev/full")
         error = as_output_error(torchs.value, Path("OUT"))
-        assert error is not None
         assert str(error).startswith("OUT: can't be written whole; free some room")
     assert as_output_error(FileNotFoundError(2, "No such file", "x"), Path("OUT")) is None
     assert said_by_system(FileNotFoundError(2, "No such file", "x")) == "x: No such file"

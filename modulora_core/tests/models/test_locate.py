@@ -37,7 +37,6 @@ def test_a_folder_or_a_file_is_found(tmp_path):
     )
     (tmp_path / "a.single").touch()
     found = locate(str(tmp_path / "a.single"))
-    assert found.file is not None
     assert found.file.path == tmp_path / "a.single"
     assert (found.kind, found.folder, found.name) == ("single", tmp_path, "a.single")
 
@@ -52,7 +51,6 @@ def test_a_file_without_suffix_is_known_by_its_first_bytes(tmp_path, monkeypatch
     known = replace(single, spec=single.spec.model_copy(update={"file_magic": "TOY1"}))
     monkeypatch.setattr(installed_formats, "installed", lambda: iter([known]))
     found = locate(str(path))
-    assert found.file is not None
     assert (found.kind, found.file.path) == ("single", path)
     path.write_bytes(b"TOY")
     with pytest.raises(ModelError, match="got the file sha256-12ab"):
@@ -81,7 +79,6 @@ def test_a_package_is_found_without_being_imported(package):
     (package / "data" / "tiny.single").touch()
     found = locate("package:tiny-language-model")
     tiny = package / "data" / "tiny.single"
-    assert found.file is not None
     assert (found.kind, found.file.path, found.revision) == ("package", tiny, None)
     assert "tiny_language_model" not in sys.modules
 

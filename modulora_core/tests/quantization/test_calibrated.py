@@ -1,10 +1,7 @@
 """Quantizing with calibration and tuning: the record, refusals, the command line, killed runs."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -72,9 +69,8 @@ def whole(request, source, tmp_path_factory):
 def test_the_samples_are_recorded_and_the_model_loads(whole, capsys):
     quantizer, out, result = whole
     record = open_packed(out).record.calibration
-    assert record is not None
-    assert record == result.calibration
     assert record["tokens_sha256"]
+    assert record == result.calibration
     samples = {"source": "pydoc[:10%]", "samples": 6, "seq_len": 32, "batch_size": 2}
     assert {key: record[key] for key in samples} == samples
     tuning = {"epochs": 2, "learning_rate": 0.02, "batch_size": 16}  # of 32 tokens
@@ -145,7 +141,7 @@ def test_a_resumed_run_packs_missing_parameters_or_tunes_missing_blocks(
     cls = registry.load(quantizer)
     packed, pack = list[int](), cls.pack
     monkeypatch.setattr(cls, "pack", lambda *given: packed.append(1) or pack(*given))
-    calls: list[tuple[str, int, int]] = []
+    calls = []
     result = run(source, out, quantizer, resume=True, progress=lambda *call: calls.append(call))
     layouts = len(open_packed(out).record.sites)  # Quantizer.layout() packs each kind once
     assert len(packed) - layouts == packed_again
@@ -156,8 +152,6 @@ def test_a_resumed_run_packs_missing_parameters_or_tunes_missing_blocks(
     assert ("tuning" in {phase for phase, _, _ in calls}) == (quantizer == "scaled")
     if quantizer == "scaled":
         errors, expected = result.tuning_errors, whole.tuning_errors
-        assert errors is not None
-        assert expected is not None
         assert errors == {path: expected[path] for path in list(expected)[-len(errors) :]}
 
 
@@ -176,8 +170,7 @@ def test_a_quality_stands_for_its_settings(calibrated, offered, source, tmp_path
         run(source, tmp_path / "same" / name, calibrated, options=options, calibration=expected)
         assert stored(tmp_path / name) == stored(tmp_path / "same" / name)
     own = text(weighting="none", tuning=TuningConfig(epochs=0))
-    arguments: dict[str, Any] = {"options": dict.fromkeys(offered, 8)}
-    arguments["calibration"] = own
+    arguments = {"options": dict.fromkeys(offered, 8), "calibration": own}
     run(source, tmp_path / "own", calibrated, quality="best", **arguments)
     run(source, tmp_path / "plain", calibrated, **arguments)
     assert stored(tmp_path / "own") == stored(tmp_path / "plain")

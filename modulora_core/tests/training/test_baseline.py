@@ -1,10 +1,9 @@
 """The loss without the adapter, before training or on examples that no step read; and the log."""
 
-from __future__ import annotations
-
 import pytest
 
 from modulora_core.errors import AdapterError
+from modulora_core.tests.stopped_runs import stop_finetune
 from modulora_core.tests.tiny_tokenizer import write_jsonl
 from modulora_core.training.finetune import finetune
 from modulora_core.training.run_log import RunLog
@@ -20,7 +19,7 @@ def test_the_held_out_loss_is_on_examples_that_no_step_read(
     rows = [{"prompt": f"say {i}", "completion": f" {i * i}"} for i in range(400)]
     data = str(write_jsonl(tmp_path / "rows.jsonl", *rows))
     config = configure(data=data, steps=10, baseline=True, packing=packing, save_every=5)
-    read: list[tuple[bool, str]] = []
+    read = []
     forward = AdapterTrainer.compute_loss, AdapterTrainer.prediction_step
 
     def noted(number):
@@ -35,19 +34,13 @@ def test_the_held_out_loss_is_on_examples_that_no_step_read(
     result = finetune(config)
     trained = {row.replace(", 0", "") for training, row in read if training}
     held_out = {row.replace(", 0", "") for training, row in read if not training}
-    assert result.held_out is not None
     assert (result.held_out.examples, len(held_out)) == (8, 8)
     assert not trained & held_out
     assert result.held_out.after < result.held_out.before
     assert RunLog.read(tmp_path / "out").held_out == result.held_out
 
-    def stop(step):
-        if step.step == 7:
-            raise KeyboardInterrupt
-
     again = config.model_copy(update={"out": str(tmp_path / "again")})
-    with pytest.raises(KeyboardInterrupt):
-        finetune(again, on_step=stop)
+    stop_finetune(again, 7)
     resumed = finetune(again, resume=True)
     assert (resumed.losses, resumed.held_out) == (result.losses, result.held_out)
     silent = config.model_copy(update={"out": str(tmp_path / "silent"), "baseline": False})
@@ -58,13 +51,8 @@ def test_the_held_out_loss_is_on_examples_that_no_step_read(
 def test_the_log_of_a_resumed_run_has_all_steps_and_one_first_evaluation(configure, text, tmp_path):
     config = configure(steps=4, save_every=2, eval_data=str(text), baseline=True)
 
-    def stop(step):
-        if step.step == 3:
-            raise KeyboardInterrupt
-
-    evaluations: list[int] = []
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config, on_step=stop)
+    evaluations = []
+    stop_finetune(config, 3)
     result = finetune(config, resume=True, on_eval=lambda step, _: evaluations.append(step))
     assert evaluations == [4]
     assert result.eval_loss_before is not None

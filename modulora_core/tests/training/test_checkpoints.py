@@ -1,7 +1,5 @@
 """A run is resumed from its last whole checkpoint, with the losses of an uninterrupted run."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -17,17 +15,13 @@ from modulora_core.data.sources import pydoc_text
 from modulora_core.errors import AdapterError, OptionError, OutputError
 from modulora_core.hf.load_adapter import load_adapter
 from modulora_core.hf.load_model import load_model
+from modulora_core.tests.stopped_runs import stop_finetune
 from modulora_core.training.checkpoints import latest_checkpoint, remove_half_written, seal
 from modulora_core.training.config import FinetuneConfig
 from modulora_core.training.finetune import finetune
 from modulora_core.training.interruption import Interrupted
-from modulora_core.training.trainer import TrainingStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Stop(Exception):  # noqa: N818
-    """Interrupts a run where a kill is not needed."""
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +63,6 @@ def outcome(result):
     names = ("adapter_model.safetensors", "modulora_scales.safetensors")
     files = [(Path(result.out) / name).read_bytes() for name in names]
     return result.losses, result.eval_loss, files
-
-
-def interrupt(config, step):
-    """Start a run and stop it. Returns the folder of its checkpoints."""
-
-    def stop(taken):
-        if taken.step == step:
-            raise Stop
-
-    with pytest.raises(Stop):
-        finetune(config, on_step=stop)
-    return Path(config.out) / "checkpoints"
 
 
 class Signal(TrainerCallback):
@@ -126,17 +108,15 @@ def test_a_signal_ends_a_run_at_its_next_block_and_its_last_whole_step_is_kept(
     (said,) = [each for each in caplog.messages if each.startswith(number.name)]
     assert "the run stops" in said
     assert "a second signal stops it at once" in said
-    folder = latest_checkpoint(Path(config.out) / "checkpoints")
-    assert folder is not None
-    assert folder.name == "checkpoint-4"
+    assert latest_checkpoint(Path(config.out) / "checkpoints").name == "checkpoint-4"
     assert outcome(finetune(config, resume=True)) == outcome(whole)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], lambda data: data[:-1] + b"\1"])
 def test_a_damaged_checkpoint_is_ignored(config, whole, damage):
-    file = interrupt(config, 7) / "checkpoint-6" / "optimizer.pt"
+    file = stop_finetune(config, 7) / "checkpoint-6" / "optimizer.pt"
     file.write_bytes(damage(file.read_bytes()))
-    steps: list[int] = []
+    steps = []
     resumed = finetune(config, resume=True, on_step=lambda step: steps.append(step.step))
     assert steps == [5, 6, 7, 8, 9]
     assert outcome(resumed) == outcome(whole)
@@ -145,7 +125,7 @@ def test_a_damaged_checkpoint_is_ignored(config, whole, damage):
 def test_a_run_is_not_resumed_on_another_base(run, tunable, tmp_path):
     base = Path(shutil.copytree(tunable, tmp_path / "base"))
     config = run("of-another", model=str(base))
-    interrupt(config, 3)
+    stop_finetune(config, 3)
     (path,) = base.glob("*.safetensors")
     tensors = load_file(path)
     tensors["model.norm.weight"] *= 2
@@ -155,7 +135,7 @@ def test_a_run_is_not_resumed_on_another_base(run, tunable, tmp_path):
 
 
 def test_a_run_without_a_checkpoint_starts_again(config, whole):
-    interrupt(config, 1)
+    stop_finetune(config, 1)
     assert outcome(finetune(config, resume=True)) == outcome(whole)
 
 
@@ -163,13 +143,13 @@ def test_a_run_that_was_killed_after_its_last_step_only_writes_its_adapter(confi
     shutil.copytree(whole.out, config.out)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (Path(config.out) / name).unlink()
-    steps: list[TrainingStep] = []
+    steps = []
     assert outcome(finetune(config, resume=True, on_step=steps.append)) == outcome(whole)
     assert steps == []
 
 
 def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(config):
-    interrupt(config, 3)
+    stop_finetune(config, 3)
     with pytest.raises(OutputError, match="an unfinished run; continue it with --resume"):
         finetune(config)
     other = changed(config, lr=2e-2, train_scales=False)
@@ -180,7 +160,7 @@ def test_an_unfinished_run_is_refused_without_resume_and_with_other_options(conf
 
 
 def test_a_checkpoint_is_an_adapter_and_has_no_pickle_that_runs_code(config, tunable):
-    checkpoint = interrupt(config, 3) / "checkpoint-2"
+    checkpoint = stop_finetune(config, 3) / "checkpoint-2"
     assert {path.name for path in checkpoint.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "complete.json", "modulora.json",
         "modulora_scales.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt",
@@ -213,7 +193,7 @@ def test_a_run_is_not_resumed_on_other_examples(config, tmp_path):
     for file in (data, held):
         file.write_text(text)
     config = config.model_copy(update={"data": str(data), "eval_data": str(held)})
-    interrupt(config, 5)
+    stop_finetune(config, 5)
     other, backwards = text.replace("7", "8"), "".join(sorted(text.splitlines(True))[::-1])
     for file, new, name in (
         (data, other, "train"),

@@ -1,14 +1,11 @@
 """The loss in chunks equals the loss of whole logits, with its gradients, in bounded memory."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 import torch
 from modulora_conformance.allocations import Allocations
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
@@ -28,7 +25,7 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48,
          "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
          "eos_token_id": 2}  # fmt: skip
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+MODELS = {
     "plain": ("llama", {"tie_word_embeddings": False}),
     "tied": ("llama", {"tie_word_embeddings": True}),
     "biased head": ("phi", {}),
@@ -71,7 +68,7 @@ def plain_loss(logits, labels, vocab_size, num_items_in_batch=None, **_):
 
 def loss_and_gradients(model, **inputs):
     model.zero_grad()
-    loss: Tensor = model(input_ids=IDS, use_cache=False, **{"labels": LABELS, **inputs}).loss
+    loss = model(input_ids=IDS, use_cache=False, **{"labels": LABELS, **inputs}).loss
     (loss * 3).backward()  # a loss scaler's factor
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items()}
@@ -155,14 +152,13 @@ def test_a_model_may_do_anything_with_its_logits(kind):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, check_dtype=False)
     with torch.no_grad(), read_out(model) as readout:
         model(input_ids=IDS)
-    assert readout.hidden is not None
     assert (readout.head is WHOLE) == (kind in CHANGES)
     torch.testing.assert_close(readout.head(readout.hidden), model(input_ids=IDS).logits, **EXACT)
 
 
 def test_a_head_with_hooks_and_another_loss_are_left_alone():
     model = made("plain")
-    seen: list[Tensor] = []
+    seen = []
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output))
     expected = model(input_ids=IDS, labels=LABELS).loss
     with chunked_loss(model):
@@ -181,7 +177,7 @@ def test_no_more_logits_than_a_chunk_are_alive(case, dtype):
     """256 rows × 32,768 take 32 MiB in fp32, a chunk a quarter. The plain loss is the control."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 32768, "num_hidden_layers": 1, "max_position_embeddings": 128}
-    model: Any = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).to(dtype)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes})).to(dtype)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dim() == 1)  # no gradient of the head
     ids = torch.randint(3, 32768, (2, 128))
@@ -218,7 +214,6 @@ def test_the_losses_of_tokens_equal_those_of_whole_logits():
     expected = torch.where(LABELS[:, 1:] != -100, -log_p, 0)
     with read_out(model) as readout:
         model(input_ids=IDS)
-    assert readout.hidden is not None
     assert readout.hidden.shape == (2, 16, SIZES["hidden_size"])
     torch.testing.assert_close(token_losses(readout, LABELS, CHUNK), expected, **EXACT)
     torch.testing.assert_close(token_losses(logits, LABELS, CHUNK), expected, **EXACT)

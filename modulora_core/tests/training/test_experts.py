@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from modulora_core.data import token_segments
 from modulora_core.inference.opened import open_to_run
 from modulora_core.quantization.quantize import quantize
+from modulora_core.tests.stopped_runs import stop_finetune
 from modulora_core.tests.tiny_models import tiny_config
 from modulora_core.tests.tiny_tokenizer import make_tokenizer
 from modulora_core.training.config import FinetuneConfig
@@ -46,15 +47,8 @@ def configure(mixture, text, tmp_path):
 
 @pytest.mark.slow
 def test_a_mixture_is_trained_resumed_and_continued(configure, mixture, text):
-    whole = finetune(configure("whole"))
-
-    def stop(taken):
-        if taken.step == 3:
-            raise KeyboardInterrupt
-
-    config = configure("stopped")
-    with pytest.raises(KeyboardInterrupt):
-        finetune(config, on_step=stop)
+    whole, config = finetune(configure("whole")), configure("stopped")
+    stop_finetune(config, 3)
     resumed = finetune(config, resume=True)
     assert resumed.losses == whole.losses
     first, second = (
